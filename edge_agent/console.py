@@ -1,0 +1,148 @@
+"""What a person sees: the live view while a job runs, and the summary after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from edge_agent.errors import human_bytes
+from edge_agent.report import Accuracy, Event, Example, Measured, Result
+from profiles.recorder import StageRow
+from quantization.plan import Plan
+
+
+class LiveView:
+    """Shows the running stage, loss, tokens/s and memory against the budget, and a line for every finished stage.
+
+    On a terminal it redraws in place; elsewhere it prints one line a stage.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> LiveView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if event.event == "stage_finished":
+            peak = human_bytes(event.memory_bytes or 0)
+            self._console.print(f"[green]✓[/] {event.stage:<9}[dim]{event.seconds or 0:8.1f} s   peak {peak}[/]", highlight=False)
+        elif event.event in ("stage_started", "progress"):
+            self._live.update(self._row(event))
+
+    @staticmethod
+    def _row(event: Event) -> Table:
+        row = Table.grid(padding=(0, 2))
+        facts = [f"{event.done or 0:,}/{event.total or 0:,}"] if event.total else []
+        if event.loss is not None:
+            facts.append(f"loss {event.loss:.4f}")
+        if event.tokens_per_s:
+            facts.append(f"{event.tokens_per_s:,.0f} tokens/s")
+        if event.memory_bytes and event.budget_bytes:
+            facts.append(f"{human_bytes(event.memory_bytes)} of {human_bytes(event.budget_bytes)}")
+        bar = ProgressBar(total=event.total or 1, completed=event.done or 0, width=30, pulse=event.total is None)
+        row.add_row(Text(f"  {event.stage}", style="bold"), bar, "  ".join(facts))
+        return row
+
+
+def summary(result: Result, directory: Path) -> Group:
+    """Return the summary of a finished job."""
+    parts: list[object] = []
+    if result.accuracy:
+        parts.append(_accuracy(result.accuracy))
+    parts.append(_stages(result.stages, result.budget_bytes))
+    if result.examples:
+        parts.append(_examples(result.examples))
+    parts.append(_places(result, directory))
+    return Group(*parts)  # type: ignore[arg-type]
+
+
+def format_accuracy(a: Accuracy | None) -> str:
+    """`84.3 % [79.8, 88.0], 300 questions`."""
+    return "-" if a is None else f"{100 * a.value:.1f} % [{100 * a.low:.1f}, {100 * a.high:.1f}], {a.n} questions"
+
+
+def _accuracy(measured: Measured) -> Panel:
+    if measured.before is None or measured.after is None or measured.paired is None:
+        return Panel(f"not measured: {measured.reason}", title="Accuracy on held-out questions")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("before", format_accuracy(measured.before))
+    grid.add_row("after", Text(format_accuracy(measured.after), style="bold"))
+    pair = measured.paired
+    points = 100 * (measured.after.value - measured.before.value)
+    p_value = "p < 0.001" if pair.p_value < 0.001 else f"p = {pair.p_value:.3f}"
+    grid.add_row("paired", f"{points:+.1f} points: {pair.gained} gained, {pair.lost} lost, {p_value} (McNemar, exact)")
+    return Panel(grid, title="Accuracy on held-out questions (95 % Wilson intervals)", title_align="left")
+
+
+def _stages(rows: list[StageRow], budget_bytes: int) -> Table:
+    table = Table(title=f"Stages (budget {human_bytes(budget_bytes)})", title_justify="left", title_style="bold")
+    for name in ("stage", "seconds", "tokens", "tokens/s", "peak", "planned"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for row in rows:
+        rate = f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "-"
+        planned = human_bytes(row.planned_bytes) if row.planned_bytes else "-"
+        name = f"{row.stage} (resumed)" if row.resumed else row.stage
+        over = " [red]over budget[/]" if row.peak_bytes > budget_bytes else ""
+        table.add_row(
+            name, f"{row.seconds:.1f}", f"{row.tokens:,}" if row.tokens else "-", rate, human_bytes(row.peak_bytes) + over, planned
+        )
+    return table
+
+
+def _examples(examples: list[Example]) -> Table:
+    table = Table(title="Answers before and after", title_justify="left", title_style="bold", show_lines=True)
+    for name in ("question", "standard answer", "before", "after"):
+        table.add_column(name, overflow="fold")
+    for e in examples:
+        cells = [Text(f"{_shorten(text)}\n{'✓' if good else '✗'}", style="green" if good else "red") for text, good in
+                 ((e.before, e.correct_before), (e.after, e.correct_after))]  # fmt: skip
+        table.add_row(Text(_shorten(e.question)), Text(_shorten(e.answer)), *cells)
+    return table
+
+
+def _shorten(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _places(result: Result, directory: Path) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    if result.adapter:
+        grid.add_row(
+            "adapter", Text(f"{directory / 'adapter'}  (sha256 {result.adapter.sha256[:12]}…, {human_bytes(result.adapter.size_bytes)})")
+        )
+    grid.add_row("report", Text(str(directory / "result.json")))
+    if (directory / "saliency.json").exists():
+        grid.add_row("saliency", Text(str(directory / "saliency.json")))
+    return grid
+
+
+def plan_table(plan: Plan) -> Group:
+    """Return the plan of a job, stage by stage."""
+    table = Table(title=f"Plan (budget {human_bytes(plan.budget_bytes)})", title_justify="left", title_style="bold")
+    for name in ("stage", "resident", "transient", "peak"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for s in plan.stages:
+        style = "bold" if s is plan.binding else ""
+        table.add_row(s.stage, human_bytes(s.resident_bytes), human_bytes(s.transient_bytes), human_bytes(s.peak_bytes), style=style)
+    checkpointing = "on" if plan.checkpointing else "off"
+    facts = (
+        f"rung: {plan.rung}; micro-batch {plan.micro_batch}, head chunks of {plan.head_chunk} rows, "
+        f"activation checkpointing {checkpointing}, {plan.generate_batch} questions generated at once; "
+        f"stage {plan.binding.stage} binds"
+    )
+    return Group(table, Text(facts))

@@ -1,0 +1,217 @@
+"""The one error tree: each class has a stable wire `code`, an `exit_code`, and a text that says what, where and what to do."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+
+def human_bytes(n: float) -> str:
+    """`5,912 MiB`, the unit of every size that a person reads."""
+    return f"{n / 2**20:,.0f} MiB" if n >= 2**20 else f"{n:,.0f} bytes"
+
+
+class EdgeAgentError(Exception):
+    """Base of all errors that a user can act upon."""
+
+    code = "internal"
+    exit_code = 1
+
+
+class DatasetSchema(EdgeAgentError):
+    """A line of a dataset is no valid record."""
+
+    code = "dataset_schema"
+    exit_code = 3
+
+    def __init__(self, file: str, line: int, problem: str) -> None:
+        super().__init__(f"{file}, line {line}: {problem}; correct or remove the line")
+
+
+class DatasetEmpty(EdgeAgentError):
+    """There is nothing to train on, or nothing left after holding out."""
+
+    code = "dataset_empty"
+    exit_code = 3
+
+    def __init__(self, file: str, why: str = "has no records") -> None:
+        super().__init__(f"{file} {why}; give a JSONL file with at least one {{question, answer}} record to train on")
+
+
+class DatasetTooLarge(EdgeAgentError):
+    """A dataset passes a limit."""
+
+    code = "dataset_too_large"
+    exit_code = 3
+
+    def __init__(self, file: str, what: str, limit: str) -> None:
+        super().__init__(f"{file}: {what} is over the limit of {limit}; split or shorten it")
+
+
+class DatasetChecksum(EdgeAgentError):
+    """The dataset is not the one that the job names."""
+
+    code = "dataset_checksum"
+    exit_code = 3
+
+    def __init__(self, file: str, wanted: str, found: str) -> None:
+        super().__init__(f"{file} has sha256 {found}, the job names {wanted}; restore the file, or make a new job with --out elsewhere")
+
+
+class RecordTooLong(EdgeAgentError):
+    """A record does not fit the model's context."""
+
+    code = "record_too_long"
+    exit_code = 3
+
+    def __init__(self, file: str, line: int, tokens: int, limit: int, what: str) -> None:
+        super().__init__(
+            f"{file}, line {line}: its {what} takes {tokens:,} tokens, the model's context has {limit:,}; "
+            f"shorten or remove the record (records are never truncated silently)"
+        )
+
+
+class JobSchema(EdgeAgentError):
+    """A job document or option is not valid."""
+
+    code = "job_schema"
+    exit_code = 4
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}; see docs/job.md for the fields of a job")
+
+
+class Conflict(EdgeAgentError):
+    """The directory already holds another job."""
+
+    code = "conflict"
+    exit_code = 4
+
+    def __init__(self, directory: Path, what: str) -> None:
+        super().__init__(
+            f"{directory} holds a job with another {what}; give another --out, or run `edge-agent train {directory}` to go on with that job"
+        )
+
+
+class Busy(EdgeAgentError):
+    """Another process works in the job directory."""
+
+    code = "busy"
+    exit_code = 4
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(f"{directory} is locked by another running trainer; wait for it or stop it")
+
+
+class ModelMissing(EdgeAgentError):
+    """The model is not on this machine."""
+
+    code = "model_missing"
+    exit_code = 5
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(f"model {model!r}: {why}; give a directory with config.json and *.safetensors, or the id of a cached model")
+
+
+class ModelUnsafe(EdgeAgentError):
+    """The model would run code when loaded: pickled weights, or code of its own."""
+
+    code = "model_unsafe"
+    exit_code = 5
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(f"model {model!r}: {why}; use a revision with *.safetensors weights of an architecture that transformers knows")
+
+
+class ModelUnsupported(EdgeAgentError):
+    """The model loads, and cannot be fine-tuned here."""
+
+    code = "model_unsupported"
+    exit_code = 5
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(f"model {model!r}: {why}")
+
+
+class DoesNotFit(EdgeAgentError):
+    """The plan needs more than the budget."""
+
+    code = "oom_predicted"
+    exit_code = 6
+
+    def __init__(self, needs_bytes: int, budget_bytes: int, stage: str, longest_tokens: int) -> None:
+        fits = f"the longest record that fits has {longest_tokens:,} tokens" if longest_tokens else "no record fits this budget"
+        super().__init__(
+            f"the plan needs {human_bytes(needs_bytes)} (stage {stage}), the budget is {human_bytes(budget_bytes)}; "
+            f"{fits}; raise --budget to at least {-(-needs_bytes // 2**20)}MiB, shorten the records, or take a smaller model"
+        )
+        self.needs_bytes = needs_bytes
+
+
+class NoRoom(EdgeAgentError):
+    """The machine has less free memory than the budget."""
+
+    code = "no_room"
+    exit_code = 6
+
+    def __init__(self, what: str, free_bytes: int, needs_bytes: int) -> None:
+        super().__init__(
+            f"{what}: {human_bytes(free_bytes)} are free now, the plan needs {human_bytes(needs_bytes)}; "
+            f"stop other work on the device and run again"
+        )
+
+
+class OutOfMemory(EdgeAgentError):
+    """The device or host ran out of memory although the plan fitted."""
+
+    code = "oom_device"
+    exit_code = 7
+
+    def __init__(self, stage: str, detail: str) -> None:
+        super().__init__(
+            f"out of memory in stage {stage} ({detail}); the directory keeps its checkpoint: run it again with more free memory"
+        )
+
+
+class DiskFull(EdgeAgentError):
+    """The file system of the job directory is full, or a quota is reached."""
+
+    code = "disk_full"
+    exit_code = 8
+
+    def __init__(self, where: str, needs_bytes: int | None = None) -> None:
+        need = f" ({human_bytes(needs_bytes)} are needed)" if needs_bytes else ""
+        super().__init__(f"no space left for {where}{need}; free some space and run the same command again: it resumes")
+
+
+class NonFiniteLoss(EdgeAgentError):
+    """The loss became NaN or infinite."""
+
+    code = "non_finite_loss"
+    exit_code = 9
+
+    def __init__(self, update: int, records: str) -> None:
+        super().__init__(f"the loss is not finite at update {update} (records {records}); lower --learning-rate or check these records")
+
+
+class TimedOut(EdgeAgentError):
+    """A timer of the job ran out."""
+
+    code = "timeout_run"
+    exit_code = 10
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"the run passed its limit of {limit_s:,.0f} s; the directory keeps its checkpoint: run it again to go on")
+
+
+class AdapterMismatch(EdgeAgentError):
+    """An adapter cannot be used with this model."""
+
+    code = "adapter_mismatch"
+    exit_code = 5
+
+    def __init__(self, directory: Path, problem: str) -> None:
+        super().__init__(f"adapter {directory}: {problem}")
+
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

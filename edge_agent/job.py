@@ -1,0 +1,147 @@
+"""The job document: everything that determines a run, strict and declarative. It names no path but the model's, and no code."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edge_agent.prompts import Prompts
+
+Positive = Annotated[int, Meta(ge=1)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Unknown keys, missing keys and wrong types are errors that name their path."""
+
+
+class Dataset(Strict, frozen=True):
+    """The records of a job: `dataset.jsonl` in the job directory, and `evaluation.jsonl` if the job brings its own questions."""
+
+    sha256: Sha256
+    evaluation_sha256: Sha256 | None = None
+    limit: Positive | None = None
+    """Train on this many records, drawn by the seed; None for all."""
+
+
+class NlftOptions(Strict, frozen=True, tag_field="name", tag="nlft"):
+    """Constants of NLFT (arXiv 2412.20382, section 3), with the symbols of docs/nlft.md. `NlftOptions()` is our default."""
+
+    standard_answers: bool = True
+    """Train on the standard answer of a record as one more correct output."""
+    references: Literal["once", "epoch"] = "once"
+    """Score the contexts once with the frozen base, or again with the adapter at the start of each epoch."""
+    correct_threshold: Fraction = 0.95
+    """tau: correct tokens with c > tau are scoring saliency tokens."""
+    correct_boost_power: float = 5.0
+    """Exponent of the extra weight of scoring saliency tokens above tau."""
+    correct_cluster_power: float = 0.3
+    """Exponent of c/tau for tokens that clustering adds."""
+    correct_other_power: float = 0.6
+    """Exponent of c/tau for all other tokens."""
+    judge_base_ratio: float = 1.5
+    """Wrong tokens are losing saliency tokens where j/b passes this, and"""
+    judge_standard_ratio: float = 1.5
+    """where j/c passes this, and"""
+    judge_minimum: Fraction = 0.01
+    """where j passes this."""
+    unlikelihood_scale: float = 2.0
+    """Factor of sigmoid(j/b - judge_base_ratio), the weight of -log(1 - b)."""
+    imitate_incorrect: bool = False
+    """Give unflagged tokens of wrong outputs the likelihood weight sqrt(c), as released; False trains their saliency tokens only."""
+    imitate_flagged_share: Fraction = 0.06
+    """No imitation of an output with a larger share of flagged tokens."""
+    cluster: Literal["none", "like", "unlike"] = "none"
+    """Neighbours that join the saliency tokens: with similar hidden states, or with dissimilar ones as released."""
+    cluster_distance: float = 0.4
+    """Threshold of 1 - cos(centre, H_k)."""
+    cluster_max_span: Positive | None = 32
+    """Longest walk from a saliency token, in tokens; None walks without bound, as released."""
+
+    @classmethod
+    def released(cls) -> NlftOptions:
+        """Return the weights of the released code (docs/nlft.md, `released`), for comparison."""
+        return cls(standard_answers=False, imitate_incorrect=True, cluster="unlike", cluster_max_span=None)
+
+
+class SftOptions(Strict, frozen=True, tag_field="name", tag="sft"):
+    """Supervised fine-tuning: weight 1 on every token."""
+
+    targets: Literal["answers", "outputs", "both"] = "answers"
+    """The standard answers, the correct outputs, or both."""
+
+
+class Lora(Strict, frozen=True):
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    rank: Annotated[int, Meta(ge=1, le=512)] = 16
+    alpha: Annotated[float, Meta(gt=0)] = 16.0
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    targets: Literal["all", "mlp"] = "all"
+    """All linear layers but the output head, or those of the MLP only (the paper's choice)."""
+
+
+class Schedule(Strict, frozen=True):
+    """AdamW on the adapter: linear warm-up, then cosine to zero."""
+
+    batch: Positive = 8
+    """Samples of one optimizer update; the plan may split it into micro-batches, never change it."""
+    epochs: Positive = 3
+    updates: Positive | None = None
+    """Number of optimizer updates; None for `epochs` passes over the samples."""
+    learning_rate: Annotated[float, Meta(gt=0, lt=1)] = 2e-4
+    warmup: Fraction = 0.1
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+    checkpoint_s: Annotated[float, Meta(ge=0)] = 60.0
+    """Seconds between checkpoints at most; 0 writes one after every update."""
+
+
+class Sampling(Strict, frozen=True):
+    """How a record without an output gets its own worked answers, on the node, from the model itself."""
+
+    outputs: Annotated[int, Meta(ge=1, le=64)] = 4
+    """Samples per question; equal ones count once."""
+    temperature: Annotated[float, Meta(gt=0, le=4)] = 0.8
+
+
+class Evaluation(Strict, frozen=True):
+    """What is measured before and after, on questions that are never trained on."""
+
+    questions: Annotated[int, Meta(ge=0)] = 300
+    """At most this many held-out questions."""
+    held_out: Fraction = 0.2
+    """Share of the dataset to hold out where no evaluation file and no `limit` leaves rows over."""
+    verifier: Literal["numeric", "exact", "choice"] = "numeric"
+    max_new_tokens: Positive = 256
+    batch: Positive = 64
+    """Questions generated at once; the plan may lower it."""
+
+
+class Job(Strict, frozen=True, kw_only=True):
+    """One fine-tuning job. Its digest identifies the run: the same document gives the same adapter on the same machine."""
+
+    version: Literal[1] = 1
+    model: Annotated[str, Meta(min_length=1, max_length=4096)]
+    """A local directory, or the id of a model in the local Hugging Face cache."""
+    dataset: Dataset
+    budget_bytes: Annotated[int, Meta(ge=1)]
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    method: NlftOptions | SftOptions = NlftOptions()
+    prompts: Literal["worked", "plain"] | Prompts = "worked"
+    lora: Lora = Lora()
+    schedule: Schedule = Schedule()
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 42
+    max_run_s: Annotated[float, Meta(gt=0)] = 24 * 3600.0
+    """Seconds that one run may take; at the limit it checkpoints and ends."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the document in its canonical form."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()

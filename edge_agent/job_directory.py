@@ -1,0 +1,116 @@
+"""A job as a directory: what goes in, what comes out, and the lock that keeps two trainers apart.
+
+job.json dataset.jsonl [evaluation.jsonl]        in
+events.jsonl records.jsonl before.jsonl          on the way, kept for a later run of the same job
+checkpoint.safetensors
+after.jsonl adapter/ saliency.json result.json   out
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from edge_agent.dataset import Record, check_sha256, read_records
+from edge_agent.errors import Busy, Conflict, JobSchema
+from edge_agent.files import write_file
+from edge_agent.job import Job
+from edge_agent.report import Event, Result
+
+T = TypeVar("T")
+
+
+class JobDirectory:
+    """Names and typed contents of the files of one job."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.saliency = path / "saliency.json"
+        self.events = path / "events.jsonl"
+        self.result_file = path / "result.json"
+
+    def create(self, job: Job, dataset: Path, evaluation: Path | None) -> None:
+        """Lay down the inputs of a job. The same job again changes nothing; another one raises Conflict."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "job.json").exists() and self.read_job() != job:
+            raise Conflict(self.path, "model, data or options")
+        for source, name in ((dataset, "dataset.jsonl"), (evaluation, "evaluation.jsonl")):
+            if source is not None and not (self.path / name).exists():
+                write_file(self.path / name, source.read_bytes())
+        write_file(self.path / "job.json", msgspec.json.format(msgspec.json.encode(job)) + b"\n")
+
+    def read_job(self) -> Job:
+        """Return the job document. Raises JobSchema with the path of what is wrong in it."""
+        file = self.path / "job.json"
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=Job)
+        except FileNotFoundError:
+            raise JobSchema(str(file), "there is no such file; give a job directory, or --model, --data and --out") from None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise JobSchema(str(file), str(error)) from None
+
+    def read_dataset(self, job: Job) -> tuple[list[Record], list[Record] | None]:
+        """Return (records, evaluation records or None), their digests checked against the job."""
+        file = self.path / "dataset.jsonl"
+        check_sha256(file, job.dataset.sha256)
+        if job.dataset.evaluation_sha256 is None:
+            return read_records(file), None
+        evaluation = self.path / "evaluation.jsonl"
+        check_sha256(evaluation, job.dataset.evaluation_sha256)
+        return read_records(file), read_records(evaluation)
+
+    def begin(self, key: str) -> None:
+        """Keep what an earlier run of the same job and model left, and drop what any other left."""
+        file = self.path / ".key"
+        if not file.exists() or file.read_text(encoding="utf-8") != key:
+            self.forget_parts()
+            for name in ("before.jsonl", "records.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+            write_file(file, key.encode())
+
+    def read_rows(self, name: str, kind: type[T]) -> list[T] | None:
+        """Return the rows that an earlier run of this job left in a JSONL file, or None."""
+        try:
+            return msgspec.json.Decoder(kind).decode_lines((self.path / name).read_bytes())
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def write_rows(self, name: str, rows: list[T]) -> None:
+        write_file(self.path / name, msgspec.json.Encoder().encode_lines(rows))
+
+    def read_result(self) -> Result | None:
+        """Return the result of an earlier run, or None."""
+        try:
+            return msgspec.json.decode(self.result_file.read_bytes(), type=Result)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def write_result(self, result: Result) -> None:
+        write_file(self.result_file, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+
+    def append_event(self, event: Event) -> None:
+        with self.events.open("ab") as file:
+            file.write(msgspec.json.encode(event) + b"\n")
+
+    def forget_parts(self) -> None:
+        """Remove what only an unfinished run needs, and the leftovers of writes that were cut off."""
+        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        for part in self.path.glob(".*.part"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process. Raises Busy; the kernel drops the lock when the process ends, however it ends."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(self.path) from None
+            yield

@@ -1,0 +1,30 @@
+"""The Saliency Map as data: every trained token with its log-probability in each context and its weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from edge_agent.job import NlftOptions
+
+
+class SaliencyRecord(msgspec.Struct, frozen=True):
+    """One trained answer. All lists have one entry a token; `judge` is None for correct answers."""
+
+    id: str
+    kind: Literal["correct", "incorrect"]
+    tokens: list[str]
+    base: list[float]
+    standard: list[float]
+    judge: list[float] | None
+    likelihood: list[float]
+    unlikelihood: list[float]
+
+
+class Saliency(msgspec.Struct, frozen=True):
+    """`saliency.json`: log-probabilities as scored, weights as trained last, and the options that made them."""
+
+    version: Literal[1]
+    options: NlftOptions
+    records: list[SaliencyRecord]

@@ -1,0 +1,70 @@
+"""Prompts and answers as token ids.
+
+Prompt and answer are tokenised separately and concatenated, so the answer's ids are the same in every context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from edge_agent.errors import RecordTooLong
+from edge_agent.prompts import Prompts
+from edge_agent.training.methods.method import Context, Target
+
+# For base models that ship no chat template.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[m.role] + m.content + '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}Answer: {% endif %}"
+)
+
+
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a chat prompt up to where the assistant's answer begins.
+
+    Uses the tokenizer's own chat template. Where a template knows no system role, the system text opens the user message.
+    """
+    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    except TemplateError:
+        system, user = messages
+        merged = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
+        text = tokenizer.apply_chat_template(merged, chat_template=template, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of an answer, the end-of-sequence token included."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A target as token ids: the prompt of every context, and the answer, whose ids are the same after each of them."""
+
+    target: Target
+    answer: tuple[int, ...]
+    prompts: dict[Context, tuple[int, ...]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context with the answer."""
+        return max(map(len, self.prompts.values())) + len(self.answer)
+
+
+def encode_target(tokenizer: Any, prompts: Prompts, target: Target, limit: int) -> Sample:
+    """Return a target as token ids. Raises RecordTooLong where a context with the answer passes `limit` tokens."""
+    record = target.record
+    shown: dict[Context, dict[str, Any]] = {"base": {}, "standard": {"answer": record.answer}, "judge": {"judgment": record.judgment}}
+    contexts: tuple[Context, ...] = ("base", *target.contexts)
+    ids = {c: tuple(prompt_ids(tokenizer, prompts.messages(record.question, **shown[c]))) for c in contexts}
+    sample = Sample(target, tuple(answer_ids(tokenizer, target.text)), ids)
+    if sample.longest > limit:
+        longest = max(ids, key=lambda c: len(ids[c]))
+        raise RecordTooLong("dataset.jsonl", record.line, sample.longest, limit, f"{longest} context with its answer")
+    return sample

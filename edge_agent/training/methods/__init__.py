@@ -1,0 +1,14 @@
+"""The methods by the options that configure them; a new one is a file here, its options in `edge_agent.job`, and a line below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge_agent.job import NlftOptions, SftOptions
+from edge_agent.training.methods.nlft import Nlft
+from edge_agent.training.methods.sft import Sft
+
+METHODS: dict[type, Any] = {
+    NlftOptions: Nlft,
+    SftOptions: Sft,
+}

@@ -1,0 +1,60 @@
+"""What a fine-tuning method decides: which answers are trained on, what must be scored for it, and the weight of every token.
+
+Shapes: T answer tokens (end-of-sequence included), D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from edge_agent.dataset import Record
+
+Kind = Literal["correct", "incorrect"]
+Context = Literal["base", "standard", "judge"]
+IsCorrect = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One answer to train on, and the contexts beside the base context that its tokens are scored in."""
+
+    record: Record
+    text: str
+    kind: Kind
+    contexts: tuple[Context, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the answer's tokens in each context, and the hidden states that predict them in the base context."""
+
+    base_logp_T: torch.Tensor
+    standard_logp_T: torch.Tensor | None = None
+    judge_logp_T: torch.Tensor | None = None
+    hidden_TD: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of -log b and of -log(1 - b), where b is the probability of the token in the base context."""
+
+    likelihood_T: torch.Tensor
+    unlikelihood_T: torch.Tensor
+
+
+class Method(Protocol):
+    """A method is built from its options; `METHODS` names all of them."""
+
+    needs_hidden: bool
+    rescores: bool
+    """Score again with the adapter at the start of every epoch."""
+
+    def targets(self, records: list[Record], is_correct: IsCorrect) -> list[Target]:
+        """Choose what to train on."""
+
+    def weights(self, target: Target, scores: Scores) -> Weights:
+        """Weigh the tokens of a target; `scores` has the contexts that it asked for."""

@@ -1,0 +1,34 @@
+"""Supervised fine-tuning: weight 1 on every token of the standard answers, of the correct outputs, or of both."""
+
+from __future__ import annotations
+
+import torch
+
+from edge_agent.dataset import Record
+from edge_agent.job import SftOptions
+from edge_agent.training.methods.method import IsCorrect, Scores, Target, Weights
+
+
+def standard_answers(records: list[Record], contexts: tuple[str, ...] = ()) -> list[Target]:
+    """One target for the standard answer of each question."""
+    first = {r.question: r for r in reversed(records)}
+    return [Target(r, r.answer, "correct", contexts) for r in records if first[r.question] is r]  # type: ignore[arg-type]
+
+
+class Sft:
+    """See the module's text."""
+
+    needs_hidden = False
+    rescores = False
+
+    def __init__(self, options: SftOptions) -> None:
+        self._options = options
+
+    def targets(self, records: list[Record], is_correct: IsCorrect) -> list[Target]:
+        answers = standard_answers(records)
+        outputs = [Target(r, r.output, "correct") for r in records if r.output is not None and is_correct(r.output, r.answer)]
+        return {"answers": answers, "outputs": outputs, "both": answers + outputs}[self._options.targets]
+
+    def weights(self, target: Target, scores: Scores) -> Weights:
+        ones_T = torch.ones_like(scores.base_logp_T)
+        return Weights(ones_T, torch.zeros_like(ones_T))

@@ -1,0 +1,70 @@
+"""Puts together what a run reports of its data, its answers and its environment."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from edge_agent.dataset import Record
+from edge_agent.report import Data, Example, Measured, mcnemar, wilson
+from edge_agent.saliency import SaliencyRecord
+from edge_agent.training.contexts import Sample
+from edge_agent.training.evaluate import Answer
+from edge_agent.training.methods.method import IsCorrect, Scores, Weights
+
+PACKAGES = ("edge-agent", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that determine a result."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def compare(before: list[Answer], after: list[Answer]) -> Measured:
+    """Return the accuracies of the same questions before and after training."""
+    if not before:
+        return Measured(None, None, None, "no question was held out: give --eval-data, or a --hold-out above 0")
+    verdicts = [a.correct for a in before], [a.correct for a in after]
+    first, second = (wilson(sum(v), len(v)) for v in verdicts)
+    return Measured(first, second, mcnemar(*verdicts))
+
+
+def examples(before: list[Answer], after: list[Answer], count: int = 3) -> list[Example]:
+    """Return a few questions before and after, those that were learned or lost first."""
+    pairs = sorted(zip(before, after, strict=True), key=lambda p: (p[0].correct == p[1].correct, p[0].correct))
+    return [Example(b.question, b.answer, b.output, a.output, b.correct, a.correct) for b, a in pairs[:count]]
+
+
+def describe_data(
+    sha256: str, records: list[Record], held_out: int, samples: list[Sample], weights: list[Weights], is_correct: IsCorrect
+) -> Data:
+    """Count what was trained on."""
+    verdicts = [is_correct(r.output, r.answer) for r in records if r.output is not None]
+    wrong = [w for s, w in zip(samples, weights, strict=True) if s.target.kind == "incorrect"]
+    tokens = sum(len(w.unlikelihood_T) for w in wrong)
+    flagged = sum(int((w.unlikelihood_T > 0).sum()) for w in wrong)
+    return Data(sha256, len(records), held_out, sum(verdicts), len(verdicts) - sum(verdicts), len(samples), flagged / max(tokens, 1))
+
+
+def saliency_records(tokenizer: object, samples: list[Sample], scores: list[Scores], weights: list[Weights]) -> list[SaliencyRecord]:
+    """Return every trained token with its scores and weights."""
+    rows = []
+    for sample, s, w in zip(samples, scores, weights, strict=True):
+        texts = [tokenizer.decode([t]) for t in sample.answer]  # type: ignore[attr-defined]
+        base, standard, judge, likelihood, unlikelihood = (
+            None if x is None else [round(v, 6) for v in x.tolist()]
+            for x in (s.base_logp_T, s.standard_logp_T, s.judge_logp_T, w.likelihood_T, w.unlikelihood_T)
+        )
+        rows.append(
+            SaliencyRecord(
+                sample.target.record.id or "",
+                sample.target.kind,
+                texts,
+                base or [],
+                standard or [],
+                judge,
+                likelihood or [],
+                unlikelihood or [],
+            )
+        )
+    return rows

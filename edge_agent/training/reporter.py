@@ -1,0 +1,67 @@
+"""Tells the outside what a run does: events to a file and a listener, stage measurements, and the run's time limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from edge_agent.errors import TimedOut
+from edge_agent.job import Job
+from edge_agent.job_directory import JobDirectory
+from edge_agent.report import Event, EventKind
+from profiles.device import DeviceProfile
+from profiles.memory import CudaMemory, HostMemory, Memory
+from profiles.recorder import Recorder, StageName, StageRow
+from quantization.plan import Plan
+
+PROGRESS_INTERVAL_S = 0.5
+Listener = Callable[[Event], None]
+
+
+class Reporter:
+    """One run's events. `progress` is called often and passes on at most two events a second."""
+
+    def __init__(self, directory: JobDirectory, job: Job, device: DeviceProfile, listen: Listener) -> None:
+        memory: Memory = CudaMemory(device.overhead_bytes) if device.kind == "cuda" else HostMemory()
+        synchronize = torch.cuda.synchronize if device.kind == "cuda" else lambda: None
+        self.recorder = Recorder(memory, synchronize, self._on_stage)
+        self.started = time.monotonic()
+        self.plan: Plan | None = None
+        self._directory, self._job, self._listen = directory, job, listen
+        self._shown = 0.0
+
+    def stage(self, name: StageName) -> AbstractContextManager[StageRow]:
+        """Measure a stage against the plan, if there is one yet."""
+        return self.recorder.stage(name, self.plan.planned_bytes(name) if self.plan else None)
+
+    def emit(self, kind: EventKind, **fields: Any) -> None:
+        """Write one event, of the fields of `Event`, and pass it on."""
+        event = Event(time=time.time(), event=kind, **fields)
+        self._directory.append_event(event)
+        self._listen(event)
+
+    def progress(self, done: int, total: int, tokens: int, loss: float | None = None) -> None:
+        """Count tokens into the running stage and pass progress on. Raises TimedOut past the job's `max_run_s`."""
+        row, now = self.recorder.rows[-1], time.monotonic()
+        row.tokens += tokens
+        if now - self.started > self._job.max_run_s:
+            raise TimedOut(self._job.max_run_s)
+        if now - self._shown < PROGRESS_INTERVAL_S and done < total:
+            return
+        self._shown = now
+        rate = row.tokens / max(now - self.stage_started, 1e-9)
+        memory, budget = self.recorder.memory.current_bytes(), self._job.budget_bytes
+        self.emit(
+            "progress", stage=row.stage, done=done, total=total, loss=loss, tokens_per_s=rate, memory_bytes=memory, budget_bytes=budget
+        )
+
+    def _on_stage(self, row: StageRow, finished: bool) -> None:
+        self.stage_started = time.monotonic()
+        if finished:
+            self.emit("stage_finished", stage=row.stage, seconds=row.seconds, memory_bytes=row.peak_bytes)
+        else:
+            self.emit("stage_started", stage=row.stage)

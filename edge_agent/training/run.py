@@ -1,0 +1,178 @@
+"""The main path: one job, from its directory to its result."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+
+from edge_agent.dataset import Record
+from edge_agent.errors import EdgeAgentError, OutOfMemory
+from edge_agent.files import write_file
+from edge_agent.job import Job, NlftOptions
+from edge_agent.job_directory import JobDirectory
+from edge_agent.report import Adapter, Failure, Model, Result
+from edge_agent.saliency import Saliency
+from edge_agent.training import outcome
+from edge_agent.training.contexts import Sample, encode_target, prompt_ids
+from edge_agent.training.evaluate import Answer, evaluate
+from edge_agent.training.generate import generate, judged, own_outputs
+from edge_agent.training.loop import Training, train
+from edge_agent.training.methods.method import Scores
+from edge_agent.training.prepare import Prepared, admit, prepare
+from edge_agent.training.reporter import Listener, Reporter
+from edge_agent.training.scoring import score, weigh
+from profiles.device import detect_device, device_name, device_profile
+from profiles.memory import fix_malloc
+from quantization.adapter import WEIGHTS, attach_adapter, save_adapter
+from quantization.load import load_model
+from quantization.plan import Plan
+
+T = TypeVar("T")
+
+
+def run_job(directory: JobDirectory, listen: Listener) -> Result:
+    """Run the job of a directory to its result; a finished job returns its result, an interrupted one goes on.
+
+    Raises an EdgeAgentError, after the same has been written to events.jsonl and result.json.
+    """
+    job = directory.read_job()
+    with directory.locked():
+        earlier = directory.read_result()
+        if earlier and earlier.state == "succeeded" and earlier.job == job.digest:
+            return earlier
+        fix_malloc()
+        reporter = Reporter(directory, job, device_profile(detect_device(job.device)), listen)
+        try:
+            result = _stages(directory, job, reporter)
+        except Exception as error:
+            raise _failed(directory, job, reporter, error) from error
+        reporter.emit("finished", seconds=result.seconds)
+        return result
+
+
+def _stages(directory: JobDirectory, job: Job, reporter: Reporter) -> Result:
+    with reporter.stage("plan"):
+        work = prepare(directory, job)
+        plan = reporter.plan = work.plan()
+        admit(work, plan, directory)
+        directory.begin(f"{job.digest} {work.files.fingerprint}")
+    with reporter.stage("load"):
+        _cap_memory(job, work)
+        model, tokenizer = load_model(work.files, work.device)
+    with reporter.stage("evaluate") as row:
+        before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
+    with reporter.stage("sample") as row:
+        records, row.resumed = _kept(directory, "records.jsonl", Record, lambda: _complete(model, work, plan, reporter))
+    with reporter.stage("encode") as row:
+        targets = work.method.targets(records, work.is_correct)
+        samples = [encode_target(tokenizer, work.prompts, t, work.files.context_tokens) for t in targets]
+        row.tokens = sum(len(p) + len(s.answer) for s in samples for p in s.prompts.values())
+    model = attach_adapter(model, job.lora, job.seed, job.model)
+    with reporter.stage("score"):
+        scores = _score(model, work, samples, plan, reporter)
+        weights = weigh(work.method, samples, scores)
+    with reporter.stage("train") as row:
+        rescore = (lambda: weigh(work.method, samples, _score(model, work, samples, plan, reporter))) if work.method.rescores else None
+        training = Training(_key(job, work, samples), job.schedule, job.seed, plan, tokenizer.pad_token_id, directory.path, rescore)
+        state, row.resumed = train(model, samples, weights, training, reporter.progress)
+    with reporter.stage("evaluate"):
+        after = _evaluate(model, work, plan, reporter)
+        directory.write_rows("after.jsonl", after)
+    with reporter.stage("save"):
+        sha256 = save_adapter(model, directory.adapter, job.model)
+        if isinstance(job.method, NlftOptions):
+            rows = outcome.saliency_records(tokenizer, samples, scores, weights)
+            write_file(directory.saliency, msgspec.json.encode(Saliency(1, job.method, rows)))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result = msgspec.structs.replace(
+        _result(job, reporter, "succeeded"),
+        model=Model(job.model, work.files.fingerprint, work.files.context_tokens),
+        data=outcome.describe_data(job.dataset.sha256, records, len(work.held_out), samples, weights, work.is_correct),
+        plan=plan, updates=state.updates, losses=list(state.losses), accuracy=outcome.compare(before, after),
+        examples=outcome.examples(before, after),
+        adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
+    )  # fmt: skip
+    directory.write_result(result)
+    directory.forget_parts()
+    return result
+
+
+def _kept(directory: JobDirectory, name: str, kind: type[T], make: Callable[[], list[T]]) -> tuple[list[T], bool]:
+    """Return the rows of an earlier run of this job and True, or make and keep them and return them with False."""
+    rows = directory.read_rows(name, kind)
+    if rows is not None:
+        return rows, True
+    rows = make()
+    directory.write_rows(name, rows)
+    return rows, False
+
+
+def _evaluate(model: Any, work: Prepared, plan: Plan, reporter: Reporter) -> list[Answer]:
+    return evaluate(
+        model, work.tokenizer, work.held_out, work.prompts, work.job.evaluation,
+        batch=plan.generate_batch, context_tokens=work.files.context_tokens, progress=reporter.progress,
+    )  # fmt: skip
+
+
+def _complete(model: Any, work: Prepared, plan: Plan, reporter: Reporter) -> list[Record]:
+    """Give every record what the method trains on: the model's own outputs where it has none, judgments of the incorrect ones."""
+    if not work.samples_outputs:
+        return [judged(r, work.is_correct) for r in work.training]
+    sampling, bare = work.job.sampling, [r for r in work.training if r.output is None]
+    prompts = [prompt_ids(work.tokenizer, work.prompts.messages(r.question)) for r in bare for _ in range(sampling.outputs)]
+    new = generate(
+        model, work.tokenizer, prompts, max_new_tokens=work.sampling_room, batch=plan.generate_batch, progress=reporter.progress,
+        temperature=sampling.temperature, seed=work.job.seed,
+    )  # fmt: skip
+    texts = work.tokenizer.batch_decode(new, skip_special_tokens=True)
+    given = [judged(r, work.is_correct) for r in work.training if r.output is not None]
+    return given + own_outputs(bare, texts, sampling, work.is_correct)
+
+
+def _score(model: Any, work: Prepared, samples: list[Sample], plan: Plan, reporter: Reporter) -> list[Scores]:
+    def progress(done: int, total: int, tokens: int) -> None:
+        reporter.progress(done, total, tokens)
+
+    rows, chunk, pad_id = 2 * plan.micro_batch, plan.head_chunk, work.tokenizer.pad_token_id
+    return score(model, samples, rows, chunk, work.method.needs_hidden, pad_id, progress)
+
+
+def _key(job: Job, work: Prepared, samples: list[Sample]) -> str:
+    """Identify job, model and samples, so that a checkpoint of anything else is not taken up."""
+    ids = msgspec.json.encode([(s.prompts, s.answer) for s in samples])
+    return hashlib.sha256(f"{job.digest} {work.files.fingerprint} ".encode() + ids).hexdigest()
+
+
+def _cap_memory(job: Job, work: Prepared) -> None:
+    if work.device.kind == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, job.budget_bytes - work.device.overhead_bytes) / total))
+
+
+def _result(job: Job, reporter: Reporter, state: Any) -> Result:
+    rows = reporter.recorder.rows
+    train_row = next((r for r in rows if r.stage == "train"), None)
+    return Result(
+        job=job.digest, state=state, method=str(job.method.__struct_config__.tag), seed=job.seed,
+        device=device_name(detect_device(job.device)), versions=outcome.versions(), budget_bytes=job.budget_bytes,
+        peak_bytes=max((r.peak_bytes for r in rows), default=0), stages=rows, seconds=time.monotonic() - reporter.started,
+        tokens_per_s=train_row.tokens_per_s if train_row else None, resumed=any(r.resumed for r in rows),
+    )  # fmt: skip
+
+
+def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: Exception) -> Exception:
+    """Record a failure as well as the disk allows, and return the error to raise."""
+    stage = reporter.recorder.current_stage
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        error = OutOfMemory(stage, str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+    code, text = getattr(error, "code", EdgeAgentError.code), str(error) or type(error).__name__
+    with suppress(OSError, EdgeAgentError):
+        reporter.emit("failed", stage=stage, code=code, text=text[:1024])
+        directory.write_result(msgspec.structs.replace(_result(job, reporter, "failed"), error=Failure(code, text[:1024])))
+    return error

@@ -1,0 +1,79 @@
+"""How much memory the trainer holds, now and at its peak: the number that is held against the budget."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+_MMAP_THRESHOLD_BYTES = 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+
+class Memory(Protocol):
+    """What a recorder asks of a device."""
+
+    def reset_peak(self) -> None: ...
+
+    def peak_bytes(self) -> int: ...
+
+    def current_bytes(self) -> int: ...
+
+
+class HostMemory:
+    """Resident set of this process. Its peak comes from the kernel, which forgets it on request, so nothing is sampled."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+
+    def reset_peak(self) -> None:
+        # Where this is not allowed the peak stays that of the whole process: an upper bound.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_bytes(self) -> int:
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def current_bytes(self) -> int:
+        return int(self._process.memory_info().rss)
+
+
+class CudaMemory:
+    """What the caching allocator has reserved, plus the context, whose size the device profile declares."""
+
+    def __init__(self, overhead_bytes: int) -> None:
+        import torch
+
+        self._cuda = torch.cuda
+        self._overhead_bytes = overhead_bytes
+
+    def reset_peak(self) -> None:
+        self._cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        return int(self._cuda.max_memory_reserved()) + self._overhead_bytes
+
+    def current_bytes(self) -> int:
+        return int(self._cuda.memory_reserved()) + self._overhead_bytes
+
+
+def fix_malloc() -> bool:
+    """Make glibc return every block of 1 MiB or more when it is freed, so that the resident set is what is in use.
+
+    Returns False where the C library has no mallopt.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, _MMAP_THRESHOLD_BYTES) and mallopt(_M_ARENA_MAX, 2)
+    )

@@ -1,0 +1,59 @@
+"""The LoRA adapter of a job: attach, read, write. On disk it is what PEFT itself writes and loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save
+
+from edge_agent.errors import AdapterMismatch, ModelUnsupported
+from edge_agent.files import write_directory
+from edge_agent.job import Lora
+from quantization.plan import MLP
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def attach_adapter(model: Any, lora: Lora, seed: int, name: str) -> Any:
+    """Return the model with a new adapter in 32 bits: A drawn from the seed, B zero, so it changes nothing yet."""
+    targets: str | list[str] = "all-linear"
+    if lora.targets == "mlp":
+        targets = sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if n.rpartition(".")[2] in MLP[:-1]})
+        if not targets:
+            raise ModelUnsupported(name, "its MLP layers have names that are not known; use --lora-targets all")
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # a name that PEFT still uses
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    return adapted.eval()
+
+
+def load_adapter(model: Any, directory: Path) -> Any:
+    """Return the model with a saved adapter, for evaluation. Raises AdapterMismatch."""
+    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+        raise AdapterMismatch(directory, f"there is no {CONFIG} with {WEIGHTS} in it; give the adapter/ of a finished job")
+    try:
+        return PeftModel.from_pretrained(model, directory).eval()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise AdapterMismatch(directory, f"it does not belong to this model ({str(error).splitlines()[0][:200]})") from error
+
+
+def save_adapter(model: Any, directory: Path, model_name: str) -> str:
+    """Write the adapter as PEFT's two files, whole or not at all; return the sha256 of the weights."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    weights = save(state, metadata={"format": "pt"})
+    config = model.peft_config["default"].to_dict() | {"inference_mode": True, "base_model_name_or_path": model_name}
+    text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+    write_directory(directory, {WEIGHTS: weights, CONFIG: text.encode()})
+    return hashlib.sha256(weights).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else getattr(value, "value", str(value))

@@ -1,0 +1,71 @@
+"""Loads a causal language model in 4 bits: NF4 with double quantisation through bitsandbytes, for any architecture of transformers."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import bitsandbytes
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from edge_agent.errors import ModelUnsupported
+from profiles.device import DeviceProfile
+from quantization.model_files import ModelFiles
+
+
+def load_model(files: ModelFiles, device: DeviceProfile) -> tuple[Any, Any]:
+    """Return (model in NF4, tokenizer), frozen and ready to score, generate and be adapted.
+
+    Linear layers but the output head are NF4; embedding, head and norms keep the compute type. Raises ModelUnsupported.
+    """
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports that it fetches no kernels, as wanted
+    dtype = getattr(torch, device.compute_dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            files.path, dtype=dtype, quantization_config=quantization, device_map={"": device.kind}, use_safetensors=True,
+            trust_remote_code=False, local_files_only=True,
+        )  # fmt: skip
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelUnsupported(files.name, f"transformers cannot load it: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelUnsupported(files.name, "its tokenizer has no end-of-sequence token, so an answer could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    model.requires_grad_(False)
+    keep_training_kernel(model)
+    _check_head(files, model)
+    return model.eval(), tokenizer
+
+
+def keep_training_kernel(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights in place for CPUs with AVX512-BF16.
+
+    With it, one forward pass without gradient in `.eval()` leaves a model whose backward pass gives no gradient to the layer's
+    input: evaluating and then training would be silently wrong.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def _check_head(files: ModelFiles, model: Any) -> None:
+    """The engine applies the output head to chosen positions itself; a model whose head does more must not pass unnoticed."""
+    ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    whole = model(input_ids=ids).logits.float()
+    parts = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state).float()
+    if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
+        raise ModelUnsupported(files.name, "its output head scales or caps the logits, which the training loss does not support yet")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

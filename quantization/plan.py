@@ -1,0 +1,230 @@
+"""The plan: how many bytes each stage of a job takes, before anything is loaded, and which rung of the ladder fits the budget.
+
+Closed form from config.json and the headers of the weight files; imports no torch and takes a millisecond. Everything that a
+plan could not foresee (fragmentation, kernels' workspaces) is in the device profile's overhead and in `MARGIN`.
+
+Legend: D hidden size, F size of the MLP, Q and K total widths of query and key heads, V vocabulary, L layers, B rows, T tokens
+of the longest row, A answer tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from edge_agent.errors import DoesNotFit, ModelUnsupported
+from edge_agent.job import Job, Lora
+from profiles.device import DeviceProfile
+from quantization.model_files import ModelFiles, Tensor
+
+NF4_BYTES = 4.127 / 8
+"""Bytes of one weight in NF4 with double quantisation, scales included."""
+MARGIN = 1.15
+HEAD_CHUNK = 256
+"""Rows of the output head that are computed at once."""
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out", "word_embeddings")
+MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "mlp")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder that a plan needs."""
+
+    hidden: int
+    mlp: int
+    query: int
+    key: int
+    layers: int
+    vocabulary: int
+    linear: tuple[Tensor, ...]
+    """Matrices that are held in NF4."""
+    other_elements: int
+    """Elements held in the compute type: embeddings, head, norms, biases."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The longest sequences of a job, in tokens."""
+
+    train: int
+    """Longest base prompt with its answer."""
+    score: int
+    """Longest prompt of any context with its answer."""
+    answer: int
+    """Longest answer."""
+    generate: int
+    """Longest base prompt plus the tokens to generate."""
+
+
+class StagePlan(msgspec.Struct, frozen=True):
+    """Bytes of one stage: what stays and what comes and goes."""
+
+    stage: str
+    resident_bytes: int
+    transient_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.resident_bytes + self.transient_bytes
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """The chosen rung and the bytes of every stage on it, the device's overhead included."""
+
+    rung: str
+    micro_batch: int
+    head_chunk: int
+    checkpointing: bool
+    generate_batch: int
+    budget_bytes: int
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.binding.peak_bytes
+
+    @property
+    def binding(self) -> StagePlan:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda s: s.peak_bytes)
+
+    def planned_bytes(self, stage: str) -> int | None:
+        return next((s.peak_bytes for s in self.stages if s.stage == stage), None)
+
+
+def read_shape(files: ModelFiles) -> Shape:
+    """Return the sizes of a model. Raises ModelUnsupported where its configuration does not say them."""
+    config: dict[str, Any] = files.config.get("text_config") or files.config
+
+    def size(*names: str) -> int:
+        for name in names:
+            if isinstance(config.get(name), int):
+                return int(config[name])
+        raise ModelUnsupported(files.name, f"its config.json has no {names[0]}; only decoder language models can be fine-tuned")
+
+    hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
+    head = config.get("head_dim") or hidden // heads
+    key_heads = config.get("num_key_value_heads") or heads
+    matrices = [t for t in files.tensors if len(t.shape) == 2]
+    linear = tuple(t for t in matrices if not any(name in t.name for name in EMBEDDINGS))
+    return Shape(
+        hidden=hidden,
+        mlp=int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden),
+        query=heads * head,
+        key=key_heads * head,
+        layers=size("num_hidden_layers", "n_layer"),
+        vocabulary=size("vocab_size"),
+        linear=linear,
+        other_elements=sum(t.elements for t in files.tensors) - sum(t.elements for t in linear),
+    )
+
+
+def adapter_elements(shape: Shape, lora: Lora) -> int:
+    """Return the number of trained parameters."""
+    chosen = [t for t in shape.linear if lora.targets == "all" or any(name in t.name for name in MLP)]
+    return sum(lora.rank * (t.shape[0] + t.shape[1]) for t in chosen)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder: settings that trade time for bytes and never change the result beyond rounding."""
+
+    name: str
+    micro_batch: int
+    head_chunk: int
+    checkpointing: bool
+    generate_batch: int
+
+
+def ladder(job: Job) -> Iterator[Rung]:
+    """Yield the rungs from the fastest to the smallest."""
+    batch, generate = job.schedule.batch, job.evaluation.batch
+    yield Rung("as asked", batch, HEAD_CHUNK, False, generate)
+    micro = batch
+    while micro > 1:
+        micro = -(-micro // 2)
+        generate = max(1, generate // 2)
+        yield Rung("smaller micro-batch", micro, HEAD_CHUNK, False, generate)
+    yield Rung("smaller head chunks", 1, 32, False, generate)
+    while True:
+        yield Rung("activation checkpointing", 1, 32, True, generate)
+        if generate == 1:
+            return
+        generate //= 2
+
+
+def stage_plans(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, rung: Rung) -> tuple[StagePlan, ...]:
+    """Return the bytes of every stage on a rung."""
+    act = device.activation_bytes
+    adapter = adapter_elements(shape, job.lora)
+    weights = sum(t.elements for t in shape.linear) * NF4_BYTES + shape.other_elements * act
+    base = device.overhead_bytes + weights
+    dequantised = 2 * max((t.elements for t in shape.linear), default=0) * act
+    # Loading holds the largest tensor as stored, in the compute type, and while it is packed; on a CPU the mapped file counts.
+    largest = max((t.elements for t in shape.linear), default=0)
+    stored = sum(t.stored_bytes for t in shape.linear) if device.kind == "cpu" else 0
+    load = stored + 3 * largest * act
+
+    def forward(rows: int, tokens: int, kept_layers: float) -> float:
+        layer = rows * tokens * _layer_bytes(shape, act)
+        return kept_layers * layer + dequantised + rows * tokens * tokens * 4
+
+    def head(rows: int, copies: int) -> float:
+        return rows * shape.vocabulary * 4 * copies
+
+    micro, chunk = rung.micro_batch, rung.head_chunk
+    kept = 2.0 if rung.checkpointing else shape.layers + 1.0
+    streams = rung.checkpointing * shape.layers * micro * lengths.train * shape.hidden * act
+    answers = micro * lengths.answer * shape.hidden * act * 2
+    train = forward(micro, lengths.train, kept) + streams + answers + head(min(chunk, micro * lengths.answer), 5)
+    score = forward(2 * micro, lengths.score, 1.0) + head(min(chunk, 2 * micro * lengths.answer), 4)
+    cache = rung.generate_batch * lengths.generate * shape.layers * 2 * shape.key * act
+    generate = 1.5 * cache + forward(rung.generate_batch, lengths.generate, 1.0) + head(rung.generate_batch, 4)
+    optimizer = base + adapter * 4 * 4  # weight, gradient and two moments in 32 bits
+    rows = [
+        ("load", base, load),
+        ("evaluate", base + adapter * 4, generate),
+        ("sample", base, generate),
+        ("score", base + adapter * 4, score),
+        ("train", optimizer, train),
+        ("save", optimizer, adapter * 4 * 2),
+    ]
+    return tuple(StagePlan(name, int(resident), int(transient * MARGIN)) for name, resident, transient in rows)
+
+
+def _layer_bytes(shape: Shape, act: int) -> float:
+    """Bytes that one decoder layer keeps per token for its backward pass, LoRA on all linear layers.
+
+    In 32 bits: two norms keep input, normalised and output; attention keeps rotated queries and keys, values and output; the
+    MLP keeps four vectors. In 16 bits the norms' inputs and each adapter's input are kept in 32 bits as well.
+    """
+    wide, narrow = shape.hidden, shape.mlp
+    if act == 4:
+        return 24 * wide + 8 * (shape.query + shape.key) + 16 * narrow
+    return 36 * wide + 8 * shape.query + 4 * shape.key + 12 * narrow
+
+
+def make_plan(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile) -> Plan:
+    """Return the plan on the fastest rung that fits. Raises DoesNotFit with the smallest budget that would work."""
+    for r in ladder(job):
+        stages = stage_plans(shape, job, lengths, device, r)
+        plan = Plan(r.name, r.micro_batch, r.head_chunk, r.checkpointing, r.generate_batch, job.budget_bytes, stages)
+        if plan.peak_bytes <= job.budget_bytes:
+            return plan
+    raise DoesNotFit(plan.peak_bytes, job.budget_bytes, plan.binding.stage, _longest_that_fits(shape, job, lengths, device))
+
+
+def _longest_that_fits(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile) -> int:
+    """Tokens of the longest record that the smallest rung can train within the budget; 0 for none."""
+    *_, last = ladder(job)
+    low, high = 0, lengths.score
+    while low < high:
+        middle = (low + high + 1) // 2
+        share = middle / lengths.score
+        shorter = Lengths(*(max(1, int(n * share)) for n in (lengths.train, lengths.score, lengths.answer, lengths.generate)))
+        peak = max(s.peak_bytes for s in stage_plans(shape, job, shorter, device, last))
+        low, high = (middle, high) if peak <= job.budget_bytes else (low, middle - 1)
+    return low
