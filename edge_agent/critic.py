@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -72,8 +73,7 @@ def judge_output(output: str, standard: str) -> str:
     """
     ours, theirs = equations(output), equations(standard)
     known = {_unordered(e) for e in theirs}
-    done = {_unordered(e) for e in ours}
-    missing = [e for e in theirs if _unordered(e) not in done]
+    missing = _without(theirs, ours)
     for number, equation in enumerate(ours, start=1):
         value, claimed = evaluate(equation.left), evaluate(equation.right)
         if value is not None and claimed is not None and value != claimed and not _rounded(value, claimed):
@@ -86,6 +86,19 @@ def judge_output(output: str, standard: str) -> str:
     if said is None:
         return f"There is no final answer. It should be {wanted}."
     return f"The final answer is {said}. It should be {wanted}."
+
+
+def _without(equations: list[Equation], taken: list[Equation]) -> list[Equation]:
+    """Return the equations that `taken` does not have; one that stands twice must be taken twice."""
+    left = Counter(map(_unordered, taken))
+    rest = []
+    for equation in equations:
+        key = _unordered(equation)
+        if left[key]:
+            left[key] -= 1
+        else:
+            rest.append(equation)
+    return rest
 
 
 def _unordered(equation: Equation) -> tuple[tuple[str, ...], str]:

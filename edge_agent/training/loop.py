@@ -24,7 +24,6 @@ from edge_agent.training.methods.method import Weights
 from edge_agent.training.packing import answer_hidden, pack, weighted_loss
 from quantization.plan import Plan
 
-Rescore = Callable[[], list[Weights]]
 OnUpdate = Callable[[int, int, int, float], None]
 
 
@@ -38,7 +37,7 @@ class Training:
     plan: Plan
     pad_id: int
     directory: Path
-    rescore: Rescore | None
+    rescore: Callable[[], list[Weights]] | None
     """Weighs the samples again with the adapter as it is, at the start of each epoch but the first."""
 
 
@@ -66,13 +65,11 @@ def learning_rate(update: int, updates: int, schedule: Schedule) -> float:
     return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
 
 
-def train(
-    model: Any, samples: list[Sample], weights: list[Weights], training: Training, progress: Callable[[int, int, int, float], None]
-) -> tuple[Progress, bool]:
-    """Train the adapter in place; return where it ended, and whether it went on from a checkpoint. `progress` hears (update, updates, tokens, loss).
+def train(model: Any, samples: list[Sample], weights: list[Weights], training: Training, progress: OnUpdate) -> tuple[Progress, bool]:
+    """Train the adapter in place; return where it ended, and whether it went on from a checkpoint.
 
-    The loss of an update is the weighted sum over its tokens divided by their number, whatever the micro-batches.
-    Raises NonFiniteLoss, DiskFull.
+    `progress` hears (update, updates, tokens, loss). The loss of an update is the weighted sum over its tokens divided by their
+    number, whatever the micro-batches. Raises NonFiniteLoss, DiskFull.
     """
     schedule, plan = training.schedule, training.plan
     batches = order(len(samples), schedule, training.seed)

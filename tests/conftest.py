@@ -1,0 +1,83 @@
+"""Shared by all tests: the shipped model, the real data where it is present, and the command line run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "edge_agent" / "demo" / "tiny"
+SHARED = ROOT.parent / "shared" / "data"
+DEADLINE_S = 240
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models are slower on more threads, and results must not depend on the machine's number of cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The directory of the shipped model."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the checkout; a user's machine has none."""
+    if not SHARED.is_dir():
+        pytest.skip(f"REAL DATA ABSENT: {SHARED} does not exist, so this check on real data did not run")
+    return SHARED
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Cli = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run `edge-agent` with arguments, as its own process."""
+
+    def run(*arguments: object, cwd: Path | None = None) -> Ran:
+        command = [sys.executable, "-m", "edge_agent.cli", *map(str, arguments)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=DEADLINE_S, check=False)
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def write_domain(path: Path, family: str, count: int, seed: int) -> Path:
+    """Write problems of a family as a dataset."""
+    from edge_agent.demo.problems import problems
+
+    rows = [{"question": p.question, "answer": p.answer} for p in islice(problems(family, seed), count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,89 @@
+"""The house: imports point one way, the daemon's side imports no torch, and nothing is called utils."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the ground up: a module may import from its own layer's folder and from layers below it.
+LAYERS = (
+    ("edge_agent.errors", "edge_agent.files", "edge_agent.prompts"),
+    ("profiles", "edge_agent.verify", "edge_agent.job"),
+    ("edge_agent.critic", "edge_agent.dataset", "quantization"),
+    ("edge_agent.report", "edge_agent.saliency"),
+    ("edge_agent.job_directory", "edge_agent.job_building"),
+    ("edge_agent.training",),
+    ("edge_agent.console", "edge_agent.demo"),
+    ("edge_agent.cli",),
+)
+# The generator stands on the critic only, and the parts below must not know the demo.
+TORCH_FREE = (
+    "edge_agent.cli", "edge_agent.console", "edge_agent.job_directory", "edge_agent.job_building", "edge_agent.dataset",
+    "edge_agent.report",
+    "edge_agent.saliency", "edge_agent.critic", "edge_agent.demo.tour", "quantization.plan", "quantization.model_files", "profiles.device",
+    "profiles.recorder", "profiles.memory",
+)  # fmt: skip
+
+
+def _modules() -> dict[str, Path]:
+    files = [f for package in ("edge_agent", "quantization", "profiles") for f in (ROOT / package).rglob("*.py")]
+    return {str(f.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): f for f in files}
+
+
+def _layer(module: str) -> int | None:
+    for number, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    return None
+
+
+def _imports(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_layer() -> None:
+    """A new module is put into the house, not beside it."""
+    assert [m for m in _modules() if m != "edge_agent" and _layer(m) is None] == []
+
+
+def test_imports_point_down() -> None:
+    """No module imports from a layer above its own."""
+    modules = _modules()
+    wrong = []
+    for module, file in modules.items():
+        own = _layer(module)
+        for name in _imports(file) & set(modules):
+            above = _layer(name)
+            if own is not None and above is not None and above > own:
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+def test_names_say_what_a_module_is_for() -> None:
+    """There is no utils, common, helpers or base."""
+    assert [m for m in _modules() if m.rpartition(".")[2] in {"utils", "common", "helpers", "base"}] == []
+
+
+def test_daemon_side_imports_no_torch() -> None:
+    """Everything that the daemon will import starts without torch and transformers."""
+    code = f"import sys\nfor m in {TORCH_FREE!r}: __import__(m)\nprint([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", sorted(_modules()))
+def test_nothing_swallows_every_exception(module: str) -> None:
+    """`except Exception` stands once, at the top of the trainer."""
+    text = _modules()[module].read_text(encoding="utf-8")
+    assert text.count("except Exception") == (module == "edge_agent.training.run")
