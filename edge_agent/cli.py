@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -12,18 +13,18 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from edge_agent import dataset as datasets
 from edge_agent.console import LiveView, format_accuracy, plan_table, summary
-from edge_agent.errors import EdgeAgentError, JobSchema
+from edge_agent.errors import DatasetEmpty, EdgeAgentError
 from edge_agent.job import Job
 from edge_agent.job_building import build_job, parse_size
 from edge_agent.job_directory import JobDirectory
 
 EXIT_CODES = """
 Exit codes: 0 success, 1 internal error, 2 wrong usage, 3 dataset, 4 job or directory, 5 model or adapter, 6 does not fit the
-budget or the free memory, 7 out of memory, 8 disk full, 9 loss not finite, 10 time limit, 130 interrupted (run again to go on).
+budget or the free memory, 7 out of memory, 8 disk full, 9 loss not finite, 10 time limit,
+11 no such device, 130 interrupted (run again to go on).
 """
 
 app = typer.Typer(
@@ -83,6 +84,7 @@ def _offline() -> None:
     """Nothing is fetched while a job runs: no weights, no kernels."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would warn that it fetched no kernels
 
 
 @app.command(epilog=EXIT_CODES)
@@ -121,11 +123,36 @@ def train(
                 "evaluation.verifier": verifier, "seed": seed, "device": device,
             }  # fmt: skip
             job = build_job(model, data, eval_data, fields, settings or [])
+            for file in (data, eval_data):
+                if file is not None:
+                    datasets.read_records(file)
             directory = out
             JobDirectory(directory).create(job, data, eval_data)
-        elif any(value is not None for value in (model, data, out, budget)):
-            raise typer.BadParameter("give a job directory, or --model, --data, --budget and --out, not both")
+        else:
+            _only_directory(
+                model,
+                data,
+                out,
+                budget,
+                eval_data,
+                limit,
+                questions,
+                method,
+                epochs,
+                learning_rate,
+                lora_rank,
+                verifier,
+                seed,
+                device,
+                settings,
+            )
         _run(JobDirectory(directory), as_json)
+
+
+def _only_directory(*options: object) -> None:
+    """A job directory says everything about its job."""
+    if any(option is not None for option in options):
+        raise typer.BadParameter("a job directory takes no other options; start a new job with --model, --data, --budget and --out")
 
 
 def _run(directory: JobDirectory, as_json: bool) -> None:
@@ -157,6 +184,7 @@ def plan(
         from edge_agent.training.prepare import prepare_files
 
         if directory is not None:
+            _only_directory(model, data, budget, eval_data, limit, device, settings)
             source = JobDirectory(directory)
             job: Job = source.read_job()
             prepared = prepare_files(job, *source.read_dataset(job))
@@ -180,10 +208,10 @@ def evaluate(
     data: DataOption = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="The adapter/ of a job; without it the base model is measured.")] = None,
     questions: QuestionsOption = None,
-    verifier: Annotated[str, typer.Option("--verifier", help="numeric, exact or choice.")] = "numeric",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 256,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions generated at once.")] = 64,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    verifier: Annotated[str | None, typer.Option("--verifier", help="numeric (default), exact or choice.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer (default 256).")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Questions generated at once (default 64).")] = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the accuracy of a model, with or without an adapter, by real generation.
@@ -194,15 +222,12 @@ def evaluate(
         from edge_agent.training.measure import measure_files, measure_job
 
         if directory is not None:
+            _only_directory(model, data, adapter, questions, verifier, max_new_tokens, batch, device)
             measured = measure_job(JobDirectory(directory))
         elif model is not None and data is not None:
-            options = {
-                "questions": questions if questions is not None else 2**31,
-                "verifier": verifier,
-                "max_new_tokens": max_new_tokens,
-                "batch": batch,
-            }
-            measured = measure_files(model, datasets.read_records(data), adapter, options, device)
+            given = {"questions": questions, "verifier": verifier, "max_new_tokens": max_new_tokens, "batch": batch}
+            options = {"questions": datasets.MAX_RECORDS} | {name: value for name, value in given.items() if value is not None}
+            measured = measure_files(model, datasets.read_records(data), adapter, options, device or "auto")
         else:
             raise typer.BadParameter("give a job directory, or --model and --data")
         if as_json:
@@ -221,15 +246,13 @@ def dataset_check(
     """Read a dataset strictly and say what is in it, or which line is wrong and why."""
     with _explained(as_json):
         if not file.is_file():
-            raise JobSchema(str(file), "there is no such file")
+            raise DatasetEmpty(str(file), "does not exist")
         found = datasets.check(file)
         if as_json:
             _print_json(found)
             return
-        grid = Table.grid(padding=(0, 2))
         for name, value in msgspec.structs.asdict(found).items():
-            grid.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-        Console().print(grid)
+            typer.echo(f"{name.replace('_', ' '):<20}{value:,}" if isinstance(value, int) else f"{name:<20}{value}")
 
 
 @app.command(epilog=EXIT_CODES)

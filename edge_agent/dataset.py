@@ -31,17 +31,10 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """A worked answer that a model wrote."""
     judgment: Text | None = None
     """What is wrong with `output`, in natural language."""
-    id: Annotated[str, Meta(max_length=256)] | None = None
-    line: int = 0
-    """Number of the line in its file, from 1; set by the reader."""
-
-
-class Line(Record, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a line may hold: `line` is the reader's own, so a file that sets it is refused."""
+    id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    """Named in errors and reports; the reader gives `line-7` where a file has none."""
 
     def __post_init__(self) -> None:
-        if self.line:
-            raise ValueError("Object contains unknown field `line`")
         for name in ("question", "answer"):
             if not getattr(self, name).strip():
                 raise ValueError(f"`{name}` is blank")
@@ -56,7 +49,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    decode = msgspec.json.Decoder(Line).decode
+    decode = msgspec.json.Decoder(Record).decode
     if path.stat().st_size > MAX_FILE_BYTES:
         raise DatasetTooLarge(path.name, f"the file ({path.stat().st_size:,} bytes)", f"{MAX_FILE_BYTES:,} bytes")
     count = 0
@@ -67,31 +60,27 @@ def _records(path: Path) -> Iterator[Record]:
             if not raw.strip():
                 continue
             try:
-                line = decode(raw)
+                record = decode(raw)
             except UnicodeDecodeError:
-                raise DatasetSchema(path.name, number, "not valid UTF-8") from None
+                raise DatasetSchema(path.name, f"line {number}", "not valid UTF-8") from None
             except msgspec.MsgspecError as error:
-                raise DatasetSchema(path.name, number, str(error)) from None
+                raise DatasetSchema(path.name, f"line {number}", str(error)) from None
             count += 1
             if count > MAX_RECORDS:
                 raise DatasetTooLarge(path.name, f"record {count:,}", f"{MAX_RECORDS:,} records")
-            yield Record(line.question, line.answer, line.output, line.judgment, line.id or f"line-{number}", number)
+            yield record if record.id else msgspec.structs.replace(record, id=f"line-{number}")
 
 
 def write_records(records: Iterable[Record]) -> bytes:
     """Return records as JSONL, in the form that `read_records` reads."""
-    return msgspec.json.Encoder().encode_lines([Record(r.question, r.answer, r.output, r.judgment, r.id) for r in records])
+    return msgspec.json.Encoder().encode_lines(records)
 
 
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for line in file:
-        digest.update(line)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

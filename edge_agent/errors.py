@@ -24,8 +24,8 @@ class DatasetSchema(EdgeAgentError):
     code = "dataset_schema"
     exit_code = 3
 
-    def __init__(self, file: str, line: int, problem: str) -> None:
-        super().__init__(f"{file}, line {line}: {problem}; correct or remove the line")
+    def __init__(self, file: str, where: str, problem: str) -> None:
+        super().__init__(f"{file}, {where}: {problem}; correct or remove it")
 
 
 class DatasetEmpty(EdgeAgentError):
@@ -64,9 +64,9 @@ class RecordTooLong(EdgeAgentError):
     code = "record_too_long"
     exit_code = 3
 
-    def __init__(self, file: str, line: int, tokens: int, limit: int, what: str) -> None:
+    def __init__(self, file: str, record: str | None, tokens: int, limit: int, what: str) -> None:
         super().__init__(
-            f"{file}, line {line}: its {what} takes {tokens:,} tokens, the model's context has {limit:,}; "
+            f"{file}, record {record}: its {what} takes {tokens:,} tokens, the model's context has {limit:,}; "
             f"shorten or remove the record (records are never truncated silently)"
         )
 
@@ -91,6 +91,16 @@ class Conflict(EdgeAgentError):
         super().__init__(
             f"{directory} holds a job with another {what}; give another --out, or run `edge-agent train {directory}` to go on with that job"
         )
+
+
+class DirectoryUnusable(EdgeAgentError):
+    """The job directory cannot be written."""
+
+    code = "directory"
+    exit_code = 4
+
+    def __init__(self, directory: Path, problem: str) -> None:
+        super().__init__(f"{directory} cannot be used as a job directory ({problem}); give another --out")
 
 
 class Busy(EdgeAgentError):
@@ -159,6 +169,16 @@ class NoRoom(EdgeAgentError):
             f"{what}: {human_bytes(free_bytes)} are free now, the plan needs {human_bytes(needs_bytes)}; "
             f"stop other work on the device and run again"
         )
+
+
+class DeviceMissing(EdgeAgentError):
+    """The device that the job asks for is not there, or PyTorch cannot use it."""
+
+    code = "device_missing"
+    exit_code = 11
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"there is no GPU to use: {why}; run with --device cpu, or install the driver and a CUDA build of PyTorch")
 
 
 class OutOfMemory(EdgeAgentError):

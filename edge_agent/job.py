@@ -25,7 +25,7 @@ class Dataset(Strict, frozen=True):
     sha256: Sha256
     evaluation_sha256: Sha256 | None = None
     limit: Positive | None = None
-    """Train on this many records, drawn by the seed; None for all."""
+    """Train on this many questions, drawn by the seed; None for all."""
 
 
 class NlftOptions(Strict, frozen=True, tag_field="name", tag="nlft"):
@@ -33,9 +33,9 @@ class NlftOptions(Strict, frozen=True, tag_field="name", tag="nlft"):
 
     standard_answers: bool = True
     """Train on the standard answer of a record as one more correct output."""
-    references: Literal["once", "epoch"] = "once"
+    references: Literal["once", "epoch"] = "epoch"
     """Score the contexts once with the frozen base, or again with the adapter at the start of each epoch."""
-    correct_threshold: Fraction = 0.95
+    correct_threshold: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.95
     """tau: correct tokens with c > tau are scoring saliency tokens."""
     correct_boost_power: float = 5.0
     """Exponent of the extra weight of scoring saliency tokens above tau."""

@@ -18,7 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from edge_agent.dataset import Record, check_sha256, read_records
-from edge_agent.errors import Busy, Conflict, JobSchema
+from edge_agent.errors import Busy, Conflict, DirectoryUnusable, JobSchema
 from edge_agent.files import write_file
 from edge_agent.job import Job
 from edge_agent.report import Event, Result
@@ -37,14 +37,21 @@ class JobDirectory:
         self.result_file = path / "result.json"
 
     def create(self, job: Job, dataset: Path, evaluation: Path | None) -> None:
-        """Lay down the inputs of a job. The same job again changes nothing; another one raises Conflict."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "job.json").exists() and self.read_job() != job:
+        """Lay down the inputs of a job.
+
+        The same job again changes nothing, and a job that was refused before it began may be replaced. Raises Conflict where
+        another job has begun, DirectoryUnusable where nothing can be written.
+        """
+        if (self.path / ".key").exists() and self.read_job() != job:
             raise Conflict(self.path, "model, data or options")
-        for source, name in ((dataset, "dataset.jsonl"), (evaluation, "evaluation.jsonl")):
-            if source is not None and not (self.path / name).exists():
-                write_file(self.path / name, source.read_bytes())
-        write_file(self.path / "job.json", msgspec.json.format(msgspec.json.encode(job)) + b"\n")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for source, name in ((dataset, "dataset.jsonl"), (evaluation, "evaluation.jsonl")):
+                if source is not None:
+                    write_file(self.path / name, source.read_bytes())
+            write_file(self.path / "job.json", msgspec.json.format(msgspec.json.encode(job)) + b"\n")
+        except OSError as error:
+            raise DirectoryUnusable(self.path, error.strerror or type(error).__name__) from None
 
     def read_job(self) -> Job:
         """Return the job document. Raises JobSchema with the path of what is wrong in it."""
@@ -71,8 +78,9 @@ class JobDirectory:
         file = self.path / ".key"
         if not file.exists() or file.read_text(encoding="utf-8") != key:
             self.forget_parts()
-            for name in ("before.jsonl", "records.jsonl"):
+            for name in ("before.jsonl", "records.jsonl", "after.jsonl", "saliency.json", "result.json"):
                 (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.adapter, ignore_errors=True)
             write_file(file, key.encode())
 
     def read_rows(self, name: str, kind: type[T]) -> list[T] | None:

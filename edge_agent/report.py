@@ -53,10 +53,13 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 class Data(msgspec.Struct, frozen=True):
-    """How many records went in and what was made of them."""
+    """What was trained on."""
 
     sha256: str
+    questions: int
+    """Questions trained on."""
     records: int
+    """Records trained on, completed with the model's own outputs."""
     held_out: int
     correct_outputs: int
     incorrect_outputs: int

@@ -23,7 +23,7 @@ class SaliencyRecord(msgspec.Struct, frozen=True):
 
 
 class Saliency(msgspec.Struct, frozen=True):
-    """`saliency.json`: log-probabilities as scored, weights as trained last, and the options that made them."""
+    """`saliency.json`: log-probabilities and weights as scored before training, and the options that made them."""
 
     version: Literal[1]
     options: NlftOptions

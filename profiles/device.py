@@ -10,6 +10,8 @@ import msgspec
 import psutil
 import pynvml
 
+from edge_agent.errors import DeviceMissing
+
 
 class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file of `profiles/devices/`."""
@@ -34,10 +36,14 @@ def device_profile(kind: str) -> DeviceProfile:
 
 
 def detect_device(wanted: str) -> str:
-    """Return the kind of device to use: `auto` is `cuda` where NVML shows a GPU, else `cpu`."""
-    if wanted != "auto":
+    """Return the kind of device to use: `auto` is `cuda` where NVML shows a GPU, else `cpu`. Raises DeviceMissing."""
+    if wanted == "cpu":
         return wanted
-    return "cuda" if _gpu_memory() is not None else "cpu"
+    if _gpu_memory() is not None:
+        return "cuda"
+    if wanted == "cuda":
+        raise DeviceMissing("NVML finds none")
+    return "cpu"
 
 
 def _gpu_memory() -> tuple[int, int] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,9 @@ def attach_adapter(model: Any, lora: Lora, seed: int, name: str) -> Any:
     if lora.targets == "mlp":
         targets = sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if n.rpartition(".")[2] in MLP[:-1]})
         if not targets:
-            raise ModelUnsupported(name, "its MLP layers have names that are not known; use --lora-targets all")
+            raise ModelUnsupported(name, "its MLP layers have names that are not known; use --set lora.targets=all")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # a name that PEFT still uses
+    with torch.random.fork_rng(), _old_name_allowed():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     return adapted.eval()
@@ -40,9 +41,18 @@ def load_adapter(model: Any, directory: Path) -> Any:
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
         raise AdapterMismatch(directory, f"there is no {CONFIG} with {WEIGHTS} in it; give the adapter/ of a finished job")
     try:
-        return PeftModel.from_pretrained(model, directory).eval()
+        with _old_name_allowed():
+            return PeftModel.from_pretrained(model, directory).eval()
     except (ValueError, RuntimeError, KeyError) as error:
         raise AdapterMismatch(directory, f"it does not belong to this model ({str(error).splitlines()[0][:200]})") from error
+
+
+@contextmanager
+def _old_name_allowed() -> Iterator[None]:
+    """PEFT asks models for `is_gradient_checkpointing`, which transformers has renamed and warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def save_adapter(model: Any, directory: Path, model_name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import bitsandbytes
@@ -21,7 +20,6 @@ def load_model(files: ModelFiles, device: DeviceProfile) -> tuple[Any, Any]:
     Linear layers but the output head are NF4; embedding, head and norms keep the compute type. Raises ModelUnsupported.
     """
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports that it fetches no kernels, as wanted
     dtype = getattr(torch, device.compute_dtype)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

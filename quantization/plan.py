@@ -136,62 +136,61 @@ class Rung:
     micro_batch: int
     head_chunk: int
     checkpointing: bool
-    generate_batch: int
 
 
 def ladder(job: Job) -> Iterator[Rung]:
-    """Yield the rungs from the fastest to the smallest."""
-    batch, generate = job.schedule.batch, job.evaluation.batch
-    yield Rung("as asked", batch, HEAD_CHUNK, False, generate)
-    micro = batch
+    """Yield the rungs of scoring and training from the fastest to the smallest."""
+    micro = job.schedule.batch
+    yield Rung("as asked", micro, HEAD_CHUNK, False)
     while micro > 1:
         micro = -(-micro // 2)
-        generate = max(1, generate // 2)
-        yield Rung("smaller micro-batch", micro, HEAD_CHUNK, False, generate)
-    yield Rung("smaller head chunks", 1, 32, False, generate)
-    while True:
-        yield Rung("activation checkpointing", 1, 32, True, generate)
-        if generate == 1:
-            return
-        generate //= 2
+        yield Rung("smaller micro-batch", micro, HEAD_CHUNK, False)
+    yield Rung("smaller head chunks", 1, 32, False)
+    yield Rung("activation checkpointing", 1, 32, True)
 
 
-def stage_plans(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, rung: Rung) -> tuple[StagePlan, ...]:
+def generate_batches(job: Job) -> Iterator[int]:
+    """Yield the numbers of questions to generate at once, from the one asked for down to 1."""
+    batch = job.evaluation.batch
+    while batch > 1:
+        yield batch
+        batch = -(-batch // 2)
+    yield 1
+
+
+def stage_plans(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, rung: Rung, generate_batch: int) -> tuple[StagePlan, ...]:
     """Return the bytes of every stage on a rung."""
     act = device.activation_bytes
-    adapter = adapter_elements(shape, job.lora)
-    weights = sum(t.elements for t in shape.linear) * NF4_BYTES + shape.other_elements * act
-    base = device.overhead_bytes + weights
-    dequantised = 2 * max((t.elements for t in shape.linear), default=0) * act
-    # Loading holds the largest tensor as stored, in the compute type, and while it is packed; on a CPU the mapped file counts.
+    adapter = adapter_elements(shape, job.lora) * 4
+    base = device.overhead_bytes + sum(t.elements for t in shape.linear) * NF4_BYTES + shape.other_elements * act
     largest = max((t.elements for t in shape.linear), default=0)
-    stored = sum(t.stored_bytes for t in shape.linear) if device.kind == "cpu" else 0
-    load = stored + 3 * largest * act
 
-    def forward(rows: int, tokens: int, kept_layers: float) -> float:
-        layer = rows * tokens * _layer_bytes(shape, act)
-        return kept_layers * layer + dequantised + rows * tokens * tokens * 4
+    def forward(rows: int, tokens: int, layers: float) -> float:
+        kept = layers * rows * tokens * _layer_bytes(shape, act)
+        mask = rows * tokens * tokens * 4
+        return kept + mask + 2 * largest * act  # a matrix is dequantised while another may still be in use
 
     def head(rows: int, copies: int) -> float:
         return rows * shape.vocabulary * 4 * copies
 
+    # Loading holds the largest tensor in the compute type and while it is packed; on a CPU the mapped file counts as well.
+    load = 3 * largest * act + (sum(t.stored_bytes for t in shape.linear) if device.kind == "cpu" else 0)
+    cache = generate_batch * lengths.generate * shape.layers * 2 * shape.key * act
+    generate = 1.5 * cache + forward(generate_batch, lengths.generate, 1) + head(generate_batch, 4)
     micro, chunk = rung.micro_batch, rung.head_chunk
-    kept = 2.0 if rung.checkpointing else shape.layers + 1.0
-    streams = rung.checkpointing * shape.layers * micro * lengths.train * shape.hidden * act
-    answers = micro * lengths.answer * shape.hidden * act * 2
-    train = forward(micro, lengths.train, kept) + streams + answers + head(min(chunk, micro * lengths.answer), 5)
-    score = forward(2 * micro, lengths.score, 1.0) + head(min(chunk, 2 * micro * lengths.answer), 4)
-    cache = rung.generate_batch * lengths.generate * shape.layers * 2 * shape.key * act
-    generate = 1.5 * cache + forward(rung.generate_batch, lengths.generate, 1.0) + head(rung.generate_batch, 4)
-    optimizer = base + adapter * 4 * 4  # weight, gradient and two moments in 32 bits
-    rows = [
+    score = forward(2 * micro, lengths.score, 1) + head(min(chunk, 2 * micro * lengths.answer), 4)
+    streams = shape.layers * micro * lengths.train * shape.hidden * act if rung.checkpointing else 0
+    answers = 2 * micro * lengths.answer * shape.hidden * act
+    layers = 2 if rung.checkpointing else shape.layers + 1
+    train = forward(micro, lengths.train, layers) + streams + answers + head(min(chunk, micro * lengths.answer), 5)
+    rows = (
         ("load", base, load),
-        ("evaluate", base + adapter * 4, generate),
+        ("evaluate", base + adapter, generate),
         ("sample", base, generate),
-        ("score", base + adapter * 4, score),
-        ("train", optimizer, train),
-        ("save", optimizer, adapter * 4 * 2),
-    ]
+        ("score", base + adapter, score),
+        ("train", base + 4 * adapter, train),  # weights, gradients and two moments, in 32 bits
+        ("save", base + 4 * adapter, 2 * adapter),
+    )
     return tuple(StagePlan(name, int(resident), int(transient * MARGIN)) for name, resident, transient in rows)
 
 
@@ -208,23 +207,32 @@ def _layer_bytes(shape: Shape, act: int) -> float:
 
 
 def make_plan(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile) -> Plan:
-    """Return the plan on the fastest rung that fits. Raises DoesNotFit with the smallest budget that would work."""
-    for r in ladder(job):
-        stages = stage_plans(shape, job, lengths, device, r)
-        plan = Plan(r.name, r.micro_batch, r.head_chunk, r.checkpointing, r.generate_batch, job.budget_bytes, stages)
-        if plan.peak_bytes <= job.budget_bytes:
-            return plan
-    raise DoesNotFit(plan.peak_bytes, job.budget_bytes, plan.binding.stage, _longest_that_fits(shape, job, lengths, device))
+    """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
+
+    def plan(rung: Rung, generate_batch: int) -> Plan:
+        stages = stage_plans(shape, job, lengths, device, rung, generate_batch)
+        return Plan(rung.name, rung.micro_batch, rung.head_chunk, rung.checkpointing, generate_batch, job.budget_bytes, stages)
+
+    def fits(made: Plan, *names: str) -> bool:
+        return all(s.peak_bytes <= job.budget_bytes for s in made.stages if s.stage in names)
+
+    rungs, batches = list(ladder(job)), list(generate_batches(job))
+    batch = next((n for n in batches if fits(plan(rungs[-1], n), "evaluate", "sample")), 1)
+    rung = next((r for r in rungs if fits(plan(r, batch), "score", "train", "save")), rungs[-1])
+    chosen = plan(rung, batch)
+    if chosen.peak_bytes <= job.budget_bytes:
+        return chosen
+    raise DoesNotFit(chosen.peak_bytes, job.budget_bytes, chosen.binding.stage, _longest_that_fits(shape, job, lengths, device))
 
 
 def _longest_that_fits(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile) -> int:
-    """Tokens of the longest record that the smallest rung can train within the budget; 0 for none."""
+    """Tokens of the longest record that the smallest settings can train within the budget; 0 for none."""
     *_, last = ladder(job)
     low, high = 0, lengths.score
     while low < high:
         middle = (low + high + 1) // 2
         share = middle / lengths.score
         shorter = Lengths(*(max(1, int(n * share)) for n in (lengths.train, lengths.score, lengths.answer, lengths.generate)))
-        peak = max(s.peak_bytes for s in stage_plans(shape, job, shorter, device, last))
+        peak = max(s.peak_bytes for s in stage_plans(shape, job, shorter, device, last, 1))
         low, high = (middle, high) if peak <= job.budget_bytes else (low, middle - 1)
     return low

@@ -282,12 +282,15 @@ def _chain(d: _Draft) -> None:
 
 
 def _distractor(d: _Draft) -> None:
-    """A second person's number that the question does not need."""
+    """A second person whose number the question does not need, before a comparison or a multiple."""
     _start(d)
+    _bystander(d)
+    d.rng.choice((_end_compare, _end_times))(d)
+
+
+def _bystander(d: _Draft) -> None:
     n = d.rng.randint(2, 60)
     d.say(f"{d.third} has {n} {d.item}.", f"{d.third} has {n} of them too.", f"There are also {n} {d.item} with {d.third}.")
-    _compare(d, d.other, d.name, d.current)
-    _ask_other(d)
 
 
 def _reversed(d: _Draft) -> None:

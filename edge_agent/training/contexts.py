@@ -66,5 +66,5 @@ def encode_target(tokenizer: Any, prompts: Prompts, target: Target, limit: int) 
     sample = Sample(target, tuple(answer_ids(tokenizer, target.text)), ids)
     if sample.longest > limit:
         longest = max(ids, key=lambda c: len(ids[c]))
-        raise RecordTooLong("dataset.jsonl", record.line, sample.longest, limit, f"{longest} context with its answer")
+        raise RecordTooLong("dataset.jsonl", record.id, sample.longest, limit, f"{longest} context with its answer")
     return sample

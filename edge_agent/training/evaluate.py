@@ -42,7 +42,7 @@ def evaluate(
     longest = max(ids, key=len, default=[])
     room = context_tokens - len(longest)
     if room < 1:
-        raise RecordTooLong("evaluation questions", held_out[ids.index(longest)].line, len(longest) + 1, context_tokens, "question")
+        raise RecordTooLong("evaluation questions", held_out[ids.index(longest)].id, len(longest) + 1, context_tokens, "question")
     new = generate(model, tokenizer, ids, max_new_tokens=min(evaluation.max_new_tokens, room), batch=batch, progress=progress)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     verify = VERIFIERS[evaluation.verifier]

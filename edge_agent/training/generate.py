@@ -5,13 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from edge_agent.critic import judge_output
 from edge_agent.dataset import Record
 from edge_agent.job import Sampling
 from edge_agent.training.methods.method import IsCorrect
+
+
+class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
+    """Turns greedy choice into sampling: the maximum of logits / temperature + Gumbel noise is a draw from the softmax.
+
+    Every row has a generator of its own, so what is sampled for a prompt does not depend on the prompts beside it.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
+        self._temperature = temperature
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the perturbed scores, B x V."""
+        noise_BV = torch.empty_like(scores, dtype=torch.float32)
+        for row_V, generator in zip(noise_BV, self._generators, strict=True):
+            row_V.exponential_(generator=generator)
+        return scores.float() / self._temperature - noise_BV.log()
 
 
 @torch.no_grad()
@@ -28,15 +47,14 @@ def generate(
 ) -> list[list[int]]:
     """Return the new tokens after each prompt, end-of-sequence excluded; greedy without a temperature.
 
-    Prompts of like length share a batch, padded on the left; the batches, and so the results, depend on the prompts only.
+    Prompts of like length share a batch, padded on the left. Results depend on prompts and seed, and on `batch` by rounding only.
     `progress` hears (prompts done, all, tokens).
     """
     model.eval()
     ends = _end_ids(model, tokenizer)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature is not None, temperature=temperature, top_k=0 if temperature else None,
-        eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, use_cache=True,
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, use_cache=True
+    )
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     for start in range(0, len(prompts), batch):
@@ -45,9 +63,8 @@ def generate(
         pads = [width - len(prompts[i]) for i in group]
         ids = torch.tensor([[tokenizer.pad_token_id] * n + [*prompts[i]] for n, i in zip(pads, group, strict=True)], device=model.device)
         mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(hash((seed, start)) & 0x7FFFFFFF)
-            rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        noise = [GumbelNoise(temperature, [hash((seed, i)) & 0x7FFFFFFF for i in group], model.device)] if temperature else []
+        rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise)[:, width:].tolist()
         for i, row in zip(group, rows, strict=True):
             answers[i] = row[: next((t for t, token in enumerate(row) if token in ends), len(row))]
         progress(min(start + batch, len(prompts)), len(prompts), sum(len(answers[i]) for i in group))
@@ -65,7 +82,7 @@ def own_outputs(records: Sequence[Record], texts: Sequence[str], sampling: Sampl
     for n, record in enumerate(records):
         distinct = dict.fromkeys(t.strip() for t in texts[n * sampling.outputs : (n + 1) * sampling.outputs])
         for k, text in enumerate(t for t in distinct if t):
-            completed.append(judged(Record(record.question, record.answer, text, None, f"{record.id}/{k + 1}", record.line), is_correct))
+            completed.append(judged(Record(record.question, record.answer, text, None, f"{str(record.id)[:240]}/{k + 1}"), is_correct))
         if not any(distinct):
             completed.append(record)
     return completed
@@ -75,5 +92,4 @@ def judged(record: Record, is_correct: IsCorrect) -> Record:
     """Return the record with the critic's judgment where its output is incorrect and has none."""
     if record.output is None or record.judgment is not None or is_correct(record.output, record.answer):
         return record
-    judgment = judge_output(record.output, record.answer)
-    return Record(record.question, record.answer, record.output, judgment, record.id, record.line)
+    return msgspec.structs.replace(record, judgment=judge_output(record.output, record.answer))

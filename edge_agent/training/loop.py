@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from edge_agent.errors import NonFiniteLoss
+from edge_agent.errors import NonFiniteLoss, TimedOut
 from edge_agent.job import Schedule
 from edge_agent.training.checkpoint import Progress, load_checkpoint, save_checkpoint, trained
 from edge_agent.training.contexts import Sample
@@ -69,7 +69,8 @@ def train(model: Any, samples: list[Sample], weights: list[Weights], training: T
     """Train the adapter in place; return where it ended, and whether it went on from a checkpoint.
 
     `progress` hears (update, updates, tokens, loss). The loss of an update is the weighted sum over its tokens divided by their
-    number, whatever the micro-batches. Raises NonFiniteLoss, DiskFull.
+    number, whatever the micro-batches. Raises NonFiniteLoss, DiskFull, and TimedOut with a checkpoint
+    written.
     """
     schedule, plan = training.schedule, training.plan
     batches = order(len(samples), schedule, training.seed)
@@ -91,7 +92,11 @@ def train(model: Any, samples: list[Sample], weights: list[Weights], training: T
         if time.monotonic() - saved_at >= schedule.checkpoint_s or update + 1 == len(batches):
             save_checkpoint(training.directory, model, optimizer, weights, state)
             saved_at = time.monotonic()
-        progress(update + 1, len(batches), tokens, loss)
+        try:
+            progress(update + 1, len(batches), tokens, loss)
+        except TimedOut:
+            save_checkpoint(training.directory, model, optimizer, weights, state)
+            raise
     model.eval()
     return state, resumed
 
@@ -120,5 +125,5 @@ def _accumulate(
         loss += part.item()
         tokens += packed.tokens
     if not math.isfinite(loss):
-        raise NonFiniteLoss(update + 1, ", ".join(samples[i].target.record.id or "?" for i in batch))
+        raise NonFiniteLoss(update + 1, ", ".join(str(samples[i].target.record.id) for i in batch))
     return loss, tokens

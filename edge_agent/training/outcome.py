@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 def compare(before: list[Answer], after: list[Answer]) -> Measured:
     """Return the accuracies of the same questions before and after training."""
     if not before:
-        return Measured(None, None, None, "no question was held out: give --eval-data, or a --hold-out above 0")
+        return Measured(None, None, None, "no question was held out: give --eval-data, or --set evaluation.held_out=0.2")
     verdicts = [a.correct for a in before], [a.correct for a in after]
     first, second = (wilson(sum(v), len(v)) for v in verdicts)
     return Measured(first, second, mcnemar(*verdicts))
@@ -43,7 +43,16 @@ def describe_data(
     wrong = [w for s, w in zip(samples, weights, strict=True) if s.target.kind == "incorrect"]
     tokens = sum(len(w.unlikelihood_T) for w in wrong)
     flagged = sum(int((w.unlikelihood_T > 0).sum()) for w in wrong)
-    return Data(sha256, len(records), held_out, sum(verdicts), len(verdicts) - sum(verdicts), len(samples), flagged / max(tokens, 1))
+    return Data(
+        sha256,
+        len({r.question for r in records}),
+        len(records),
+        held_out,
+        sum(verdicts),
+        len(verdicts) - sum(verdicts),
+        len(samples),
+        flagged / max(tokens, 1),
+    )
 
 
 def saliency_records(tokenizer: object, samples: list[Sample], scores: list[Scores], weights: list[Weights]) -> list[SaliencyRecord]:

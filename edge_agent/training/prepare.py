@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from edge_agent.dataset import Record, split
-from edge_agent.errors import DiskFull, ModelUnsupported, NoRoom, RecordTooLong
+from edge_agent.errors import DatasetSchema, DiskFull, ModelUnsupported, NoRoom, RecordTooLong
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.prompts import PROMPTS, Prompts
@@ -70,12 +70,18 @@ class Prepared:
         limit, new = self.files.context_tokens, self.job.evaluation.max_new_tokens
         train = longest = answer = prompt = 0
         for record in self.training:
+            if not self.is_correct(record.answer, record.answer):
+                verifier = self.job.evaluation.verifier
+                raise DatasetSchema(
+                    "dataset.jsonl", f"record {record.id}", f"its answer holds nothing that the verifier {verifier!r} can compare"
+                )
             texts = [record.answer] + ([record.output] if record.output else [])
             for text in texts:
                 contexts: tuple[Context, ...] = ("standard", "judge") if record.judgment else ("standard",)
                 sample = encode_target(self.tokenizer, self.prompts, Target(record, text, "correct", contexts), limit)
                 train = max(train, len(sample.prompts["base"]) + len(sample.answer))
-                longest, answer = max(longest, sample.longest), max(answer, len(sample.answer))
+                unwritten = JUDGMENT_TOKENS if record.output and not record.judgment else 0
+                longest, answer = max(longest, sample.longest + unwritten), max(answer, len(sample.answer))
                 prompt = max(prompt, len(sample.prompts["base"]))
         if self.samples_outputs:
             train, answer = max(train, prompt + new), max(answer, new)
@@ -83,7 +89,7 @@ class Prepared:
         for record in self.held_out:
             tokens = len(prompt_ids(self.tokenizer, self.prompts.messages(record.question)))
             if tokens >= limit:
-                raise RecordTooLong("held-out questions", record.line, tokens, limit - 1, "question")
+                raise RecordTooLong("held-out questions", record.id, tokens, limit - 1, "question")
             prompt = max(prompt, tokens)
         return Lengths(min(train, limit), min(longest, limit), min(answer, limit), min(prompt + new, limit))
 

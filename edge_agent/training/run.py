@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from edge_agent.dataset import Record
-from edge_agent.errors import EdgeAgentError, OutOfMemory
+from edge_agent.errors import NO_SPACE, DatasetEmpty, DeviceMissing, DiskFull, EdgeAgentError, OutOfMemory
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
@@ -39,7 +39,7 @@ T = TypeVar("T")
 def run_job(directory: JobDirectory, listen: Listener) -> Result:
     """Run the job of a directory to its result; a finished job returns its result, an interrupted one goes on.
 
-    Raises an EdgeAgentError, after the same has been written to events.jsonl and result.json.
+    Raises an EdgeAgentError. Once the run has begun, the same stands in events.jsonl and result.json.
     """
     job = directory.read_job()
     with directory.locked():
@@ -47,7 +47,10 @@ def run_job(directory: JobDirectory, listen: Listener) -> Result:
         if earlier and earlier.state == "succeeded" and earlier.job == job.digest:
             return earlier
         fix_malloc()
-        reporter = Reporter(directory, job, device_profile(detect_device(job.device)), listen)
+        kind = detect_device(job.device)
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise DeviceMissing("this PyTorch cannot use the GPU that is there")
+        reporter = Reporter(directory, job, device_profile(kind), listen)
         try:
             result = _stages(directory, job, reporter)
         except Exception as error:
@@ -71,6 +74,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter) -> Result:
         records, row.resumed = _kept(directory, "records.jsonl", Record, lambda: _complete(model, work, plan, reporter))
     with reporter.stage("encode") as row:
         targets = work.method.targets(records, work.is_correct)
+        if not targets:
+            raise DatasetEmpty("dataset.jsonl", "gives the method nothing to train on (no output that it can use)")
         samples = [encode_target(tokenizer, work.prompts, t, work.files.context_tokens) for t in targets]
         row.tokens = sum(len(p) + len(s.answer) for s in samples for p in s.prompts.values())
     model = attach_adapter(model, job.lora, job.seed, job.model)
@@ -171,7 +176,10 @@ def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: Except
     stage = reporter.recorder.current_stage
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         error = OutOfMemory(stage, str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
-    code, text = getattr(error, "code", EdgeAgentError.code), str(error) or type(error).__name__
+    elif isinstance(error, OSError) and error.errno in NO_SPACE:
+        error = DiskFull(str(directory.path))
+    code = error.code if isinstance(error, EdgeAgentError) else EdgeAgentError.code
+    text = str(error) or type(error).__name__
     with suppress(OSError, EdgeAgentError):
         reporter.emit("failed", stage=stage, code=code, text=text[:1024])
         directory.write_result(msgspec.structs.replace(_result(job, reporter, "failed"), error=Failure(code, text[:1024])))

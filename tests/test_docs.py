@@ -1,0 +1,256 @@
+"""The documents say what the code does: fields, types, defaults, errors, options and commands are compared both ways."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pytest
+import typer
+from conftest import ROOT
+from msgspec import NODEFAULT, inspect
+
+import edge_agent
+from edge_agent.cli import EXIT_CODES, app
+from edge_agent.dataset import MAX_FILE_BYTES, MAX_LINE_BYTES, MAX_RECORDS, Check, Record
+from edge_agent.demo.tour import DemoReport
+from edge_agent.errors import EdgeAgentError
+from edge_agent.job import Job, NlftOptions
+from edge_agent.report import Accuracy, Event, Paired, Result
+from edge_agent.saliency import Saliency
+from edge_agent.training.evaluate import Answer
+from edge_agent.training.measure import Measurement
+from profiles.device import DeviceProfile, device_profile
+
+DOCS = ROOT / "docs"
+Row = dict[str, str]
+
+
+def _sections(document: str) -> dict[str, list[Row]]:
+    """Return the rows of all tables under each `## ` heading, as texts by the heading of their column."""
+    sections: dict[str, list[Row]] = {}
+    header: list[str] = []
+    rows: list[Row] = []
+    for line in (DOCS / document).read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            rows = sections.setdefault(line.removeprefix("## "), [])
+        if not line.startswith("|"):
+            header = []
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not header:
+            header = cells
+        elif set(line) - set("|-: "):
+            assert len(cells) == len(header), f"{document}: a row has {len(cells)} cells, its table {len(header)} columns: {line}"
+            rows.append(dict(zip(header, cells, strict=True)))
+    return sections
+
+
+def _rows(document: str, section: str, column: str = "Field") -> dict[str, Row]:
+    """Return the rows of the tables whose first column is `column`, by what stands in it, without its backquotes."""
+    rows = [row for row in _sections(document)[section] if next(iter(row)) == column]
+    named = {row[column].strip("`"): row for row in rows}
+    assert len(named) == len(rows), f"{document}, {section}: something is documented twice"
+    return named
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field as the documents name it, its type in their words, and its default (NODEFAULT: required)."""
+
+    words: str
+    type: Any
+    default: Any
+
+
+def _words(kind: inspect.Type) -> str:
+    """Return a type in the words of the documents, with its bounds or its values."""
+    match kind:
+        case inspect.UnionType(types=types):
+            return " or ".join(dict.fromkeys(map(_words, types)))
+        case inspect.LiteralType(values=values):
+            return ", ".join(f"`{value}`" for value in sorted(values))
+        case inspect.ListType(item_type=item) | inspect.VarTupleType(item_type=item):
+            return f"list of {_words(item)}s"
+        case inspect.StrType(pattern=str(pattern)):
+            return f"text like `{pattern}`"
+        case inspect.StrType(min_length=low, max_length=high):
+            bounds = _bounds((("≥", low), ("≤", high)))
+            return f"text of {bounds} characters" if bounds else "text"
+        case inspect.IntType() | inspect.FloatType():
+            name = "integer" if isinstance(kind, inspect.IntType) else "number"
+            return f"{name} {_bounds((('>', kind.gt), ('≥', kind.ge), ('<', kind.lt), ('≤', kind.le)))}".strip()
+    names = {inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object"}
+    return names[type(kind)]
+
+
+def _bounds(bounds: tuple[tuple[str, float | None], ...]) -> str:
+    return " and ".join(f"{sign} {bound:.16g}" for sign, bound in bounds if bound is not None)
+
+
+def _fields(struct: type, leaves: tuple[type, ...] = (), prefix: str = "") -> dict[str, Field]:
+    """Return all fields of a struct by their dotted names, those of the structs in it included, but for those of `leaves`."""
+    found: dict[str, Field] = {}
+    config = struct.__struct_config__
+    if config.tag_field:
+        found[prefix + config.tag_field] = Field(f"`{config.tag}`", str, NODEFAULT)
+    for field in msgspec.structs.fields(struct):
+        default = field.default if field.default_factory is NODEFAULT else field.default_factory()
+        name, kind = prefix + field.encode_name, inspect.type_info(field.type)
+        if isinstance(kind, inspect.DictType):
+            name, kind = f"{name}.*", kind.value_type
+        parts = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+        items = [part.item_type for part in parts if isinstance(part, inspect.ListType | inspect.VarTupleType)]
+        name = f"{name}[]" if items else name
+        found[name] = Field(_words(kind), field.type, default)
+        for part in (*parts, *items):
+            if isinstance(part, inspect.StructType) and part.cls not in leaves:
+                found |= _fields(part.cls, leaves, f"{name}.")
+    return found
+
+
+def _method_options() -> tuple[type, ...]:
+    """The options of all methods, as the job has them."""
+    kind = next(inspect.type_info(f.type) for f in msgspec.structs.fields(Job) if f.name == "method")
+    assert isinstance(kind, inspect.UnionType)
+    return tuple(part.cls for part in kind.types if isinstance(part, inspect.StructType))
+
+
+METHODS = {options.__struct_config__.tag: options for options in _method_options()}
+JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
+INPUTS = [
+    pytest.param("job.md", "Fields", JOB_FIELDS, id="job"),
+    *(pytest.param("job.md", f"Method `{tag}`", _fields(options, (), "method."), id=f"job-{tag}") for tag, options in METHODS.items()),
+    pytest.param("dataset.md", "Record", _fields(Record), id="record"),
+]
+OUTPUTS = [
+    pytest.param("dataset.md", "`edge-agent dataset check`", _fields(Check), id="dataset-check"),
+    pytest.param("report.md", "`result.json`", _fields(Result), id="result"),
+    pytest.param("report.md", "`events.jsonl`", _fields(Event), id="event"),
+    pytest.param("report.md", "`before.jsonl`, `after.jsonl`", _fields(Answer), id="answer"),
+    pytest.param("report.md", "`saliency.json`", _fields(Saliency, (NlftOptions,)), id="saliency"),
+    pytest.param("report.md", "`edge-agent evaluate --json`", _fields(Measurement, (Accuracy, Answer)), id="measurement"),
+    pytest.param("report.md", "`report.json` of the demo", _fields(DemoReport, (Accuracy, Paired, Result)), id="demo"),
+]
+
+
+@pytest.mark.parametrize(("document", "section", "fields"), INPUTS + OUTPUTS)
+def test_fields_documented_are_those_of_the_code(document: str, section: str, fields: dict[str, Field]) -> None:
+    """Every field of a document format has a row with its dotted name, and no row names a field that does not exist."""
+    assert sorted(_rows(document, section)) == sorted(fields)
+
+
+@pytest.mark.parametrize(("document", "section", "fields"), INPUTS + OUTPUTS)
+def test_types_documented_are_those_of_the_code(document: str, section: str, fields: dict[str, Field]) -> None:
+    """Every documented field has the type, bounds, values and nullability of the code, and every reported number a unit."""
+    rows = _rows(document, section)
+    shared = rows.keys() & fields.keys()
+    assert {name: rows[name]["Type"] for name in shared} == {name: fields[name].words for name in shared}
+    numbers = {name for name in shared if re.search("integer|number", fields[name].words)}
+    assert {name for name in numbers if rows[name].get("Unit") == ""} == set()
+
+
+@pytest.mark.parametrize(("document", "section", "fields"), INPUTS)
+def test_defaults_documented_are_those_of_the_code(document: str, section: str, fields: dict[str, Field]) -> None:
+    """A field of a job or record is documented as required, or with the JSON of its default."""
+    rows = _rows(document, section)
+    wrong = {}
+    for name in rows.keys() & fields.keys():
+        cell, field = rows[name]["Default"], fields[name]
+        documented = NODEFAULT if cell == "required" else msgspec.convert(json.loads(cell.strip("`")), type=field.type)
+        if documented != field.default:
+            wrong[name] = (cell, field.default)
+    assert wrong == {}
+
+
+def test_example_job_is_a_complete_job() -> None:
+    """The example of docs/job.md is a valid job, and leaves no field out."""
+    [example] = re.findall(r"```json\n(.*?)```", (DOCS / "job.md").read_text(encoding="utf-8"), re.DOTALL)
+    job = msgspec.json.decode(example, type=Job)
+    assert msgspec.to_builtins(job) == json.loads(example)
+
+
+def test_device_profiles_documented_have_the_values_of_their_files() -> None:
+    """Every device profile has a column in docs/job.md with its values."""
+    kinds = [file.stem for file in (ROOT / "profiles" / "devices").glob("*.toml")]
+    profiles = {kind: msgspec.to_builtins(device_profile(kind)) for kind in kinds}
+    rows = _rows("job.md", "Device profiles")
+    assert set(rows) == set(_fields(DeviceProfile))
+    columns = {kind.strip("`") for row in rows.values() for kind in row} - {"Field", "Meaning"}
+    documented = {kind: {name: row[f"`{kind}`"].strip("`") for name, row in rows.items()} for kind in columns}
+    assert documented == {kind: {name: str(value) for name, value in values.items()} for kind, values in profiles.items()}
+
+
+def test_dataset_limits_documented_are_those_of_the_code() -> None:
+    """docs/dataset.md names the limits of a file, a line and the number of records."""
+    limits = [row["Limit"] for row in _sections("dataset.md")["Limits"]]
+    assert limits[:3] == [f"{MAX_FILE_BYTES:,} bytes", f"{MAX_LINE_BYTES:,} bytes", f"{MAX_RECORDS:,} records"]
+
+
+def _error_classes() -> Iterator[type[EdgeAgentError]]:
+    """Yield the error tree; all modules are imported first, so that none of it is missing."""
+    for module in pkgutil.walk_packages(edge_agent.__path__, "edge_agent."):
+        importlib.import_module(module.name)
+    classes: list[type[EdgeAgentError]] = [EdgeAgentError]
+    while classes:
+        yield (current := classes.pop())
+        classes += current.__subclasses__()
+
+
+def test_errors_documented_are_those_of_the_code() -> None:
+    """Every error class has a row with its code and exit code in docs/errors.md, and no row names one that does not exist."""
+    rows = _sections("errors.md")["Codes"]
+    documented = {(row["Code"].strip("`"), row["Class"].strip("`"), int(row["Exit code"])) for row in rows}
+    assert documented == {(error.code, error.__name__, error.exit_code) for error in _error_classes()}
+    assert all(row["Meaning"] and row["What to do"] for row in rows)
+
+
+def test_exit_codes_documented_are_those_of_the_help() -> None:
+    """docs/errors.md and the help of the command line name the same exit codes."""
+    rows = [*_sections("errors.md")["Codes"], *_sections("errors.md")["Other exit codes"]]
+    assert {int(row["Exit code"]) for row in rows} == set(map(int, re.findall(r"\d+", EXIT_CODES)))
+
+
+def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the commands of a command line with their full names."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield name, command
+        return
+    for child in children.values():
+        yield from _commands(child, f"{name} {child.name}")
+
+
+COMMANDS = dict(_commands(typer.main.get_command(app), "edge-agent"))
+
+
+def test_options_documented_are_those_of_train() -> None:
+    """docs/job.md names every option of `edge-agent train` with the field that it sets, and no other option."""
+    options = {option for parameter in COMMANDS["edge-agent train"].params for option in parameter.opts if option.startswith("--")}
+    rows = _rows("job.md", "Options of `edge-agent train`", "Option")
+    assert set(rows) == options
+    fields = {row["Field"].strip("`") for row in rows.values()}
+    assert fields - {"", "any"} <= {*JOB_FIELDS, "method.name"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_mentioned_in_the_readme(command: str) -> None:
+    """README.md mentions every command."""
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document: Any) -> None:
+    """Every relative link names a file that exists, and a heading of it where it names one."""
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
+        file = document.parent / target if target else document
+        assert file.is_file(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, f"{target}#{anchor}"

@@ -1,0 +1,129 @@
+"""`kill -9` at any moment of training, then the same command: the final adapter is bit-identical to an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEADLINE_S, Cli, write_domain
+
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+# Micro-batches of one in updates of 24, with dropout, scores renewed every epoch and a checkpoint after every second at least.
+OPTIONS = (
+    "--budget", "1GiB", "--questions", "10", "--learning-rate", "0.002", "--set", "evaluation.max_new_tokens=60", "--set",
+    "schedule.batch=24", "--set", "schedule.updates=8", "--set", "lora.dropout=0.05", "--set", "sampling.outputs=2",
+)  # fmt: skip
+
+
+def _arguments(base: Path, out: str, tiny_model: Path) -> list[object]:
+    return [
+        "train",
+        "--model",
+        tiny_model,
+        "--data",
+        base / "chain.jsonl",
+        "--out",
+        base / out,
+        *OPTIONS,
+        "--set",
+        "schedule.checkpoint_s=0",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, cli: Cli) -> Path:
+    """An uninterrupted run, and its directory's parent for others on the same data."""
+    base = tmp_path_factory.mktemp("resume")
+    write_domain(base / "chain.jsonl", "chain", 40, 5)
+    ran = cli(*_arguments(base, "whole", tiny_model), "--json")
+    assert ran.code == 0, ran.out + ran.err
+    assert ran.json["resumed"] is False
+    return base / "whole"
+
+
+def _progress(events: Path) -> list[Any]:
+    if not events.exists():
+        return []
+    complete = events.read_text().rpartition("\n")[0].splitlines()
+    return [e for e in map(json.loads, complete) if e["event"] == "progress" and e["stage"] == "train"]
+
+
+def _kill_after_update(command: list[str], events: Path, update: int) -> None:
+    """Start the command and kill it in the middle of the update after the given one."""
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + DEADLINE_S
+    while not any(e["done"] >= update for e in _progress(events)):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait(DEADLINE_S)
+
+
+def test_killed_in_training_the_adapter_is_bit_identical(whole: Path, tiny_model: Path, cli: Cli) -> None:
+    """Killed twice in the middle of an accumulation, then run to the end by the same command."""
+    base, out = whole.parent, "killed"
+    command = [sys.executable, "-m", "edge_agent.cli", *map(str, _arguments(base, out, tiny_model))]
+    directory = base / out
+    for update in (2, 5):
+        _kill_after_update(command, directory / "events.jsonl", update)
+        assert (directory / "checkpoint.safetensors").exists()
+        assert not (directory / "result.json").exists()
+    ran = cli(*_arguments(base, out, tiny_model), "--json")
+    assert ran.code == 0, ran.out + ran.err
+    assert ran.json["resumed"] is True
+    whole_result = json.loads((whole / "result.json").read_text())
+    assert ran.json["losses"] == whole_result["losses"]
+    assert ran.json["accuracy"] == whole_result["accuracy"]
+    assert (directory / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+
+
+def test_a_torn_checkpoint_is_not_used(whole: Path, tiny_model: Path, cli: Cli) -> None:
+    """A checkpoint that was cut off is ignored: training starts anew and gives the same adapter."""
+    base, out = whole.parent, "torn"
+    directory = base / out
+    directory.mkdir()
+    (directory / "checkpoint.safetensors").write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{torn")
+    ran = cli(*_arguments(base, out, tiny_model), "--json")
+    assert ran.code == 0, ran.out + ran.err
+    assert (directory / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+
+
+def test_micro_batches_do_not_change_the_result(whole: Path, tiny_model: Path, cli: Cli) -> None:
+    """A budget that forces smaller micro-batches and checkpointing gives the same losses up to rounding."""
+    base = whole.parent
+    arguments = [a if a != "1GiB" else "780MiB" for a in _arguments(base, "small", tiny_model)]
+    arguments += ["--set", "lora.dropout=0.0"]
+    small = cli(*arguments, "--json")
+    assert small.code == 0, small.out + small.err
+    large = cli(*_arguments(base, "large", tiny_model), "--set", "lora.dropout=0.0", "--json")
+    assert small.json["plan"]["micro_batch"] < large.json["plan"]["micro_batch"]
+    assert small.json["losses"] == pytest.approx(large.json["losses"], rel=2e-2)
+
+
+def test_two_trainers_do_not_share_a_directory(whole: Path, tiny_model: Path, cli: Cli) -> None:
+    """While one process works in a job directory, a second one is refused with `busy`."""
+    base, out = whole.parent, "shared"
+    command = [sys.executable, "-m", "edge_agent.cli", *map(str, _arguments(base, out, tiny_model))]
+    first = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not (base / out / "events.jsonl").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = cli("train", base / out, "--json")
+        assert second.code == 4
+        assert second.json["error"]["code"] == "busy"
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait(DEADLINE_S)
