@@ -29,7 +29,7 @@ class Dataset(Strict, frozen=True):
 
 
 class NlftOptions(Strict, frozen=True, tag_field="name", tag="nlft"):
-    """Constants of NLFT (arXiv 2412.20382, section 3), with the symbols of docs/nlft.md. `NlftOptions()` is our default."""
+    """Constants of NLFT (arXiv 2412.20382, section 3), with the symbols of docs/job.md. `NlftOptions()` is our default."""
 
     standard_answers: bool = True
     """Train on the standard answer of a record as one more correct output."""
@@ -64,7 +64,7 @@ class NlftOptions(Strict, frozen=True, tag_field="name", tag="nlft"):
 
     @classmethod
     def released(cls) -> NlftOptions:
-        """Return the weights of the released code (docs/nlft.md, `released`), for comparison."""
+        """Return the weights of the released code of the method, for comparison."""
         return cls(standard_answers=False, imitate_incorrect=True, cluster="unlike", cluster_max_span=None)
 
 

@@ -26,24 +26,35 @@ from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.report import Accuracy, Paired, Result, wilson
 
-RECORDS, QUESTIONS = 50, 300
+QUESTIONS = 300
 EVALUATION_SEED = 1000
 MODEL = Path(__file__).parent / "tiny"
 SETTINGS = {
     "budget_bytes": 2**30, "evaluation.questions": QUESTIONS, "evaluation.max_new_tokens": 120, "schedule.updates": 60,
     "schedule.learning_rate": 2e-3,
 }  # fmt: skip
-DOMAINS: dict[str, dict[str, dict[str, object]]] = {
-    "chain": {
-        "nlft": {"method.name": "nlft"},
-        "sft": {"method.name": "sft", "method.targets": "both"},
-    },
-    "distractor": {
-        "nlft": {"method.name": "nlft", "method.standard_answers": False},
-        "sft": {"method.name": "sft", "method.targets": "outputs"},
-    },
+
+
+class Domain(msgspec.Struct, frozen=True):
+    """What a domain trains on, and the job fields of each method over identical records."""
+
+    records: int
+    standard_answers: bool
+    methods: dict[str, dict[str, object]]
+
+
+DOMAINS = {
+    "chain": Domain(50, True, {"nlft": {"method.name": "nlft"}, "sft": {"method.name": "sft", "method.targets": "both"}}),
+    "distractor": Domain(
+        25,
+        False,
+        {
+            "nlft": {"method.name": "nlft", "method.standard_answers": False},
+            "sft": {"method.name": "sft", "method.targets": "outputs"},
+        },
+    ),
 }
-"""The jobs of each domain. SFT trains on identical records, with weight 1 on every token of what is correct in them."""
+"""SFT has weight 1 on every token of what is correct in the records: the standard answers where NLFT has them, and correct outputs."""
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -104,7 +115,7 @@ def run_demo(out: Path, seeds: int, console: Console) -> bool:
     with ThreadPoolExecutor(workers) as pool, console.status(f"the other jobs, {workers} at a time …"):
         for future in as_completed([pool.submit(_run_domain, out, domain, seed) for domain, seed in runs]):
             domain, seed, lines = future.result()
-            console.print(f"[green]✓[/] {domain}, seed {seed}: {lines}", highlight=False)
+            console.print(f"[green]✓[/] {domain}, seed {seed}: {lines}", highlight=False, soft_wrap=True)
     report = _report(out, seeds)
     write_file(out / "report.json", msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     _print(report, out, console)
@@ -120,7 +131,7 @@ def _lay_out(out: Path, domain: str, seed: int) -> None:
     questions = _write(out / f"{domain}-{seed}-questions.jsonl", islice(problems_of(domain, EVALUATION_SEED + seed), QUESTIONS))
     taken = {r.question for r in questions}
     fresh = (r for r in problems_of(domain, seed) if r.question not in taken)
-    _write(out / f"{domain}-{seed}.jsonl", islice(fresh, RECORDS))
+    _write(out / f"{domain}-{seed}.jsonl", islice(fresh, DOMAINS[domain].records))
     _create(out, domain, seed, "nlft", out / f"{domain}-{seed}.jsonl")
 
 
@@ -137,14 +148,16 @@ def _write(path: Path, records: Iterator[Record]) -> list[Record]:
 
 def _create(out: Path, domain: str, seed: int, method: str, data: Path) -> None:
     questions = out / f"{domain}-{seed}-questions.jsonl"
-    job = build_job(str(MODEL), data, questions, {"seed": seed, **SETTINGS, **DOMAINS[domain][method]}, [])
+    job = build_job(str(MODEL), data, questions, {"seed": seed, **SETTINGS, **DOMAINS[domain].methods[method]}, [])
     JobDirectory(_directory(out, domain, seed, method)).create(job, data, questions)
 
 
 def _run_in_foreground(directory: Path, console: Console) -> None:
     from edge_agent.training.run import run_job
 
-    console.print(f"[bold]{directory.name}[/]: {RECORDS} questions of a domain that the model has not seen", highlight=False)
+    console.print(
+        f"[bold]{directory.name}[/]: {DOMAINS['chain'].records} questions of a domain that the model has not seen", highlight=False
+    )
     with LiveView(console) as view:
         result = run_job(JobDirectory(directory), view)
     console.print(summary(result, directory))
@@ -184,10 +197,10 @@ def _measured(directory: Path) -> tuple[Accuracy, Accuracy, Paired]:
 
 def _report(out: Path, seeds: int) -> DemoReport:
     domains = {}
-    for domain, jobs in DOMAINS.items():
+    for domain, contents in DOMAINS.items():
         rows = [_compare(out, domain, seed) for seed in range(1, seeds + 1)]
         pooled = Comparison(*(_pool([getattr(r.accuracy, name) for r in rows]) for name in ("before", "sft", "after")))
-        domains[domain] = DomainReport(RECORDS, bool(jobs["nlft"].get("method.standard_answers", True)), pooled, rows)
+        domains[domain] = DomainReport(contents.records, contents.standard_answers, pooled, rows)
     chain = domains["chain"]
     holds = all(
         r.accuracy.after.value - r.accuracy.before.value >= 0.2 and r.accuracy.after.low > r.accuracy.before.high for r in chain.seeds
@@ -203,15 +216,15 @@ def _pool(parts: list[Accuracy]) -> Accuracy:
 
 
 def _percent(a: Accuracy) -> str:
-    return f"{100 * a.value:.1f} % [{100 * a.low:.1f}, {100 * a.high:.1f}]"
+    return f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
 
 
 def _print(report: DemoReport, out: Path, console: Console) -> None:
-    table = Table(title=f"Held-out accuracy after {RECORDS} questions, 95 % Wilson intervals", title_justify="left", title_style="bold")
+    table = Table(title="Held-out accuracy in %, 95 % Wilson intervals", title_justify="left", title_style="bold")
     for name in ("domain", "seed", "base", "SFT, same records", "NLFT"):
         table.add_column(name)
     for name, domain in report.domains.items():
-        label = name if domain.standard_answers else f"{name}, no standard answers"
+        label = f"{name}, {domain.records} questions" + ("" if domain.standard_answers else ", no standard answers")
         for row in domain.seeds:
             table.add_row(label, str(row.seed), *map(_percent, (row.accuracy.before, row.accuracy.sft, row.accuracy.after)))
         a = domain.accuracy
