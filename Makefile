@@ -31,10 +31,10 @@ check: venv
 	$(BIN)/mypy
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest
 
 test-all: test
-	PYTHON_SECOND=1 tests/second_python.sh
+	tests/second_python.sh
 
 demo: venv
 	$(BIN)/edge-agent demo --out build/demo

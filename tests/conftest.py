@@ -15,20 +15,14 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny models are slower on more threads, and results must not depend on the machine's number of cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "edge_agent" / "demo" / "tiny"
 SHARED = ROOT.parent / "shared" / "data"
 DEADLINE_S = 240
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tiny models are slower on more threads, and results must not depend on the machine's number of cores."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +61,7 @@ def cli() -> Cli:
 
     def run(*arguments: object, cwd: Path | None = None) -> Ran:
         command = [sys.executable, "-m", "edge_agent.cli", *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        environment = os.environ | {"COLUMNS": "120"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=DEADLINE_S, check=False)
         return Ran(done.returncode, done.stdout, done.stderr)
 

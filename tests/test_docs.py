@@ -254,3 +254,17 @@ def test_links_between_documents_lead_somewhere(document: Any) -> None:
         headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
         anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
         assert not anchor or anchor in anchors, f"{target}#{anchor}"
+
+
+def test_readme_commands_have_only_real_options() -> None:
+    """Every `edge-agent` line of the README names an existing command and options that it takes."""
+    import re
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^ {4}(?:\.venv/bin/)?edge-agent (.*)$", text, flags=re.M)
+    assert len(lines) >= 5
+    commands = {" ".join(names): command for names, command in _commands()}
+    for line in lines:
+        name = next(n for n in sorted(commands, key=len, reverse=True) if line.startswith(n))
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", line)) <= known, line

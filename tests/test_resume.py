@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -57,9 +56,7 @@ def _progress(events: Path) -> list[Any]:
 
 def _kill_after_update(command: list[str], events: Path, update: int) -> None:
     """Start the command and kill it in the middle of the update after the given one."""
-    process = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + DEADLINE_S
     while not any(e["done"] >= update for e in _progress(events)):
         assert process.poll() is None, "it ended before it could be killed"
@@ -115,7 +112,7 @@ def test_two_trainers_do_not_share_a_directory(whole: Path, tiny_model: Path, cl
     """While one process works in a job directory, a second one is refused with `busy`."""
     base, out = whole.parent, "shared"
     command = [sys.executable, "-m", "edge_agent.cli", *map(str, _arguments(base, out, tiny_model))]
-    first = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + DEADLINE_S
         while not (base / out / "events.jsonl").exists():

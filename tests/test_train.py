@@ -142,8 +142,8 @@ def test_events_tell_the_whole_run(job: Path) -> None:
 def test_gsm8k_file_goes_through_unchanged(tmp_path: Path, cli: Cli, tiny_model: Path, shared_data: Path) -> None:
     """GSM8K's own file, 50 questions of it and held-out rows of it; the accuracy is whatever it is."""
     ran = cli(
-        "train", "--model", tiny_model, "--data", shared_data / "gsm8k" / "train.jsonl", "--limit", 50, "--questions", 30, "--budget", "2GiB",
-        "--out", tmp_path / "job", "--set", "schedule.updates=4", "--set", "evaluation.max_new_tokens=64", "--json",
+        "train", "--model", tiny_model, "--data", shared_data / "gsm8k" / "train.jsonl", "--limit", 50, "--questions", 30,
+        "--budget", "2GiB", "--out", tmp_path / "job", "--set", "schedule.updates=4", "--set", "evaluation.max_new_tokens=64", "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.out + ran.err
     assert ran.json["data"]["questions"] == 50

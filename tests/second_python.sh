@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The oldest supported Python: everything that imports no torch, installed without it, must import and pass its tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${SECOND_PYTHON:-python3.10}
+venv=build/second-python
+"$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    'msgspec>=0.20' 'tomli>=2' 'psutil>=6' 'nvidia-ml-py>=12' 'typer>=0.16' 'rich>=13.9' 'jinja2>=3.1' pytest hypothesis
+PYTHONPATH=. "$venv/bin/python" -m pytest tests/test_verify.py tests/test_critic.py tests/test_problems.py tests/test_layers.py tests/test_plan.py
