@@ -73,7 +73,7 @@ def main() -> None:
     files = find_model(str(MODEL))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    nf4, _ = load_model(files, device_profile("cpu"))
+    nf4 = load_model(files, device_profile("cpu"))
     report = {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "machine": device_name("cpu"),

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from edge_agent import dataset as datasets
-from edge_agent.console import LiveView, format_accuracy, plan_table, summary
+from edge_agent.console import LiveView, format_accuracy, plan_table, printable, summary
 from edge_agent.errors import DatasetEmpty, EdgeAgentError
 from edge_agent.job import Job
 from edge_agent.job_building import build_job, parse_size
@@ -61,18 +62,25 @@ def _explained(as_json: bool) -> Iterator[None]:
     try:
         yield
     except EdgeAgentError as error:
-        if as_json:
-            _print_json({"error": {"code": error.code, "text": str(error)}})
-        else:
-            Console(stderr=True).print(f"[bold red]error[/] [red]{error.code}[/]: {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _print_error(error.code, str(error), as_json)
         raise typer.Exit(error.exit_code) from None
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except Exception as error:
+        _print_error(EdgeAgentError.code, f"{type(error).__name__}: {error}", as_json)
+        Console(stderr=True).print_exception()
+        raise typer.Exit(EdgeAgentError.exit_code) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
         raise typer.Exit(130) from None
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+def _print_error(code: str, text: str, as_json: bool) -> None:
+    if as_json:
+        _print_json({"error": {"code": code, "text": text}})
+    else:
+        line = Text.assemble(("error ", "bold red"), (code, "red"), f": {printable(text)}")
+        Console(stderr=True).print(line, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
@@ -113,6 +121,7 @@ def train(
     answers are completed by the model itself; held-out questions are never trained on.
     """
     with _explained(as_json):
+        job: Job | None = None
         if directory is None:
             if model is None or data is None or budget is None or out is None:
                 raise typer.BadParameter("give --model, --data, --budget and --out, or a job directory")
@@ -146,7 +155,7 @@ def train(
                 device,
                 settings,
             )
-        _run(JobDirectory(directory), as_json)
+        _run(JobDirectory(directory), job, as_json)
 
 
 def _only_directory(*options: object) -> None:
@@ -155,15 +164,15 @@ def _only_directory(*options: object) -> None:
         raise typer.BadParameter("a job directory takes no other options; start a new job with --model, --data, --budget and --out")
 
 
-def _run(directory: JobDirectory, as_json: bool) -> None:
+def _run(directory: JobDirectory, job: Job | None, as_json: bool) -> None:
     from edge_agent.training.run import run_job
 
     if as_json:
-        _print_json(run_job(directory, lambda event: None))
+        _print_json(run_job(directory, lambda event: None, job))
         return
     console = Console()
     with LiveView(console) as view:
-        result = run_job(directory, view)
+        result = run_job(directory, view, job)
     console.print(summary(result, directory.path))
 
 
@@ -186,7 +195,7 @@ def plan(
         if directory is not None:
             _only_directory(model, data, budget, eval_data, limit, device, settings)
             source = JobDirectory(directory)
-            job: Job = source.read_job()
+            job = source.read_job()
             prepared = prepare_files(job, *source.read_dataset(job))
         else:
             if model is None or data is None or budget is None:
@@ -259,12 +268,16 @@ def dataset_check(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the demo's jobs and report.json go.")] = Path("build/demo"),
     seeds: Annotated[int, typer.Option("--seeds", min=1, max=20, help="How many seeds to run.")] = 3,
+    as_json: JsonOption = False,
 ) -> None:
     """Train the shipped tiny model on domains that it has not seen: base, SFT and NLFT compared on the same questions."""
-    with _explained(False):
+    with _explained(as_json):
         from edge_agent.demo.tour import run_demo
 
-        if not run_demo(out, seeds, Console()):
+        report = run_demo(out, seeds, Console(stderr=as_json))
+        if as_json:
+            _print_json(report)
+        if not report.holds:
             raise typer.Exit(1)
 
 

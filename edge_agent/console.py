@@ -116,7 +116,13 @@ def _examples(examples: list[Example]) -> Table:
 
 
 def _shorten(text: str, limit: int = 300) -> str:
+    text = printable(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """Return text from outside without what could steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
 def _places(result: Result, directory: Path) -> Table:

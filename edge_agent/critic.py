@@ -16,7 +16,7 @@ from edge_agent.verify import final_answer
 
 _MARKED = re.compile(r"<<([^<>=]{1,64})=([^<>=]{1,24})>>")
 _PLAIN = re.compile(r"([-(\d$][-+*/x×÷().,\d$ ]{0,62}[\d)])\s*=\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
-_ARITHMETIC = str.maketrans({"x": "*", "×": "*", "÷": "/", "$": None, ",": None, " ": None, "%": None})
+_ARITHMETIC = str.maketrans({"x": "*", "×": "*", "÷": "/", "$": None, ",": None, " ": None})
 
 
 class Equation(NamedTuple):
@@ -83,6 +83,8 @@ def judge_output(output: str, standard: str) -> str:
     if ours and missing:
         return f"It stops after step {len(ours)}. Step {len(ours) + 1} should be {missing[0]}."
     said, wanted = final_answer(output), final_answer(standard)
+    if wanted is None:
+        return "It differs from the standard answer."
     if said is None:
         return f"There is no final answer. It should be {wanted}."
     return f"The final answer is {said}. It should be {wanted}."

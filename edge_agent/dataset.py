@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +92,11 @@ def check_sha256(path: Path, wanted: str) -> None:
         raise DatasetChecksum(path.name, wanted, found)
 
 
+def same_question(text: str) -> str:
+    """Return a key that is equal for questions that differ in blanks, case or character forms only."""
+    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
+
+
 def split(records: list[Record], evaluation: list[Record] | None, job: Job) -> tuple[list[Record], list[Record]]:
     """Return (training records, held-out records) of a job; no question is in both.
 
@@ -99,12 +105,12 @@ def split(records: list[Record], evaluation: list[Record] | None, job: Job) -> t
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(record.question, []).append(record)
+        groups.setdefault(same_question(record.question), []).append(record)
     questions = sorted(groups)
     random.Random(f"split/{job.seed}").shuffle(questions)
     limit, wanted = job.dataset.limit, job.evaluation.questions
     if evaluation is not None:
-        held = {r.question: r for r in evaluation}
+        held = {same_question(r.question): r for r in evaluation}
         questions = [q for q in questions if q not in held]
         held_out = list(held.values())[:wanted]
     else:

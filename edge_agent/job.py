@@ -91,7 +91,7 @@ class Schedule(Strict, frozen=True):
     batch: Positive = 8
     """Samples of one optimizer update; the plan may split it into micro-batches, never change it."""
     epochs: Positive = 3
-    updates: Positive | None = None
+    updates: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     """Number of optimizer updates; None for `epochs` passes over the samples."""
     learning_rate: Annotated[float, Meta(gt=0, lt=1)] = 2e-4
     warmup: Fraction = 0.1

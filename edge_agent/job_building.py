@@ -19,7 +19,7 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 def parse_size(text: str) -> int:
     """Return the bytes of `6GiB`, `900 MiB` or `5000000`. Raises JobSchema."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].lower() not in _UNITS:
+    if not match or match[2].lower() not in _UNITS or len(match[1]) > 15:
         raise JobSchema("--budget", f"{text!r} is no size; write it like 6GiB, 900MiB or 5000000")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from edge_agent.dataset import Record, check_sha256, read_records
+from edge_agent.dataset import Record, check_sha256, file_sha256, read_records
 from edge_agent.errors import Busy, Conflict, DirectoryUnusable, JobSchema
 from edge_agent.files import write_file
 from edge_agent.job import Job
@@ -42,16 +42,22 @@ class JobDirectory:
         The same job again changes nothing, and a job that was refused before it began may be replaced. Raises Conflict where
         another job has begun, DirectoryUnusable where nothing can be written.
         """
-        if (self.path / ".key").exists() and self.read_job() != job:
-            raise Conflict(self.path, "model, data or options")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for source, name in ((dataset, "dataset.jsonl"), (evaluation, "evaluation.jsonl")):
-                if source is not None:
-                    write_file(self.path / name, source.read_bytes())
-            write_file(self.path / "job.json", msgspec.json.format(msgspec.json.encode(job)) + b"\n")
+            if not (self.path / "job.json").exists() and any(not f.name.startswith(".") for f in self.path.iterdir()):
+                raise DirectoryUnusable(self.path, "it holds other files")
+            with self.locked():
+                self._lay_down(job, dataset, evaluation)
         except OSError as error:
             raise DirectoryUnusable(self.path, error.strerror or type(error).__name__) from None
+
+    def _lay_down(self, job: Job, dataset: Path, evaluation: Path | None) -> None:
+        if (self.path / ".key").exists() and self.read_job() != job:
+            raise Conflict(self.path, "model, data or options")
+        write_file(self.path / "job.json", msgspec.json.format(msgspec.json.encode(job)) + b"\n")
+        for source, name in ((dataset, "dataset.jsonl"), (evaluation, "evaluation.jsonl")):
+            if source is not None:
+                write_file(self.path / name, source.read_bytes())
 
     def read_job(self) -> Job:
         """Return the job document. Raises JobSchema with the path of what is wrong in it."""
@@ -107,6 +113,11 @@ class JobDirectory:
         with self.events.open("ab") as file:
             file.write(msgspec.json.encode(event) + b"\n")
 
+    def has_adapter(self, sha256: str) -> bool:
+        """Whether the adapter is there, with the digest that a report names."""
+        file = self.adapter / "adapter_model.safetensors"
+        return file.is_file() and file_sha256(file) == sha256
+
     def forget_parts(self) -> None:
         """Remove what only an unfinished run needs, and the leftovers of writes that were cut off."""
         (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -116,7 +127,11 @@ class JobDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process. Raises Busy; the kernel drops the lock when the process ends, however it ends."""
-        with (self.path / ".lock").open("w") as file:
+        try:
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise DirectoryUnusable(self.path, error.strerror or type(error).__name__) from None
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -160,5 +160,5 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     gained = sum(a and not b for b, a in zip(before, after, strict=True))
     lost = sum(b and not a for b, a in zip(before, after, strict=True))
     changed = gained + lost
-    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) * 0.5**changed
-    return Paired(gained, lost, min(1.0, 2 * tail))
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    return Paired(gained, lost, min(1.0, 2 * tail / 2**changed))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from fractions import Fraction
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+# Every repetition is bounded and no blank spans a line, so that reading is linear in the text and numbers stay apart.
+_DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,16}(?!\d)|\d{1,64})(?:\.\d{1,64})?|\.\d{1,64}"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-−]\s?)?[$€£]?\s?(?P<inner>[-−])?(?:(?P<whole>\d+)\s+)?"
-    rf"(?:(?P<top>\d+)\s?/\s?(?P<bottom>[1-9]\d*)(?![\d/])|(?P<value>{_DIGITS}))\s?(?P<percent>%)?"
-)  # fmt: skip
-_MARKER = re.compile(r"####|(?im:^\s*A\s*:)|(?i:\bfinal answer(?: is)?\b\s*:?)|(?i:\banswer is\b\s*:?)|(?i:\banswer\s*:)")
+    rf"(?P<sign>[-−][ ]?)?[$€£]?[ ]?(?P<inner>[-−])?"
+    rf"(?:(?:(?P<whole>\d{{1,32}})[ ]{{1,4}})?(?P<top>\d{{1,32}})[ ]?/[ ]?(?P<bottom>[1-9]\d{{0,31}})(?![\d/])|(?P<value>{_DIGITS}))"
+    rf"[ ]?(?P<percent>%)?"
+)
+_MARKER = re.compile(r"####|(?im:^[ \t]*A[ \t]*:)|(?i:\bfinal answer(?: is)?\b[ \t]*:?)|(?i:\banswer is\b[ \t]*:?)|(?i:\banswer[ \t]*:)")
 _CHOICE = re.compile(r"\(?\b([A-Z])\b\)?")
 
 
@@ -22,12 +25,13 @@ def final_answer(text: str) -> str | None:
 
 
 def _final_number(text: str) -> re.Match[str] | None:
-    marked = None
-    for marker in _MARKER.finditer(text):
-        marked = _NUMBER.search(text, marker.end()) or marked
-    if marked is not None:
-        return marked
-    return max(_NUMBER.finditer(text), key=lambda m: m.start(), default=None)
+    numbers = list(_NUMBER.finditer(text))
+    ends = [n.end() for n in numbers]
+    for marker in reversed(list(_MARKER.finditer(text))):
+        after = bisect_right(ends, marker.end())
+        if after < len(numbers):
+            return numbers[after]
+    return numbers[-1] if numbers else None
 
 
 def _values(match: re.Match[str]) -> set[Fraction]:

@@ -17,7 +17,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 class Memory(Protocol):
     """What a recorder asks of a device."""
 
-    def reset_peak(self) -> None: ...
+    def release(self) -> None:
+        """Give back what is free but still held, and forget the peak so far."""
 
     def peak_bytes(self) -> int: ...
 
@@ -30,7 +31,9 @@ class HostMemory:
     def __init__(self) -> None:
         self._process = psutil.Process()
 
-    def reset_peak(self) -> None:
+    def release(self) -> None:
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
         # Where this is not allowed the peak stays that of the whole process: an upper bound.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -55,7 +58,8 @@ class CudaMemory:
         self._cuda = torch.cuda
         self._overhead_bytes = overhead_bytes
 
-    def reset_peak(self) -> None:
+    def release(self) -> None:
+        self._cuda.empty_cache()
         self._cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:

@@ -52,7 +52,7 @@ class Recorder:
         self.rows.append(row)
         self._on_stage(row, False)
         self._synchronize()
-        self.memory.reset_peak()
+        self.memory.release()
         wall, cpu = time.monotonic(), time.process_time()
         try:
             yield row

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from edge_agent.errors import AdapterMismatch, ModelUnsupported
@@ -43,7 +44,7 @@ def load_adapter(model: Any, directory: Path) -> Any:
     try:
         with _old_name_allowed():
             return PeftModel.from_pretrained(model, directory).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterMismatch(directory, f"it does not belong to this model ({str(error).splitlines()[0][:200]})") from error
 
 

@@ -6,16 +6,35 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from edge_agent.errors import ModelUnsupported
 from profiles.device import DeviceProfile
 from quantization.model_files import ModelFiles
+from quantization.plan import read_shape
+
+HEAD_PROBLEM = "its output head scales or caps the logits, which the training loss does not support yet"
+BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
+"""What transformers raises on files that it cannot read."""
 
 
-def load_model(files: ModelFiles, device: DeviceProfile) -> tuple[Any, Any]:
-    """Return (model in NF4, tokenizer), frozen and ready to score, generate and be adapted.
+def load_tokenizer(files: ModelFiles) -> Any:
+    """Return the tokenizer, with a padding token. Raises ModelUnsupported."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
+    except BROKEN as error:
+        raise ModelUnsupported(files.name, f"its tokenizer cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelUnsupported(files.name, "its tokenizer has no end-of-sequence token, so an answer could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(files: ModelFiles, device: DeviceProfile) -> Any:
+    """Return the model in NF4, frozen and ready to score, generate and be adapted.
 
     Linear layers but the output head are NF4; embedding, head and norms keep the compute type. Raises ModelUnsupported.
     """
@@ -25,23 +44,29 @@ def load_model(files: ModelFiles, device: DeviceProfile) -> tuple[Any, Any]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             files.path, dtype=dtype, quantization_config=quantization, device_map={"": device.kind}, use_safetensors=True,
             trust_remote_code=False, local_files_only=True,
         )  # fmt: skip
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except BROKEN as error:
         raise ModelUnsupported(files.name, f"transformers cannot load it: {_first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise ModelUnsupported(files.name, "its tokenizer has no end-of-sequence token, so an answer could not end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
     model.requires_grad_(False)
     keep_training_kernel(model)
+    # Of the model's own generation settings only what ends an answer: penalties and beams would change what is measured.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    _check_quantised(files, model)
     _check_head(files, model)
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def _check_quantised(files: ModelFiles, model: torch.nn.Module) -> None:
+    """Architectures with linear layers of their own would stay unquantised in silence."""
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    held = sum(m.weight.quant_state.shape.numel() for m in layers)
+    if held < 0.9 * sum(t.elements for t in read_shape(files).linear):
+        raise ModelUnsupported(files.name, "its linear layers cannot be held in 4 bits")
 
 
 def keep_training_kernel(model: torch.nn.Module) -> None:
@@ -58,11 +83,14 @@ def keep_training_kernel(model: torch.nn.Module) -> None:
 @torch.no_grad()
 def _check_head(files: ModelFiles, model: Any) -> None:
     """The engine applies the output head to chosen positions itself; a model whose head does more must not pass unnoticed."""
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
+        raise ModelUnsupported(files.name, HEAD_PROBLEM)
     ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     whole = model(input_ids=ids).logits.float()
     parts = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state).float()
     if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
-        raise ModelUnsupported(files.name, "its output head scales or caps the logits, which the training loss does not support yet")
+        raise ModelUnsupported(files.name, HEAD_PROBLEM)
 
 
 def _first_line(error: Exception) -> str:

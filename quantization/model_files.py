@@ -14,6 +14,7 @@ import msgspec
 from edge_agent.errors import ModelMissing, ModelUnsafe, ModelUnsupported
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _MAX_HEADER_BYTES = 100 * 2**20
 
 
@@ -39,12 +40,14 @@ class ModelFiles:
     config: dict[str, Any]
     tensors: tuple[Tensor, ...]
     fingerprint: str
-    """sha256 over config.json and the headers of the weight files."""
+    """sha256 over config.json, the tokenizer's files, and of each weight file the header and 256 KiB taken evenly from it."""
 
     @property
     def context_tokens(self) -> int:
         """Longest sequence the model takes."""
-        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2**31)
+        config = self.config.get("text_config") or self.config
+        limit = config.get("max_position_embeddings") or config.get("n_positions")
+        return limit if isinstance(limit, int) else 2**31
 
 
 def find_model(name: str) -> ModelFiles:
@@ -64,7 +67,9 @@ def find_model(name: str) -> ModelFiles:
         raise ModelUnsupported(name, "its config.json holds no object; fetch the model again")
     if config.get("auto_map"):
         raise ModelUnsafe(name, "it brings Python code of its own (auto_map), which is never run")
-    files = sorted(path.glob("*.safetensors"))
+    if (path / "adapter_config.json").exists():
+        raise ModelUnsupported(name, "it is an adapter, or has one beside its weights; give the directory of the base model alone")
+    files = _weight_files(path)
     if not files:
         if any(next(path.glob(pattern), None) for pattern in _PICKLES):
             raise ModelUnsafe(name, "it has pickled weights only, and unpickling runs code")
@@ -73,8 +78,10 @@ def find_model(name: str) -> ModelFiles:
     tensors: list[Tensor] = []
     for file in files:
         header = _header(name, file)
-        digest.update(file.name.encode() + b"\0" + header)
-        tensors += _tensors(header)
+        digest.update(file.name.encode() + b"\0" + header + _sampled_bytes(file))
+        tensors += _tensors(name, file, header)
+    for text in _TOKENIZER_FILES:
+        digest.update((path / text).read_bytes() if (path / text).is_file() else b"\0")
     return ModelFiles(name, path, config, tuple(tensors), digest.hexdigest())
 
 
@@ -92,8 +99,28 @@ def _directory(name: str) -> Path:
         raise ModelMissing(name, "it is neither a directory nor in the local Hugging Face cache") from None
 
 
+def _weight_files(path: Path) -> list[Path]:
+    """The files that transformers loads: those of the index, else the one of the usual name, else all."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file():
+        names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
+        return [path / Path(n).name for n in sorted(names)]
+    return [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def _sampled_bytes(file: Path) -> bytes:
+    size, parts = file.stat().st_size, []
+    with file.open("rb") as stream:
+        for k in range(64):
+            stream.seek(max(0, size - 4096) * k // 63)
+            parts.append(stream.read(4096))
+    return b"".join(parts)
+
+
 def _header(name: str, file: Path) -> bytes:
     """The JSON header of a safetensors file: 8 bytes of length, then the text."""
+    if not file.is_file():
+        raise ModelMissing(name, f"{file.name} is missing")
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = stream.read(length) if 0 < length <= _MAX_HEADER_BYTES else b""
@@ -102,12 +129,21 @@ def _header(name: str, file: Path) -> bytes:
     return header
 
 
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
 class _Entry(msgspec.Struct):
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
 
 
-def _tensors(header: bytes) -> list[Tensor]:
-    raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-    entries = {k: msgspec.json.decode(v, type=_Entry) for k, v in raw.items() if k != "__metadata__"}
+def _tensors(name: str, file: Path, header: bytes) -> list[Tensor]:
+    try:
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        entries = {k: msgspec.json.decode(v, type=_Entry) for k, v in raw.items() if k != "__metadata__"}
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise ModelUnsupported(name, f"the header of {file.name} is broken; fetch the model again") from None
+    if file.stat().st_size < 8 + len(header) + max((e.data_offsets[1] for e in entries.values()), default=0):
+        raise ModelUnsupported(name, f"{file.name} is cut off; fetch the model again")
     return [Tensor(k, e.shape, e.data_offsets[1] - e.data_offsets[0]) for k, e in entries.items()]

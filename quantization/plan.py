@@ -101,8 +101,9 @@ def read_shape(files: ModelFiles) -> Shape:
 
     def size(*names: str) -> int:
         for name in names:
-            if isinstance(config.get(name), int):
-                return int(config[name])
+            value = config.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
         raise ModelUnsupported(files.name, f"its config.json has no {names[0]}; only decoder language models can be fine-tuned")
 
     hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
@@ -112,7 +113,7 @@ def read_shape(files: ModelFiles) -> Shape:
     linear = tuple(t for t in matrices if not any(name in t.name for name in EMBEDDINGS))
     return Shape(
         hidden=hidden,
-        mlp=int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden),
+        mlp=size("intermediate_size", "n_inner", "ffn_dim") if _says_mlp(config) else 4 * hidden,
         query=heads * head,
         key=key_heads * head,
         layers=size("num_hidden_layers", "n_layer"),
@@ -120,6 +121,10 @@ def read_shape(files: ModelFiles) -> Shape:
         linear=linear,
         other_elements=sum(t.elements for t in files.tensors) - sum(t.elements for t in linear),
     )
+
+
+def _says_mlp(config: dict[str, Any]) -> bool:
+    return any(config.get(name) for name in ("intermediate_size", "n_inner", "ffn_dim"))
 
 
 def adapter_elements(shape: Shape, lora: Lora) -> int:

@@ -105,6 +105,30 @@ def test_a_job_document_is_strict(data: Path, tmp_path: Path, cli: Cli, tiny_mod
     _refused(cli, [*_train(data, out, tiny_model), "--seed", 9], "conflict", 4)
 
 
+def test_a_directory_with_other_files_is_left_alone(data: Path, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
+    """`--out` on a directory that holds somebody's files changes nothing in it."""
+    out = tmp_path / "mine"
+    (out / "adapter").mkdir(parents=True)
+    (out / "adapter" / "notes.txt").write_text("keep")
+    (out / "dataset.jsonl").write_text("keep")
+    assert "it holds other files" in _refused(cli, _train(data, out, tiny_model), "directory", 4)
+    assert (out / "adapter" / "notes.txt").read_text() == (out / "dataset.jsonl").read_text() == "keep"
+
+
+def test_one_record_trains_and_says_that_nothing_was_measured(tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
+    """A tokenizer without a padding token, one record, nothing held out: the job succeeds and gives the reason for no accuracy."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    one = write_domain(tmp_path / "one.jsonl", "chain", 1, 2)
+    ran = cli(*_train(one, tmp_path / "job", model))
+    assert ran.code == 0, ran.out + ran.err
+    assert ran.json["accuracy"]["after"] is None
+    assert "no question was held out" in ran.json["accuracy"]["reason"]
+
+
 def test_models_that_run_code_are_refused(data: Path, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
     """Pickled weights only: refused before anything is loaded, and the same command works with safetensors in place."""
     model = tmp_path / "model"

@@ -258,13 +258,10 @@ def test_links_between_documents_lead_somewhere(document: Any) -> None:
 
 def test_readme_commands_have_only_real_options() -> None:
     """Every `edge-agent` line of the README names an existing command and options that it takes."""
-    import re
-
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"^ {4}(?:\.venv/bin/)?edge-agent (.*)$", text, flags=re.M)
+    lines = re.findall(r"^ {4}(?:\.venv/bin/)?(edge-agent .*)$", text, flags=re.M)
     assert len(lines) >= 5
-    commands = {" ".join(names): command for names, command in _commands()}
     for line in lines:
-        name = next(n for n in sorted(commands, key=len, reverse=True) if line.startswith(n))
-        known = {option for parameter in commands[name].params for option in parameter.opts}
+        name = next(n for n in sorted(COMMANDS, key=len, reverse=True) if line.startswith(n))
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", line)) <= known, line

@@ -23,7 +23,7 @@ ROWS = [(list(range(5, 45)), list(range(50, 70)))]
 
 def _gradients(tiny_model: Path, *, evaluate_first: bool, guard: bool) -> dict[str, torch.Tensor]:
     """LoRA gradients of one loss, after a forward pass in `.eval()` without gradient or on a fresh model."""
-    model: Any = load_model(find_model(str(tiny_model)), device_profile("cpu"))[0]
+    model: Any = load_model(find_model(str(tiny_model)), device_profile("cpu"))
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and not guard:
             module.support_avx512bf16_for_cpu = _has_avx512bf16()
@@ -49,7 +49,7 @@ def _has_avx512bf16() -> bool:
 
 def test_model_is_nf4_with_double_quantisation(tiny_model: Path) -> None:
     """Every linear layer but the head is NF4 with nested scales; nothing is trainable."""
-    model = load_model(find_model(str(tiny_model)), device_profile("cpu"))[0]
+    model = load_model(find_model(str(tiny_model)), device_profile("cpu"))
     layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 4 * 7
     assert all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from edge_agent.training.scoring import score, weigh
 from edge_agent.verify import numeric
 from profiles.device import device_profile
 from quantization.adapter import attach_adapter
-from quantization.load import load_model
+from quantization.load import load_model, load_tokenizer
 from quantization.model_files import find_model
 from quantization.plan import Plan
 
@@ -59,7 +58,8 @@ def _silent(*_: object) -> None:
 @pytest.fixture(scope="module")
 def records(tiny_model: Path) -> list[Record]:
     """50 questions with the model's own judged outputs."""
-    model, tokenizer = load_model(find_model(str(tiny_model)), device_profile("cpu"))
+    files = find_model(str(tiny_model))
+    tokenizer, model = load_tokenizer(files), load_model(files, device_profile("cpu"))
     bare = [Record(p.question, p.answer, id=str(i)) for i, p in enumerate(islice(problems("distractor", SEED), 50))]
     prompts = [prompt_ids(tokenizer, PROMPTS["worked"].messages(r.question)) for r in bare for _ in range(4)]
     new = generate(model, tokenizer, prompts, max_new_tokens=120, batch=64, progress=_silent, temperature=0.8, seed=SEED)
@@ -68,8 +68,8 @@ def records(tiny_model: Path) -> list[Record]:
 
 def _accuracy(method: Nlft, records: list[Record], tiny_model: Path, directory: Path) -> float:
     """Accuracy on 200 held-out questions after training with the weights of `method`."""
-    model: Any
-    model, tokenizer = load_model(find_model(str(tiny_model)), device_profile("cpu"))
+    files = find_model(str(tiny_model))
+    tokenizer, model = load_tokenizer(files), load_model(files, device_profile("cpu"))
     model = attach_adapter(model, Lora(), SEED, "tiny")
     samples = [encode_target(tokenizer, PROMPTS["worked"], t, 2048) for t in method.targets(records, numeric)]
 

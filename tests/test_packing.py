@@ -18,7 +18,7 @@ ROWS = [([5, 6, 7, 8, 9], [10, 11, 12]), ([20, 21], [22, 23, 24, 25, 26, 0]), ([
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Any:
-    return load_model(find_model(str(tiny_model)), device_profile("cpu"))[0]
+    return load_model(find_model(str(tiny_model)), device_profile("cpu"))
 
 
 def _plain_logp(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:

@@ -39,6 +39,9 @@ def test_numeric_agrees_with_every_published_verdict(shared_data: Path) -> None:
         ("we get 7 and then 8", "#### 8"),
         ("#### 12 dollars each", "#### 12"),
         ("first #### 3, no: #### 4", "#### 4"),
+        ("#### 72\n\n3 bananas left", "#### 72"),
+        ("The answer is 12\n2 dozen", "#### 12"),
+        ("A: 5\n\n2. next", "#### 5"),
     ],
 )
 def test_numeric_accepts(output: str, answer: str) -> None:
@@ -73,6 +76,14 @@ def test_verifiers_never_fail(output: str, answer: str) -> None:
     """Any text gets a verdict."""
     for verify in (numeric, exact, choice):
         assert verify(output, answer) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "text", ["\n" * 200_000, "####" * 60_000, "1" * 250_000, "1," * 100_000, "- $ " * 60_000, "the answer is " * 15_000]
+)
+def test_reading_takes_time_in_proportion_to_the_text(text: str) -> None:
+    """Texts of the longest allowed length that a careless pattern would read again and again end well within the deadline."""
+    numeric(text, "#### 1")
 
 
 def test_exact_and_choice() -> None:

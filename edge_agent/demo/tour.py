@@ -103,8 +103,8 @@ class DemoFailed(EdgeAgentError):
         super().__init__(f"the job in {directory} failed; run `edge-agent train {directory}` to see why. It said: {output[-600:].strip()}")
 
 
-def run_demo(out: Path, seeds: int, console: Console) -> bool:
-    """Run all jobs of the demo, print a comparison, write `report.json`, and return whether its claim holds."""
+def run_demo(out: Path, seeds: int, console: Console) -> DemoReport:
+    """Run all jobs of the demo, print a comparison, write `report.json`, and return it."""
     out.mkdir(parents=True, exist_ok=True)
     runs = [(domain, seed) for domain in DOMAINS for seed in range(1, seeds + 1)]
     for domain, seed in runs:
@@ -119,7 +119,7 @@ def run_demo(out: Path, seeds: int, console: Console) -> bool:
     report = _report(out, seeds)
     write_file(out / "report.json", msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     _print(report, out, console)
-    return report.holds
+    return report
 
 
 def _directory(out: Path, domain: str, seed: int, method: str) -> Path:

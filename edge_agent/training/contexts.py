@@ -5,7 +5,9 @@ Prompt and answer are tokenised separately and concatenated, so the answer's ids
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,9 +16,13 @@ from edge_agent.errors import RecordTooLong
 from edge_agent.prompts import Prompts
 from edge_agent.training.methods.method import Context, Target
 
+TODAY = datetime(2024, 7, 26)
+"""The date in templates that print one, always the same: a job must give the same prompts on every day."""
+
 # For base models that ship no chat template.
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[m.role] + m.content + '\n\n' }}"
+    "{{ bos_token or '' }}{% for m in messages %}"
+    "{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[m.role] + m.content + '\n\n' }}"
     "{% endfor %}{% if add_generation_prompt %}Answer: {% endif %}"
 )
 
@@ -24,22 +30,30 @@ PLAIN_TEMPLATE = (
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Return the token ids of a chat prompt up to where the assistant's answer begins.
 
-    Uses the tokenizer's own chat template. Where a template knows no system role, the system text opens the user message.
+    Uses the tokenizer's own chat template. Where a template refuses or drops the system role, the system text opens the user message.
+    Raises jinja2.TemplateError where the template is broken.
     """
-    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-    try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
-    except TemplateError:
-        system, user = messages
-        merged = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
-        text = tokenizer.apply_chat_template(merged, chat_template=template, add_generation_prompt=True, tokenize=False)
+    system, user = messages
+    text = ""
+    with suppress(TemplateError):
+        text = _render(tokenizer, messages)
+    if system["content"].strip() not in text:
+        text = _render(tokenizer, [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}])
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+    text: str = tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
+    )
+    return text
+
+
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of an answer, the end-of-sequence token included."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [*ids, tokenizer.eos_token_id]
 
 

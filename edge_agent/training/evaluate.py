@@ -38,8 +38,10 @@ def evaluate(
     progress: Callable[[int, int, int], None],
 ) -> list[Answer]:
     """Answer every held-out question greedily and verify it."""
+    if not held_out:
+        return []
     ids = [prompt_ids(tokenizer, prompts.messages(r.question)) for r in held_out]
-    longest = max(ids, key=len, default=[])
+    longest = max(ids, key=len)
     room = context_tokens - len(longest)
     if room < 1:
         raise RecordTooLong("evaluation questions", held_out[ids.index(longest)].id, len(longest) + 1, context_tokens, "question")

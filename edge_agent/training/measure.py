@@ -19,7 +19,7 @@ from edge_agent.training.evaluate import Answer, evaluate
 from edge_agent.training.prepare import prepare
 from profiles.device import detect_device, device_profile
 from quantization.adapter import load_adapter
-from quantization.load import load_model
+from quantization.load import load_model, load_tokenizer
 from quantization.model_files import find_model
 
 
@@ -55,7 +55,7 @@ def _measure(
     name: str, held_out: list[Record], adapter: Path | None, prompts: Prompts, evaluation: Evaluation, batch: int, device: str
 ) -> Measurement:
     files = find_model(name)
-    model, tokenizer = load_model(files, device_profile(detect_device(device)))
+    tokenizer, model = load_tokenizer(files), load_model(files, device_profile(detect_device(device)))
     if adapter is not None:
         model = load_adapter(model, adapter)
     started = time.monotonic()

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from edge_agent.dataset import Record, split
-from edge_agent.errors import DatasetSchema, DiskFull, ModelUnsupported, NoRoom, RecordTooLong
+from edge_agent.errors import DatasetSchema, DiskFull, NoRoom, RecordTooLong
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.prompts import PROMPTS, Prompts
@@ -19,6 +17,7 @@ from edge_agent.training.methods import METHODS
 from edge_agent.training.methods.method import Context, IsCorrect, Method, Target
 from edge_agent.verify import VERIFIERS
 from profiles.device import DeviceProfile, detect_device, device_profile, free_bytes
+from quantization.load import load_tokenizer
 from quantization.model_files import ModelFiles, find_model
 from quantization.plan import Lengths, Plan, Shape, adapter_elements, make_plan, read_shape
 
@@ -69,12 +68,8 @@ class Prepared:
         """
         limit, new = self.files.context_tokens, self.job.evaluation.max_new_tokens
         train = longest = answer = prompt = 0
+        self._check_answers()
         for record in self.training:
-            if not self.is_correct(record.answer, record.answer):
-                verifier = self.job.evaluation.verifier
-                raise DatasetSchema(
-                    "dataset.jsonl", f"record {record.id}", f"its answer holds nothing that the verifier {verifier!r} can compare"
-                )
             texts = [record.answer] + ([record.output] if record.output else [])
             for text in texts:
                 contexts: tuple[Context, ...] = ("standard", "judge") if record.judgment else ("standard",)
@@ -92,6 +87,14 @@ class Prepared:
                 raise RecordTooLong("held-out questions", record.id, tokens, limit - 1, "question")
             prompt = max(prompt, tokens)
         return Lengths(min(train, limit), min(longest, limit), min(answer, limit), min(prompt + new, limit))
+
+    def _check_answers(self) -> None:
+        """A standard answer that the verifier cannot compare would make every output wrong."""
+        for file, records in (("dataset.jsonl", self.training), ("held-out questions", self.held_out)):
+            for record in records:
+                if not self.is_correct(record.answer, record.answer):
+                    verifier = self.job.evaluation.verifier
+                    raise DatasetSchema(file, f"record {record.id}", f"its answer holds nothing that the verifier {verifier!r} can compare")
 
     @property
     def sampling_room(self) -> int:
@@ -114,14 +117,7 @@ def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | No
     """Split the records of a job and find its model."""
     training, held_out = split(records, evaluation, job)
     files = find_model(job.model)
-    return Prepared(job, files, _tokenizer(files), device_profile(detect_device(job.device)), training, held_out)
-
-
-def _tokenizer(files: ModelFiles) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelUnsupported(files.name, f"its tokenizer cannot be loaded: {str(error).splitlines()[0][:300]}") from error
+    return Prepared(job, files, load_tokenizer(files), device_profile(detect_device(job.device)), training, held_out)
 
 
 def admit(prepared: Prepared, plan: Plan, directory: JobDirectory) -> None:

@@ -44,8 +44,11 @@ class Reporter:
         self._directory.append_event(event)
         self._listen(event)
 
-    def progress(self, done: int, total: int, tokens: int, loss: float | None = None) -> None:
-        """Count tokens into the running stage and pass progress on. Raises TimedOut past the job's `max_run_s`."""
+    def progress(self, done: int, total: int, tokens: int, loss: float | None = None, doing: StageName | None = None) -> None:
+        """Count tokens into the running stage and pass progress on. Raises TimedOut past the job's `max_run_s`.
+
+        `doing` names the work where it is not the stage's own: scores are renewed inside the train stage.
+        """
         row, now = self.recorder.rows[-1], time.monotonic()
         row.tokens += tokens
         if now - self.started > self._job.max_run_s:
@@ -56,7 +59,14 @@ class Reporter:
         rate = row.tokens / max(now - self.stage_started, 1e-9)
         memory, budget = self.recorder.memory.current_bytes(), self._job.budget_bytes
         self.emit(
-            "progress", stage=row.stage, done=done, total=total, loss=loss, tokens_per_s=rate, memory_bytes=memory, budget_bytes=budget
+            "progress",
+            stage=doing or row.stage,
+            done=done,
+            total=total,
+            loss=loss,
+            tokens_per_s=rate,
+            memory_bytes=memory,
+            budget_bytes=budget,
         )
 
     def _on_stage(self, row: StageRow, finished: bool) -> None:

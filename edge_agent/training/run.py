@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from edge_agent.dataset import Record
-from edge_agent.errors import NO_SPACE, DatasetEmpty, DeviceMissing, DiskFull, EdgeAgentError, OutOfMemory
+from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DeviceMissing, DiskFull, EdgeAgentError, OutOfMemory
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
@@ -36,15 +36,18 @@ from quantization.plan import Plan
 T = TypeVar("T")
 
 
-def run_job(directory: JobDirectory, listen: Listener) -> Result:
+def run_job(directory: JobDirectory, listen: Listener, expected: Job | None = None) -> Result:
     """Run the job of a directory to its result; a finished job returns its result, an interrupted one goes on.
 
-    Raises an EdgeAgentError. Once the run has begun, the same stands in events.jsonl and result.json.
+    `expected` is the job that the directory must hold. Raises an EdgeAgentError; once the run has begun, the same stands in
+    events.jsonl and result.json.
     """
-    job = directory.read_job()
     with directory.locked():
+        job = directory.read_job()
+        if expected not in (None, job):
+            raise Conflict(directory.path, "model, data or options")
         earlier = directory.read_result()
-        if earlier and earlier.state == "succeeded" and earlier.job == job.digest:
+        if earlier and earlier.adapter and earlier.job == job.digest and directory.has_adapter(earlier.adapter.sha256):
             return earlier
         fix_malloc()
         kind = detect_device(job.device)
@@ -67,7 +70,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter) -> Result:
         directory.begin(f"{job.digest} {work.files.fingerprint}")
     with reporter.stage("load"):
         _cap_memory(job, work)
-        model, tokenizer = load_model(work.files, work.device)
+        model, tokenizer = load_model(work.files, work.device), work.tokenizer
     with reporter.stage("evaluate") as row:
         before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
     with reporter.stage("sample") as row:
@@ -142,7 +145,7 @@ def _complete(model: Any, work: Prepared, plan: Plan, reporter: Reporter) -> lis
 
 def _score(model: Any, work: Prepared, samples: list[Sample], plan: Plan, reporter: Reporter) -> list[Scores]:
     def progress(done: int, total: int, tokens: int) -> None:
-        reporter.progress(done, total, tokens)
+        reporter.progress(done, total, tokens, doing="score")
 
     rows, chunk, pad_id = 2 * plan.micro_batch, plan.head_chunk, work.tokenizer.pad_token_id
     return score(model, samples, rows, chunk, work.method.needs_hidden, pad_id, progress)
@@ -182,5 +185,7 @@ def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: Except
     text = str(error) or type(error).__name__
     with suppress(OSError, EdgeAgentError):
         reporter.emit("failed", stage=stage, code=code, text=text[:1024])
-        directory.write_result(msgspec.structs.replace(_result(job, reporter, "failed"), error=Failure(code, text[:1024])))
+        earlier = directory.read_result()
+        if earlier is None or earlier.state == "failed":
+            directory.write_result(msgspec.structs.replace(_result(job, reporter, "failed"), error=Failure(code, text[:1024])))
     return error

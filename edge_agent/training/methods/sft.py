@@ -6,13 +6,13 @@ import torch
 
 from edge_agent.dataset import Record
 from edge_agent.job import SftOptions
-from edge_agent.training.methods.method import IsCorrect, Scores, Target, Weights
+from edge_agent.training.methods.method import Context, IsCorrect, Scores, Target, Weights
 
 
-def standard_answers(records: list[Record], contexts: tuple[str, ...] = ()) -> list[Target]:
-    """One target for the standard answer of each question."""
-    first = {r.question: r for r in reversed(records)}
-    return [Target(r, r.answer, "correct", contexts) for r in records if first[r.question] is r]  # type: ignore[arg-type]
+def standard_answers(records: list[Record], contexts: tuple[Context, ...] = ()) -> list[Target]:
+    """One target for every standard answer of each question."""
+    first = {(r.question, r.answer): r for r in reversed(records)}
+    return [Target(r, r.answer, "correct", contexts) for r in first.values()][::-1]
 
 
 class Sft:
