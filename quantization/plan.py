@@ -43,6 +43,10 @@ class Shape:
     """Matrices that are held in NF4."""
     other_elements: int
     """Elements held in the compute type: embeddings, head, norms, biases."""
+    largest_elements: int
+    """Elements of the largest tensor."""
+    stored_bytes: int
+    """Bytes of all weights on disk."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def read_shape(files: ModelFiles) -> Shape:
         vocabulary=size("vocab_size"),
         linear=linear,
         other_elements=sum(t.elements for t in files.tensors) - sum(t.elements for t in linear),
+        largest_elements=max((t.elements for t in files.tensors), default=0),
+        stored_bytes=sum(t.stored_bytes for t in files.tensors),
     )
 
 
@@ -179,7 +185,7 @@ def stage_plans(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile,
         return rows * shape.vocabulary * 4 * copies
 
     # Loading holds the largest tensor in the compute type and while it is packed; on a CPU the mapped file counts as well.
-    load = 3 * largest * act + (sum(t.stored_bytes for t in shape.linear) if device.kind == "cpu" else 0)
+    load = 3 * largest * act + (shape.stored_bytes + shape.largest_elements * act if device.kind == "cpu" else 0)
     cache = generate_batch * lengths.generate * shape.layers * 2 * shape.key * act
     generate = 1.5 * cache + forward(generate_batch, lengths.generate, 1) + head(generate_batch, 4)
     micro, chunk = rung.micro_batch, rung.head_chunk
@@ -193,7 +199,7 @@ def stage_plans(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile,
         ("evaluate", base + adapter, generate),
         ("sample", base, generate),
         ("score", base + adapter, score),
-        ("train", base + 4 * adapter, train),  # weights, gradients and two moments, in 32 bits
+        ("train", base + 4 * adapter, max(train, score)),  # weights, gradients, two moments in 32 bits; scores may be renewed
         ("save", base + 4 * adapter, 2 * adapter),
     )
     return tuple(StagePlan(name, int(resident), int(transient * MARGIN)) for name, resident, transient in rows)

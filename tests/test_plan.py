@@ -26,7 +26,7 @@ def _llama_8b() -> Shape:
         ("gate_proj", "up_proj", "down_proj"), (14336, 4096)
     )
     linear = tuple(Tensor(f"{i}.{n}", s, 2 * s[0] * s[1]) for i in range(32) for n, s in sizes.items())
-    return Shape(4096, 14336, 4096, 1024, 32, 128256, linear, 2 * 128256 * 4096)
+    return Shape(4096, 14336, 4096, 1024, 32, 128256, linear, 2 * 128256 * 4096, 128256 * 4096, 2 * 8_030_000_000)
 
 
 def test_resident_bytes_match_published_arithmetic() -> None:
