@@ -84,7 +84,7 @@ def test_clustering_stops_at_its_span() -> None:
 logps = st.floats(min_value=-100, max_value=-1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(logps, logps, logps), min_size=1, max_size=20), st.booleans())
 def test_weights_are_finite_for_any_probabilities(rows: list[tuple[float, float, float]], released: bool) -> None:
     """Weights and loss are finite and not negative for log-probabilities from -100 to -1e-12."""

@@ -153,8 +153,11 @@ def _create(out: Path, domain: str, seed: int, method: str, data: Path) -> None:
 
 
 def _run_in_foreground(directory: Path, console: Console) -> None:
+    import torch
+
     from edge_agent.training.run import run_job
 
+    torch.set_num_threads(1)  # a model this small is slower on more threads
     console.print(
         f"[bold]{directory.name}[/]: {DOMAINS['chain'].records} questions of a domain that the model has not seen", highlight=False
     )
