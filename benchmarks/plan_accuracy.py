@@ -42,7 +42,7 @@ from profiles.device import device_name
 from quantization.plan import ladder, stage_plans
 
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy.json"
-SEED, RECORDS, HELD_OUT = 30_000, 12, 4
+SEED, HELD_OUT = 30_000, 4
 MIB = 2**20
 SHAPES: dict[str, PretrainedConfig | None] = {
     "llama-512": LlamaConfig(
@@ -71,10 +71,12 @@ class Case(msgspec.Struct, frozen=True):
     micro_batch: int
     checkpointing: bool
     batch: int
-    problems_per_record: int
+    records: int
+    problems: int
+    """In one record."""
 
 
-CASES = (Case(8, False, 8, 1), Case(1, False, 2, 5), Case(1, True, 2, 5))
+CASES = (Case(8, False, 8, 12, 1), Case(1, False, 2, 4, 5), Case(1, True, 2, 4, 5))
 
 
 class Row(msgspec.Struct):
@@ -99,21 +101,20 @@ def write_model(directory: Path, config: PretrainedConfig) -> Path:
     return directory
 
 
-def write_dataset(directory: Path, problems_per_record: int) -> tuple[Path, Path]:
+def write_dataset(directory: Path, case: Case) -> tuple[Path, Path]:
     """Write (records, held-out questions) of like length; every third record is left for the model to complete."""
-    rng = random.Random(SEED)
-    groups = iter(lambda: list(islice(stream, problems_per_record)), [])
-    stream = problems("chain", SEED)
+    rng, stream = random.Random(SEED), problems("chain", SEED)
     records = []
-    for group in islice(groups, 200):
+    for _ in range(200):
+        group = list(islice(stream, case.problems))
         mistakes = [judged_mistake(p, rng) for p in group]
         texts = ([p.question for p in group], [p.answer for p in group], *zip(*mistakes, strict=True))
         records.append(Record(*("\n".join(part) for part in texts)))
     records.sort(key=lambda r: -len(r.question + r.answer + (r.output or "")))
     bare = [Record(r.question, r.answer) for r in records]
-    data, held_out = directory / f"data-{problems_per_record}.jsonl", directory / f"held-out-{problems_per_record}.jsonl"
-    data.write_bytes(write_records(r if n % 3 else bare[n] for n, r in enumerate(records[:RECORDS])))
-    held_out.write_bytes(write_records(bare[RECORDS : RECORDS + HELD_OUT]))
+    data, held_out = directory / "data.jsonl", directory / "held-out.jsonl"
+    data.write_bytes(write_records(r if n % 3 else bare[n] for n, r in enumerate(records[: case.records])))
+    held_out.write_bytes(write_records(bare[case.records : case.records + HELD_OUT]))
     return data, held_out
 
 
@@ -132,7 +133,8 @@ def run(model: Path, data: Path, held_out: Path, case: Case, out: Path) -> Resul
     settings = [f"--set={name}={value}" for name, value in {**SETTINGS, "schedule.batch": case.batch}.items()]
     budget = ["--budget", smallest_budget(model, data, held_out, case)]
     command = [sys.executable, "-m", "edge_agent.cli", "train", *map(str, files + budget), *settings, "--json"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=False)  # noqa: S603
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads slow down a busy machine
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return msgspec.json.decode((out / "result.json").read_bytes(), type=Result)
@@ -158,7 +160,7 @@ def measure(names: list[str], directory: Path, found: list[Row]) -> None:
         config = SHAPES[name]
         model = MODEL if config is None else write_model(directory / name, config)
         for number, case in enumerate(CASES):
-            result = run(model, *write_dataset(directory, case.problems_per_record), case, directory / f"job-{name}-{number}")
+            result = run(model, *write_dataset(directory, case), case, directory / f"job-{name}-{number}")
             found += rows(name, result)
 
 
