@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from edge_agent.coordinator.store import JobView, NodeView
+from edge_agent.doctor import Check
 from edge_agent.errors import human_bytes
+from edge_agent.messages import JobProgress
 from edge_agent.report import Accuracy, Event, Example, Measured, Result
 from profiles.recorder import StageRow
+from profiles.sensors import Resources
 from quantization.plan import Plan
+
+V = TypeVar("V", bound="LiveView")
 
 
 class LiveView:
@@ -28,7 +36,7 @@ class LiveView:
         self._console = console
         self._live = Live(console=console, transient=True, refresh_per_second=4)
 
-    def __enter__(self) -> LiveView:
+    def __enter__(self: V) -> V:
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -39,13 +47,19 @@ class LiveView:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if event.event == "stage_finished":
-            peak = human_bytes(event.memory_bytes or 0)
-            self._console.print(f"[green]✓[/] {event.stage:<9}[dim]{event.seconds or 0:8.1f} s   peak {peak}[/]", highlight=False)
+            self._line(event.stage or "", event.seconds or 0.0, event.memory_bytes or 0)
         elif event.event in ("stage_started", "progress"):
-            self._live.update(self._row(event))
+            self.show(event, [])
+
+    def _line(self, stage: str, seconds: float, peak_bytes: int) -> None:
+        self._console.print(f"[green]✓[/] {stage:<9}[dim]{seconds:8.1f} s   peak {human_bytes(peak_bytes)}[/]", highlight=False)
+
+    def show(self, event: Event, more: list[str]) -> None:
+        """Redraw the running stage, with more facts after its own."""
+        self._live.update(self._row(event, more))
 
     @staticmethod
-    def _row(event: Event) -> Table:
+    def _row(event: Event, more: list[str]) -> Table:
         row = Table.grid(padding=(0, 2))
         facts = [f"{event.done or 0:,}/{event.total or 0:,}"] if event.total else []
         if event.loss is not None:
@@ -55,19 +69,57 @@ class LiveView:
         if event.memory_bytes and event.budget_bytes:
             facts.append(f"{human_bytes(event.memory_bytes)} of {human_bytes(event.budget_bytes)}")
         bar = ProgressBar(total=event.total or 1, completed=event.done or 0, width=30, pulse=event.total is None)
-        row.add_row(Text(f"  {event.stage}", style="bold"), bar, "  ".join(facts))
+        row.add_row(Text(f"  {event.stage}", style="bold"), bar, "  ".join(facts + more))
         return row
 
 
-def summary(result: Result, directory: Path) -> Group:
-    """Return the summary of a finished job."""
+class FleetView(LiveView):
+    """The same for a job on a node: its state at every change, and the node's resources beside its progress."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._finished = 0
+        self._attempt = 0
+        self._state = ""
+
+    def tell(self, item: JobView | JobProgress) -> None:
+        """Show a change of the job, or its progress."""
+        if isinstance(item, JobView):
+            self._tell_state(item)
+            return
+        if len(item.finished) < self._finished:  # the trainer was started again
+            self._finished = 0
+        for stage in item.finished[self._finished :]:
+            self._line(stage.stage, stage.seconds, stage.peak_bytes)
+        self._finished = len(item.finished)
+        self.show(item.event, format_resources(item.resources))
+
+    def _tell_state(self, job: JobView) -> None:
+        state = f"{job.outcome or job.phase}" + (f", attempt {job.attempt}" if job.attempt > 1 else "")
+        if state != self._state:
+            self._state = state
+            self._console.print(f"[bold]{job.id}[/] on {job.node}: {state}", highlight=False)
+
+
+def format_resources(resources: Resources) -> list[str]:
+    """Return what sensors have a value for; the rest is in `edge-agent nodes --json` with its reason."""
+    units = ((resources.utilisation_percent, "{:.0f} % busy"), (resources.temperature_c, "{:.0f} °C"), (resources.power_w, "{:.1f} W"))
+    shown = [text.format(reading.value) for reading, text in units if reading.value is not None]
+    if resources.device_free_bytes.value is not None:
+        shown.append(f"{human_bytes(resources.device_free_bytes.value)} free")
+    return shown
+
+
+def summary(result: Result, directory: Path | None) -> Group:
+    """Return the summary of a finished job; `directory` is where its files are, None where they are on a node."""
     parts: list[object] = []
     if result.accuracy:
         parts.append(_accuracy(result.accuracy))
     parts.append(_stages(result.stages, result.budget_bytes))
     if result.examples:
         parts.append(_examples(result.examples))
-    parts.append(_places(result, directory))
+    if directory is not None:
+        parts.append(_places(result, directory))
     return Group(*parts)  # type: ignore[arg-type]
 
 
@@ -135,6 +187,54 @@ def _places(result: Result, directory: Path) -> Table:
     if (directory / "saliency.json").exists():
         grid.add_row("saliency", Text(str(directory / "saliency.json")))
     return grid
+
+
+def nodes_table(nodes: list[NodeView]) -> Table:
+    """Return a row for each node."""
+    table = Table(Column("node", no_wrap=True), "state", "device", "budget", "models", "job", "waiting", "device now", "seen")
+    for node in nodes:
+        info, beat = node.info, node.heartbeat
+        table.add_row(
+            node.id, Text(node.state, style="green" if node.present else "red"), printable(info.device) if info else "-",
+            human_bytes(info.limits.budget_bytes) if info else "-", printable(", ".join(info.models)) if info else "-",
+            (beat.job if beat else None) or "-", str(beat.queue) if beat else "-",
+            ", ".join(format_resources(beat.resources)) if beat else "-", _ago(node.seen),
+        )  # fmt: skip
+    return table
+
+
+def jobs_table(jobs: list[JobView]) -> Table:
+    """Return a row for each job."""
+    table = Table(Column("job", no_wrap=True), "node", "model", "method", "state", "accuracy", "peak", "created")
+    for job in jobs:
+        good = job.outcome in (None, "succeeded")
+        state = (job.outcome or job.phase) + (f" ({job.reason})" if job.reason else "")
+        measured = job.result.accuracy if job.result else None
+        both = (measured.before, measured.after) if measured else (None, None)
+        accuracy = " → ".join(f"{100 * a.value:.1f} %" for a in both if a) or "-"
+        peak = human_bytes(job.result.peak_bytes) if job.result and job.result.peak_bytes else "-"
+        method = str(job.offer.job.method.__struct_config__.tag)
+        table.add_row(
+            job.id, job.node, printable(job.offer.job.model), method, Text(state, style="" if good else "red"), accuracy, peak,
+            _ago(job.created),
+        )  # fmt: skip
+    return table
+
+
+def checks_table(checks: list[Check]) -> Table:
+    """Return a row for each check of `edge-agent doctor`."""
+    table = Table.grid(padding=(0, 2))
+    for check in checks:
+        table.add_row(Text("✓" if check.passed else "✗", style="green" if check.passed else "red"), check.name, Text(printable(check.text)))
+    return table
+
+
+def _ago(then: float) -> str:
+    seconds = max(0.0, time.time() - then)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
 
 
 def plan_table(plan: Plan) -> Group:

@@ -234,4 +234,80 @@ class AdapterMismatch(EdgeAgentError):
         super().__init__(f"adapter {directory}: {problem}")
 
 
+class Stopped(EdgeAgentError):
+    """The run was asked to stop."""
+
+    code = "stopped"
+    exit_code = 12
+
+    def __init__(self) -> None:
+        super().__init__("the run was asked to stop; the directory keeps what is done: run it again to go on")
+
+
+class ConfigInvalid(EdgeAgentError):
+    """A configuration file is not valid; the process can never start with it."""
+
+    code = "config"
+    exit_code = 13
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}; see docs/config.md")
+
+
+class StateUnusable(EdgeAgentError):
+    """The state directory of an agent or coordinator cannot be used."""
+
+    code = "state"
+    exit_code = 13
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"state directory {path}: {problem}")
+
+
+class MessageInvalid(EdgeAgentError):
+    """A message does not follow the contract."""
+
+    code = "job_schema"
+    exit_code = 4
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the message is not valid: {problem}; see docs/asyncapi.yaml")
+
+
+class CoordinatorUnreachable(EdgeAgentError):
+    """No coordinator answers on its socket."""
+
+    code = "coordinator"
+    exit_code = 14
+
+    def __init__(self, socket: Path, problem: str) -> None:
+        super().__init__(f"no coordinator answers at {socket} ({problem}); start `edge-agent coordinator`, or give its --socket")
+
+
+class Refused(EdgeAgentError):
+    """The coordinator refuses a request."""
+
+    code = "refused"
+    exit_code = 14
+
+
+class JobEnded(EdgeAgentError):
+    """A job on a node ended without success; `code` is its reason, `exit_code` that of the same error in a local run."""
+
+    def __init__(self, job: str, outcome: str, code: str, text: str) -> None:
+        super().__init__(f"job {job} {outcome.replace('_', ' ')}: {text}")
+        self.code, self.exit_code = code, exit_code_of(code)
+
+
+def exit_code_of(code: str) -> int:
+    """Return the exit code of the error class with a stable code; 1 where only a node knows that code."""
+    classes = [EdgeAgentError]
+    while classes:
+        kind = classes.pop()
+        if kind.__dict__.get("code") == code:
+            return kind.exit_code
+        classes += kind.__subclasses__()
+    return EdgeAgentError.exit_code
+
+
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
-from edge_agent.errors import NO_SPACE, DiskFull
+from edge_agent.errors import NO_SPACE, DiskFull, StateUnusable
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -16,7 +18,7 @@ def write_file(path: Path, data: bytes) -> None:
     try:
         _write_flushed(part, data)
         part.replace(path)
-        _flush_directory(path.parent)
+        _flush(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         if error.errno in NO_SPACE:
@@ -34,12 +36,55 @@ def write_directory(path: Path, contents: Mapping[str, bytes]) -> None:
             _write_flushed(part / name, data)
         shutil.rmtree(path, ignore_errors=True)
         part.replace(path)
-        _flush_directory(path.parent)
+        _flush(path.parent)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         if error.errno in NO_SPACE:
             raise DiskFull(str(path), sum(map(len, contents.values()))) from error
         raise
+
+
+def link_file(path: Path, source: Path) -> None:
+    """Put the contents of `source`, which nobody changes, at `path` atomically: as a hard link where the file system can."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        try:
+            part.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, part)
+            _flush(part)
+        part.replace(path)
+        part.unlink(missing_ok=True)  # renaming a link over another link of the same file leaves both
+        _flush(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.errno in NO_SPACE:
+            raise DiskFull(str(path), source.stat().st_size) from error
+        raise
+
+
+def lock_file(path: Path) -> IO[str] | None:
+    """Open and lock a file exclusively; None where another process holds it. The kernel frees it with the last copy of the handle."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def lock_state(directory: Path) -> IO[str]:
+    """Make a state directory that only its owner can read, and take it for this process. Raises StateUnusable."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = lock_file(directory / "process.lock")
+    except OSError as error:
+        raise StateUnusable(directory, f"{error.strerror}; give another state_directory or mend its permissions") from None
+    if lock is None:
+        raise StateUnusable(directory, "another process works in it; stop that one, or give this one a directory of its own")
+    return lock
 
 
 def _write_flushed(path: Path, data: bytes) -> None:
@@ -49,7 +94,7 @@ def _write_flushed(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_directory(path: Path) -> None:
+def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,16 +13,6 @@ from edge_agent.dataset import file_sha256
 from edge_agent.errors import DatasetEmpty, JobSchema
 from edge_agent.job import Job
 
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of `6GiB`, `900 MiB` or `5000000`. Raises JobSchema."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].lower() not in _UNITS or len(match[1]) > 15:
-        raise JobSchema("--budget", f"{text!r} is no size; write it like 6GiB, 900MiB or 5000000")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
 
 def build_job(model: str, data: Path, evaluation: Path | None, fields: Mapping[str, Any], settings: Iterable[str]) -> Job:
     """Return the job over a model and files.

@@ -19,7 +19,7 @@ import msgspec
 
 from edge_agent.dataset import Record, check_sha256, file_sha256, read_records
 from edge_agent.errors import Busy, Conflict, DirectoryUnusable, JobSchema
-from edge_agent.files import write_file
+from edge_agent.files import link_file, write_file
 from edge_agent.job import Job
 from edge_agent.report import Event, Result
 
@@ -57,7 +57,7 @@ class JobDirectory:
         write_file(self.path / "job.json", msgspec.json.format(msgspec.json.encode(job)) + b"\n")
         for source, name in ((dataset, "dataset.jsonl"), (evaluation, "evaluation.jsonl")):
             if source is not None:
-                write_file(self.path / name, source.read_bytes())
+                link_file(self.path / name, source.resolve())
 
     def read_job(self) -> Job:
         """Return the job document. Raises JobSchema with the path of what is wrong in it."""

@@ -123,7 +123,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     resumed: bool = False
 
 
-EventKind = Literal["stage_started", "stage_finished", "progress", "finished", "failed"]
+EventKind = Literal["stage_started", "stage_finished", "progress", "finished", "failed", "stopped"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -65,7 +65,7 @@ def cli() -> Cli:
     """Run `edge-agent` with arguments, as its own process."""
 
     def run(*arguments: object, cwd: Path | None = None) -> Ran:
-        command = [sys.executable, "-m", "edge_agent.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "edge_agent", *map(str, arguments)]
         environment = os.environ | {"COLUMNS": "120"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=DEADLINE_S, check=False)
         return Ran(done.returncode, done.stdout, done.stderr)

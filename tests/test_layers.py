@@ -12,18 +12,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up: a module may import from its own layer's folder and from layers below it.
 LAYERS = (
-    ("edge_agent.errors", "edge_agent.files", "edge_agent.prompts"),
-    ("profiles", "edge_agent.verify", "edge_agent.job"),
+    ("edge_agent.errors", "edge_agent.files", "edge_agent.prompts", "edge_agent.sizes", "edge_agent.topics", "edge_agent.logs"),
+    ("profiles", "edge_agent.verify", "edge_agent.job", "edge_agent.config"),
     ("edge_agent.critic", "edge_agent.dataset", "quantization"),
     ("edge_agent.report", "edge_agent.saliency"),
     ("edge_agent.job_directory", "edge_agent.job_building"),
-    ("edge_agent.training",),
-    ("edge_agent.console", "edge_agent.demo"),
+    ("edge_agent.messages", "edge_agent.supervised"),
+    ("edge_agent.store", "edge_agent.mqtt", "edge_agent.transfer", "edge_agent.admission", "edge_agent.runner", "edge_agent.asyncapi"),
+    ("edge_agent.delivery",),
+    ("edge_agent.jobs",),
+    ("edge_agent.training", "edge_agent.agent", "edge_agent.coordinator", "edge_agent.doctor"),
+    ("edge_agent.console",),
+    ("edge_agent.demo",),
     ("edge_agent.cli",),
+    ("edge_agent.__main__",),
 )
 # The generator stands on the critic only, and the parts below must not know the demo.
 TORCH_FREE = (
-    "edge_agent.cli", "edge_agent.console", "edge_agent.job_directory", "edge_agent.job_building", "edge_agent.dataset",
+    "edge_agent.agent", "edge_agent.coordinator.service", "edge_agent.coordinator.http", "edge_agent.coordinator.client",
+    "edge_agent.doctor", "edge_agent.cli", "edge_agent.console", "edge_agent.job_directory", "edge_agent.job_building", "edge_agent.dataset",
     "edge_agent.report",
     "edge_agent.saliency", "edge_agent.critic", "edge_agent.demo.tour", "quantization.plan", "quantization.model_files", "profiles.device",
     "profiles.recorder", "profiles.memory",
@@ -75,6 +82,14 @@ def test_names_say_what_a_module_is_for() -> None:
     assert [m for m in _modules() if m.rpartition(".")[2] in {"utils", "common", "helpers", "base"}] == []
 
 
+def test_the_daemon_imports_little() -> None:
+    """`edge-agent run` starts without torch, the command line's libraries and the coordinator's."""
+    names = ("torch", "transformers", "numpy", "rich", "typer", "click", "litestar", "httpx", "edge_agent.cli", "edge_agent.training")
+    code = f"import sys, edge_agent.__main__, edge_agent.agent\nprint([m for m in {names!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_daemon_side_imports_no_torch() -> None:
     """Everything that the daemon will import starts without torch and transformers."""
     code = f"import sys\nfor m in {TORCH_FREE!r}: __import__(m)\nprint([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
@@ -84,6 +99,7 @@ def test_daemon_side_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("module", sorted(_modules()))
 def test_nothing_swallows_every_exception(module: str) -> None:
-    """`except Exception` stands at the top of the trainer, and at the top of the command line."""
+    """`except Exception` stands at the top of the trainer, of the two daemons' loops, and of the command line."""
     text = _modules()[module].read_text(encoding="utf-8")
-    assert text.count("except Exception") == (module in {"edge_agent.training.run", "edge_agent.cli"})
+    tops = {"edge_agent.training.run", "edge_agent.cli.shared", "edge_agent.agent", "edge_agent.coordinator.service"}
+    assert text.count("except Exception") == (module in tops)

@@ -70,7 +70,7 @@ def _kill_after_update(command: list[str], events: Path, update: int) -> None:
 def test_killed_in_training_the_adapter_is_bit_identical(whole: Path, tiny_model: Path, cli: Cli) -> None:
     """Killed twice in the middle of an accumulation, then run to the end by the same command."""
     base, out = whole.parent, "killed"
-    command = [sys.executable, "-m", "edge_agent.cli", *map(str, _arguments(base, out, tiny_model))]
+    command = [sys.executable, "-m", "edge_agent", *map(str, _arguments(base, out, tiny_model))]
     directory = base / out
     for update in (2, 5):
         _kill_after_update(command, directory / "events.jsonl", update)
@@ -89,7 +89,7 @@ def test_a_torn_checkpoint_is_not_used(whole: Path, tiny_model: Path, cli: Cli) 
     """A checkpoint that was cut off is ignored: training starts anew and gives the same adapter."""
     base, out = whole.parent, "torn"
     directory = base / out
-    command = [sys.executable, "-m", "edge_agent.cli", *map(str, _arguments(base, out, tiny_model))]
+    command = [sys.executable, "-m", "edge_agent", *map(str, _arguments(base, out, tiny_model))]
     _kill_after_update(command, directory / "events.jsonl", 3)
     checkpoint = directory / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:100_000])
@@ -113,7 +113,7 @@ def test_micro_batches_do_not_change_the_result(whole: Path, tiny_model: Path, c
 def test_two_trainers_do_not_share_a_directory(whole: Path, tiny_model: Path, cli: Cli) -> None:
     """While one process works in a job directory, a second one is refused with `busy`."""
     base, out = whole.parent, "shared"
-    command = [sys.executable, "-m", "edge_agent.cli", *map(str, _arguments(base, out, tiny_model))]
+    command = [sys.executable, "-m", "edge_agent", *map(str, _arguments(base, out, tiny_model))]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + DEADLINE_S

@@ -177,7 +177,7 @@ def _run_domain(out: Path, domain: str, seed: int) -> tuple[str, int, str]:
 
 def _run_child(directory: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "edge_agent.cli", "train", str(directory), "--json"]
+    command = [sys.executable, "-m", "edge_agent", "train", str(directory), "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise DemoFailed(directory, done.stdout or done.stderr)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from edge_agent.errors import NonFiniteLoss, TimedOut
+from edge_agent.errors import NonFiniteLoss, Stopped, TimedOut
 from edge_agent.job import Schedule
 from edge_agent.training.checkpoint import Progress, load_checkpoint, save_checkpoint, trained
 from edge_agent.training.contexts import Sample
@@ -69,8 +69,8 @@ def train(model: Any, samples: list[Sample], weights: list[Weights], training: T
     """Train the adapter in place; return where it ended, and whether it went on from a checkpoint.
 
     `progress` hears (update, updates, tokens, loss). The loss of an update is the weighted sum over its tokens divided by their
-    number, whatever the micro-batches. Raises NonFiniteLoss, DiskFull, and TimedOut with a checkpoint
-    written.
+    number, whatever the micro-batches. Raises NonFiniteLoss, DiskFull, and TimedOut or Stopped with a
+    checkpoint written.
     """
     schedule, plan = training.schedule, training.plan
     batches = order(len(samples), schedule, training.seed)
@@ -80,23 +80,23 @@ def train(model: Any, samples: list[Sample], weights: list[Weights], training: T
     if plan.checkpointing:
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     resumed, saved_at = state.updates > 0, time.monotonic()
-    for update in range(state.updates, len(batches)):
-        if training.rescore and update and _starts_epoch(update, len(samples), schedule.batch):
-            weights = training.rescore()
-        loss, tokens = _accumulate(model, samples, weights, batches[update], training, update)
-        torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(update, len(batches), schedule)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        state = Progress(training.key, update + 1, state.tokens + tokens, (*state.losses, loss))
-        if time.monotonic() - saved_at >= schedule.checkpoint_s or update + 1 == len(batches):
-            save_checkpoint(training.directory, model, optimizer, weights, state)
-            saved_at = time.monotonic()
-        try:
+    try:
+        for update in range(state.updates, len(batches)):
+            if training.rescore and update and _starts_epoch(update, len(samples), schedule.batch):
+                weights = training.rescore()
+            loss, tokens = _accumulate(model, samples, weights, batches[update], training, update)
+            torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = learning_rate(update, len(batches), schedule)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state = Progress(training.key, update + 1, state.tokens + tokens, (*state.losses, loss))
+            if time.monotonic() - saved_at >= schedule.checkpoint_s or update + 1 == len(batches):
+                save_checkpoint(training.directory, model, optimizer, weights, state)
+                saved_at = time.monotonic()
             progress(update + 1, len(batches), tokens, loss)
-        except TimedOut:
-            save_checkpoint(training.directory, model, optimizer, weights, state)
-            raise
+    except (Stopped, TimedOut):  # raised between updates, by `progress` or while scores are renewed
+        save_checkpoint(training.directory, model, optimizer, weights, state)
+        raise
     model.eval()
     return state, resumed
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edge_agent.errors import TimedOut
+from edge_agent.errors import Stopped, TimedOut
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.report import Event, EventKind
@@ -20,18 +20,20 @@ from quantization.plan import Plan
 
 PROGRESS_INTERVAL_S = 0.5
 Listener = Callable[[Event], None]
+Stopping = Callable[[], bool]
+"""Asked at every step whether the run should stop."""
 
 
 class Reporter:
     """One run's events. `progress` is called often and passes on at most two events a second."""
 
-    def __init__(self, directory: JobDirectory, job: Job, device: DeviceProfile, listen: Listener) -> None:
+    def __init__(self, directory: JobDirectory, job: Job, device: DeviceProfile, listen: Listener, stopping: Stopping) -> None:
         memory: Memory = CudaMemory(device.overhead_bytes) if device.kind == "cuda" else HostMemory()
         synchronize = torch.cuda.synchronize if device.kind == "cuda" else lambda: None
         self.recorder = Recorder(memory, synchronize, self._on_stage)
         self.started = time.monotonic()
         self.plan: Plan | None = None
-        self._directory, self._job, self._listen = directory, job, listen
+        self._directory, self._job, self._listen, self._stopping = directory, job, listen, stopping
         self._shown = 0.0
 
     def stage(self, name: StageName) -> AbstractContextManager[StageRow]:
@@ -45,12 +47,14 @@ class Reporter:
         self._listen(event)
 
     def progress(self, done: int, total: int, tokens: int, loss: float | None = None, doing: StageName | None = None) -> None:
-        """Count tokens into the running stage and pass progress on. Raises TimedOut past the job's `max_run_s`.
+        """Count tokens into the running stage and pass progress on. Raises TimedOut past the job's `max_run_s`, Stopped on request.
 
         `doing` names the work where it is not the stage's own: scores are renewed inside the train stage.
         """
         row, now = self.recorder.rows[-1], time.monotonic()
         row.tokens += tokens
+        if self._stopping():
+            raise Stopped
         if now - self.started > self._job.max_run_s:
             raise TimedOut(self._job.max_run_s)
         if now - self._shown < PROGRESS_INTERVAL_S and done < total:

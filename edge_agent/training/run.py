@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from edge_agent.dataset import Record
-from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DeviceMissing, DiskFull, EdgeAgentError, OutOfMemory
+from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DeviceMissing, DiskFull, EdgeAgentError, OutOfMemory, Stopped
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
@@ -25,7 +25,7 @@ from edge_agent.training.generate import generate, judged, own_outputs
 from edge_agent.training.loop import Training, train
 from edge_agent.training.methods.method import Scores
 from edge_agent.training.prepare import Prepared, admit, prepare
-from edge_agent.training.reporter import Listener, Reporter
+from edge_agent.training.reporter import Listener, Reporter, Stopping
 from edge_agent.training.scoring import score, weigh
 from profiles.device import detect_device, device_name, device_profile
 from profiles.memory import fix_malloc
@@ -36,11 +36,11 @@ from quantization.plan import Plan
 T = TypeVar("T")
 
 
-def run_job(directory: JobDirectory, listen: Listener, expected: Job | None = None) -> Result:
+def run_job(directory: JobDirectory, listen: Listener, expected: Job | None = None, stopping: Stopping = lambda: False) -> Result:
     """Run the job of a directory to its result; a finished job returns its result, an interrupted one goes on.
 
-    `expected` is the job that the directory must hold. Raises an EdgeAgentError; once the run has begun, the same stands in
-    events.jsonl and result.json.
+    `expected` is the job that the directory must hold; `stopping` is asked at every step whether to checkpoint and stop. Raises an
+    EdgeAgentError; once the run has begun, the same stands in events.jsonl, and in result.json if the job has failed.
     """
     with directory.locked():
         job = directory.read_job()
@@ -53,7 +53,7 @@ def run_job(directory: JobDirectory, listen: Listener, expected: Job | None = No
         kind = detect_device(job.device)
         if kind == "cuda" and not torch.cuda.is_available():
             raise DeviceMissing("this PyTorch cannot use the GPU that is there")
-        reporter = Reporter(directory, job, device_profile(kind), listen)
+        reporter = Reporter(directory, job, device_profile(kind), listen, stopping)
         try:
             result = _stages(directory, job, reporter)
         except Exception as error:
@@ -181,6 +181,9 @@ def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: Except
         error = OutOfMemory(stage, str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
     elif isinstance(error, OSError) and error.errno in NO_SPACE:
         error = DiskFull(str(directory.path))
+    elif isinstance(error, Stopped):
+        reporter.emit("stopped", stage=stage)
+        return error
     code = error.code if isinstance(error, EdgeAgentError) else EdgeAgentError.code
     text = str(error) or type(error).__name__
     with suppress(OSError, EdgeAgentError):

@@ -1,101 +1,40 @@
-"""The command line: `edge-agent train | evaluate | plan | dataset check | demo`."""
+"""Commands on this machine: `edge-agent train | evaluate | plan | dataset check | demo`."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from edge_agent import dataset as datasets
-from edge_agent.console import LiveView, format_accuracy, plan_table, printable, summary
+from edge_agent.cli.shared import (
+    BudgetOption,
+    DataOption,
+    DeviceOption,
+    DirectoryArgument,
+    EvalDataOption,
+    JsonOption,
+    LimitOption,
+    ModelOption,
+    QuestionsOption,
+    SetOption,
+    explained,
+    print_json,
+)
+from edge_agent.console import LiveView, format_accuracy, plan_table, summary
 from edge_agent.errors import DatasetEmpty, EdgeAgentError
 from edge_agent.job import Job
-from edge_agent.job_building import build_job, parse_size
+from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
-
-EXIT_CODES = """
-Exit codes: 0 success, 1 internal error, 2 wrong usage, 3 dataset, 4 job or directory, 5 model or adapter, 6 does not fit the
-budget or the free memory, 7 out of memory, 8 disk full, 9 loss not finite, 10 time limit,
-11 no such device, 130 interrupted (run again to go on).
-"""
-
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    help="Fine-tunes a language model in 4 bits under a memory budget, by Natural Language Fine-Tuning.", epilog=EXIT_CODES,
-)  # fmt: skip
-dataset_app = typer.Typer(no_args_is_help=True, help="Look at datasets.")
-app.add_typer(dataset_app, name="dataset")
-
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="A model directory, or the id of a model in the local Hugging Face cache.")
-]
-DataOption = Annotated[Path | None, typer.Option("--data", help="JSONL file of {question, answer[, output, judgment, id]} records.")]
-EvalDataOption = Annotated[
-    Path | None, typer.Option("--eval-data", help="JSONL file of the questions to measure on; default: hold some out.")
-]
-BudgetOption = Annotated[str | None, typer.Option("--budget", help="Memory that the run may take, such as 6GiB.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", help="Train on this many questions, drawn by the seed.")]
-QuestionsOption = Annotated[int | None, typer.Option("--questions", help="Measure on at most this many held-out questions.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Any other field of the job, such as schedule.updates=60 or method.cluster=like; repeatable. See docs/job.md."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-DirectoryArgument = Annotated[Path | None, typer.Argument(help="A job directory, instead of --model, --data and --out.")]
+from edge_agent.report import Event
+from edge_agent.sizes import parse_size
+from edge_agent.supervised import Supervision
 
 
-@contextmanager
-def _explained(as_json: bool) -> Iterator[None]:
-    """Turn an error into one readable line (or JSON document) and its exit code."""
-    try:
-        yield
-    except EdgeAgentError as error:
-        _print_error(error.code, str(error), as_json)
-        raise typer.Exit(error.exit_code) from None
-    except (typer.Exit, typer.BadParameter):
-        raise
-    except Exception as error:
-        _print_error(EdgeAgentError.code, f"{type(error).__name__}: {error}", as_json)
-        Console(stderr=True).print_exception()
-        raise typer.Exit(EdgeAgentError.exit_code) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
-        raise typer.Exit(130) from None
-
-
-def _print_error(code: str, text: str, as_json: bool) -> None:
-    if as_json:
-        _print_json({"error": {"code": code, "text": text}})
-    else:
-        line = Text.assemble(("error ", "bold red"), (code, "red"), f": {printable(text)}")
-        Console(stderr=True).print(line, soft_wrap=True)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
-
-
-@app.callback()
-def _offline() -> None:
-    """Nothing is fetched while a job runs: no weights, no kernels."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would warn that it fetched no kernels
-
-
-@app.command(epilog=EXIT_CODES)
 def train(
     directory: DirectoryArgument = None,
     model: ModelOption = None,
@@ -113,6 +52,9 @@ def train(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of split, sampling, adapter and order (default 42).")] = None,
     device: DeviceOption = None,
     settings: SetOption = None,
+    supervised: Annotated[
+        bool, typer.Option("--supervised", help="Write events as JSON lines; stop with a checkpoint when standard input ends.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a model on a dataset under a memory budget, and measure it before and after.
@@ -120,7 +62,7 @@ def train(
     Give --model, --data, --budget and --out, or the directory of a job to run it (again). Records that have only questions and
     answers are completed by the model itself; held-out questions are never trained on.
     """
-    with _explained(as_json):
+    with explained(as_json):
         job: Job | None = None
         if directory is None:
             if model is None or data is None or budget is None or out is None:
@@ -155,7 +97,10 @@ def train(
                 device,
                 settings,
             )
-        _run(JobDirectory(directory), job, as_json)
+        if supervised:
+            _run_supervised(JobDirectory(directory))
+        else:
+            _run(JobDirectory(directory), job, as_json)
 
 
 def _only_directory(*options: object) -> None:
@@ -164,11 +109,23 @@ def _only_directory(*options: object) -> None:
         raise typer.BadParameter("a job directory takes no other options; start a new job with --model, --data, --budget and --out")
 
 
+def _run_supervised(directory: JobDirectory) -> None:
+    """Run under a daemon: it hears every event, and of an error before the first stage too."""
+    supervision = Supervision()
+    try:
+        from edge_agent.training.run import run_job
+
+        run_job(directory, supervision.tell, stopping=supervision.stopping)
+    except EdgeAgentError as error:
+        supervision.tell(Event(time=time.time(), event="failed", code=error.code, text=str(error)[:1024]))
+        raise
+
+
 def _run(directory: JobDirectory, job: Job | None, as_json: bool) -> None:
     from edge_agent.training.run import run_job
 
     if as_json:
-        _print_json(run_job(directory, lambda event: None, job))
+        print_json(run_job(directory, lambda event: None, job))
         return
     console = Console()
     with LiveView(console) as view:
@@ -176,7 +133,6 @@ def _run(directory: JobDirectory, job: Job | None, as_json: bool) -> None:
     console.print(summary(result, directory.path))
 
 
-@app.command(epilog=EXIT_CODES)
 def plan(
     directory: DirectoryArgument = None,
     model: ModelOption = None,
@@ -189,7 +145,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a job would take, stage by stage, and on which settings it fits the budget; nothing is loaded or trained."""
-    with _explained(as_json):
+    with explained(as_json):
         from edge_agent.training.prepare import prepare_files
 
         if directory is not None:
@@ -205,12 +161,11 @@ def plan(
             prepared = prepare_files(job, datasets.read_records(data), datasets.read_records(eval_data) if eval_data else None)
         made = prepared.plan()
         if as_json:
-            _print_json(made)
+            print_json(made)
         else:
             Console().print(plan_table(made))
 
 
-@app.command(epilog=EXIT_CODES)
 def evaluate(
     directory: DirectoryArgument = None,
     model: ModelOption = None,
@@ -227,7 +182,7 @@ def evaluate(
 
     Give the directory of a finished job to measure its adapter again on its held-out questions, or --model and --data.
     """
-    with _explained(as_json):
+    with explained(as_json):
         from edge_agent.training.measure import measure_files, measure_job
 
         if directory is not None:
@@ -240,51 +195,40 @@ def evaluate(
         else:
             raise typer.BadParameter("give a job directory, or --model and --data")
         if as_json:
-            _print_json(measured)
+            print_json(measured)
         else:
             Console().print(
                 f"{format_accuracy(measured.accuracy)}  [dim]({measured.tokens:,} tokens in {measured.seconds:.1f} s)[/]", highlight=False
             )
 
 
-@dataset_app.command("check", epilog=EXIT_CODES)
 def dataset_check(
     file: Annotated[Path, typer.Argument(help="The JSONL file.")],
     as_json: JsonOption = False,
 ) -> None:
     """Read a dataset strictly and say what is in it, or which line is wrong and why."""
-    with _explained(as_json):
+    with explained(as_json):
         if not file.is_file():
             raise DatasetEmpty(str(file), "does not exist")
         found = datasets.check(file)
         if as_json:
-            _print_json(found)
+            print_json(found)
             return
         for name, value in msgspec.structs.asdict(found).items():
             typer.echo(f"{name.replace('_', ' '):<20}{value:,}" if isinstance(value, int) else f"{name:<20}{value}")
 
 
-@app.command(epilog=EXIT_CODES)
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the demo's jobs and report.json go.")] = Path("build/demo"),
     seeds: Annotated[int, typer.Option("--seeds", min=1, max=20, help="How many seeds to run.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Train the shipped tiny model on domains that it has not seen: base, SFT and NLFT compared on the same questions."""
-    with _explained(as_json):
+    with explained(as_json):
         from edge_agent.demo.tour import run_demo
 
         report = run_demo(out, seeds, Console(stderr=as_json))
         if as_json:
-            _print_json(report)
+            print_json(report)
         if not report.holds:
             raise typer.Exit(1)
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,20 @@
+"""The command `edge-agent`. The daemon comes up without the command line's libraries, which would cost memory for as long as it runs."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    if sys.argv[1:2] == ["run"] and not {"--help", "-h"} & set(sys.argv):
+        from edge_agent.agent import main as run
+
+        sys.exit(run(sys.argv[2:]))
+    from edge_agent.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

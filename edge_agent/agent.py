@@ -1,0 +1,276 @@
+"""The daemon: startup, serve, shutdown. One thread decides everything; the link, the trainer and signals only put events on its queue.
+
+Imports no torch: the trainer is a process of its own (edge_agent/runner.py), and what must not be lost is in the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import random
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+from edge_agent import logs
+from edge_agent.config import AgentConfig, read_config
+from edge_agent.delivery import Outbox, Uplink
+from edge_agent.errors import DiskFull, EdgeAgentError, MessageInvalid
+from edge_agent.files import lock_state
+from edge_agent.jobs import Jobs
+from edge_agent.messages import (
+    Ack,
+    Cancel,
+    CoordinatorState,
+    Drain,
+    FileRequest,
+    Forget,
+    Heartbeat,
+    Hello,
+    JobProgress,
+    NodeInfo,
+    NodeLimits,
+    NodeState,
+    Report,
+    Resume,
+    Watch,
+    decode,
+    encode,
+    is_ulid,
+)
+from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
+from edge_agent.runner import TrainerEnded, TrainerEvent
+from edge_agent.store import Store
+from edge_agent.topics import COORDINATOR, node_subscriptions, split, up
+from profiles.device import detect_device, device_name, device_profile
+from profiles.sensors import Sensors
+
+log = logging.getLogger(__name__)
+
+NOTHING = object()
+TICK_S = 1.0
+HEARTBEAT_IDLE_S, HEARTBEAT_BUSY_S, HEARTBEAT_JITTER = 60.0, 30.0, 0.2
+HELLO_S = 300.0
+PROGRESS_S, WATCHED_PROGRESS_S = 10.0, 0.5
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+class Agent:
+    """One node: its link, its jobs, and what it tells of itself."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        """Open the state. Raises an EdgeAgentError where an agent with this configuration can never work."""
+        self._config = config
+        self._events: SimpleQueue[Any] = SimpleQueue()
+        self._lock = lock_state(config.state_directory)
+        self._store = Store(config.state_directory / "agent.sqlite", config.fleet, config.node)
+        self._device = device_profile(detect_device(config.device))
+        self._sensors = Sensors(self._device.kind, int(config.budget), config.state_directory)
+        self._link = Link(config.broker, config.node, node_subscriptions(config.fleet, config.node), self._events, self._birth)
+        self._uplink = Uplink(self._link, config.fleet, config.node, self._store.boot)
+        self._outbox = Outbox(self._store, self._link)
+        self._jobs = Jobs(config, self._device, self._store, self._uplink, self._events)
+        self._connections = 0
+        self._heartbeat_at = self._hello_at = self._progress_at = self._watched_until = 0.0
+        self._told_event: object = None
+
+    def run(self) -> None:
+        """Start up, serve until SIGTERM or SIGINT, shut down."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._events.put(None))
+        self._jobs.recover()
+        self._link.start()
+        log.info("agent_started node=%s boot=%d device=%s pid=%d", self._config.node, self._store.boot, self._device.kind, os.getpid())
+        try:
+            self._serve()
+        finally:
+            self._jobs.shut_down()
+            self._link.close((self._uplink.topic("state"), self._uplink.message(self._state("offline"))))
+            self._store.close()
+            log.info("agent_stopped node=%s", self._config.node)
+
+    def _serve(self) -> None:
+        while True:
+            event: object = NOTHING
+            with suppress(Empty):
+                event = self._events.get(timeout=TICK_S)
+            if event is None:
+                return
+            try:
+                self._handle(event)
+                self._tick(time.monotonic())
+            except (OSError, sqlite3.Error, DiskFull) as error:
+                # A full or failing disk. The store has rolled back, and the message was not acknowledged: it comes again.
+                log.error("storage_error error=%r", error)
+                time.sleep(TICK_S)
+            except Exception:  # a defect of ours must not end the jobs of others, nor come back with the same message for ever
+                log.exception("event_failed event=%s", type(event).__name__)
+                if isinstance(event, Received):
+                    self._link.acknowledge(event)
+
+    def _handle(self, event: object) -> None:
+        match event:
+            case Received():
+                self._receive(event)
+            case TrainerEvent(job, told) if self._jobs.trainer is not None and self._jobs.trainer.job == job:
+                self._jobs.trainer.hear(told)
+            case TrainerEnded():
+                self._jobs.trainer_ended(event)
+            case Connected(protocol):
+                log.info("connected host=%s port=%d protocol=%s", self._config.broker.host, self._config.broker.port, protocol)
+                self._introduce()
+            case Disconnected(why):
+                log.warning("disconnected why=%r", why)
+
+    def _tick(self, now: float) -> None:
+        self._jobs.tick()
+        if not self._link.connected:
+            return
+        self._outbox.tick()
+        self._tell_progress(now)
+        if now >= self._heartbeat_at:
+            self._heartbeat(now)
+        if now >= self._hello_at and self._uplink.ask(Hello(), "hello"):
+            self._hello_at = now + HELLO_S
+
+    # what comes in
+
+    def _receive(self, message: Received) -> None:
+        """Act on a message, then acknowledge it to the broker: what it asks for is in the store by then."""
+        who, parts = split(message.topic)
+        try:
+            if who != COORDINATOR:
+                self._receive_down(parts[1:], message.payload)
+            elif message.payload and decode(message.payload, CoordinatorState).data.online:  # it may have come while we were here
+                self._heartbeat_at = self._hello_at = 0.0
+                self._outbox.send_again()
+        except MessageInvalid as error:
+            log.warning("message_invalid topic=%s error=%s", message.topic, error)
+        self._link.acknowledge(message)
+
+    def _receive_down(self, parts: Sequence[str], payload: bytes) -> None:
+        match parts:
+            case ["job", job, "offer"] if is_ulid(job):
+                self._jobs.offer(job, payload)
+            case ["job", job, "cancel"] if is_ulid(job):
+                decode(payload, Cancel)
+                self._jobs.cancel(job)
+            case ["job", job, "watch"]:
+                ttl_s = decode(payload, Watch).data.ttl_s
+                if self._jobs.trainer is not None and self._jobs.trainer.job == job:
+                    self._watched_until = time.monotonic() + ttl_s
+            case ["ack", message]:
+                decode(payload, Ack)
+                self._outbox.acknowledged(message)
+            case ["file", sha256, "request"]:
+                self._jobs.send_blocks(sha256, decode(payload, FileRequest).data)
+            case ["file", sha256, "block", number] if number.isdecimal():
+                self._jobs.receive_block(sha256, int(number), payload)
+            case ["command", name]:
+                self._command(name, payload)
+            case _:
+                log.warning("topic_unknown topic=%s", "/".join(parts))
+
+    def _command(self, name: str, payload: bytes) -> None:
+        match name:
+            case "report":
+                decode(payload, Report)
+                self._jobs.report()
+            case "drain":
+                decode(payload, Drain)
+                self._drain(True)
+            case "resume":
+                decode(payload, Resume)
+                self._drain(False)
+            case "forget":
+                self._jobs.forget(decode(payload, Forget).data.job)
+            case _:
+                log.warning("command_unknown name=%s", name)
+
+    def _drain(self, wanted: bool) -> None:
+        self._store.draining = wanted
+        self._uplink.keep(self._present(), "state")
+
+    # what the node tells of itself
+
+    def _birth(self) -> Birth:
+        """The link's thread asks for it before each connection."""
+        self._connections += 1
+        source = f"edge1/{self._config.fleet}/{self._config.node}"
+        return Birth(up(self._config.fleet, self._config.node, "state"), encode(self._state("lost"), source, boot=self._store.boot))
+
+    def _state(self, state: Literal["ready", "draining", "offline", "lost"]) -> NodeState:
+        return NodeState(state, self._store.boot, self._connections)
+
+    def _present(self) -> NodeState:
+        return self._state("draining" if self._store.draining else "ready")
+
+    def _introduce(self) -> None:
+        """A new connection: say who is here, and send again what nobody has acknowledged."""
+        self._uplink.keep(self._present(), "state")
+        self._uplink.keep(self._info, "info")
+        self._heartbeat_at = self._hello_at = self._progress_at = 0.0
+        self._told_event = None
+        self._outbox.send_again()
+        self._jobs.link_is_new()
+
+    @cached_property
+    def _info(self) -> NodeInfo:
+        config, kind = self._config, self._device.kind
+        total = self._sensors.sample(None).device_total_bytes.value
+        limits = NodeLimits(int(config.budget), int(config.dataset_limit), config.queue)
+        versions = {package: found for package in PACKAGES if (found := _version(package))}
+        return NodeInfo(
+            _version("edge-agent") or "", platform.python_version(), device_name(kind), kind, None if total is None else int(total),
+            sorted(config.models), limits, versions,
+        )  # fmt: skip
+
+    def _heartbeat(self, now: float) -> None:
+        trainer = self._jobs.trainer
+        held = trainer.last_event.memory_bytes if trainer and trainer.last_event else None
+        self._uplink.send(Heartbeat(self._sensors.sample(held), self._jobs.waiting(), trainer.job if trainer else None), "heartbeat")
+        pause = HEARTBEAT_BUSY_S if trainer else HEARTBEAT_IDLE_S
+        self._heartbeat_at = now + pause * random.uniform(1 - HEARTBEAT_JITTER, 1 + HEARTBEAT_JITTER)
+
+    def _tell_progress(self, now: float) -> None:
+        """Send the trainer's last event, if it is new, at the rate of whoever looks."""
+        trainer = self._jobs.trainer
+        event = trainer.last_event if trainer else None
+        if trainer is None or event is None or event is self._told_event:
+            return
+        if now - self._progress_at < (WATCHED_PROGRESS_S if now < self._watched_until else PROGRESS_S):
+            return
+        progress = JobProgress(event, trainer.finished, self._sensors.sample(event.memory_bytes))
+        if self._uplink.send(progress, "job", trainer.job, "progress"):
+            self._progress_at, self._told_event = now, event
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the daemon of `edge-agent run` and return its exit code."""
+    parser = argparse.ArgumentParser(prog="edge-agent run", add_help=False)
+    parser.add_argument("--config", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    logs.set_up()
+    try:
+        Agent(read_config(given.config, AgentConfig)).run()
+    except EdgeAgentError as error:
+        sys.stderr.write(f"error {error.code}: {error}\n")
+        return error.exit_code
+    return 0

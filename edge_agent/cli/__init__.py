@@ -1,0 +1,37 @@
+"""The command line. `edge-agent run` does not pass through here: edge_agent/__main__.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import typer
+
+from edge_agent.cli import fleet, local
+from edge_agent.cli.shared import EXIT_CODES
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="Fine-tunes a language model in 4 bits under a memory budget, by Natural Language Fine-Tuning.", epilog=EXIT_CODES,
+)  # fmt: skip
+dataset_app = typer.Typer(no_args_is_help=True, help="Look at datasets.")
+app.add_typer(dataset_app, name="dataset")
+
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "On this machine": (local.train, local.plan, local.evaluate, local.demo),
+    "On a node": (fleet.run, fleet.doctor),
+    "Across a fleet": (fleet.coordinator, fleet.nodes, fleet.submit, fleet.jobs, fleet.watch, fleet.cancel, fleet.fetch),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(epilog=EXIT_CODES, rich_help_panel=panel)(command)
+dataset_app.command("check", epilog=EXIT_CODES)(local.dataset_check)
+
+
+@app.callback()
+def _offline() -> None:
+    """Nothing is fetched while a job runs: no weights, no kernels."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would warn that it fetched no kernels

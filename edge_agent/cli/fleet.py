@@ -1,0 +1,192 @@
+"""Commands of a fleet: the daemons `run` and `coordinator`, and `submit | nodes | jobs | watch | cancel | fetch | doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from edge_agent import dataset as datasets
+from edge_agent.cli.shared import (
+    BudgetOption,
+    DataOption,
+    DeviceOption,
+    EvalDataOption,
+    JsonOption,
+    LimitOption,
+    QuestionsOption,
+    SetOption,
+    explained,
+    print_json,
+)
+from edge_agent.config import CoordinatorConfig, read_config
+from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, summary
+from edge_agent.errors import ConfigInvalid, EdgeAgentError, JobEnded
+from edge_agent.job_building import build_job
+from edge_agent.sizes import parse_size
+
+COORDINATOR_CONFIG = Path("/etc/edge-agent/coordinator.toml")
+AGENT_CONFIG = Path("/etc/edge-agent/agent.toml")
+
+AgentConfigOption = Annotated[Path, typer.Option("--config", help="The agent's configuration; see docs/config.md.")]
+CoordinatorConfigOption = Annotated[
+    Path,
+    typer.Option("--config", envvar="EDGE_AGENT_COORDINATOR", help="The coordinator's configuration, which names its state directory."),
+]
+JobArgument = Annotated[str, typer.Argument(help="The job's id.")]
+
+
+def run(config: AgentConfigOption = AGENT_CONFIG) -> None:
+    """Be a node: take jobs from the broker, run them one at a time, hand in their results, until SIGTERM or Ctrl-C."""
+    from edge_agent.agent import main
+
+    raise typer.Exit(main(["--config", str(config)]))
+
+
+def coordinator(config: CoordinatorConfigOption = COORDINATOR_CONFIG) -> None:
+    """Be the coordinator: offer jobs to nodes, keep their results, answer the commands below, until SIGTERM or Ctrl-C."""
+    with explained(False):
+        from edge_agent import logs
+
+        try:
+            from edge_agent.coordinator.http import serve
+            from edge_agent.coordinator.service import Service
+        except ModuleNotFoundError as error:
+            raise ConfigInvalid(config, f"{error}; install the coordinator's packages: pip install 'edge-agent[coordinator]'") from None
+        logs.set_up()
+        read = read_config(config, CoordinatorConfig)
+        service = Service(read)
+        service.start()
+        try:
+            serve(service, read.state_directory)
+        finally:
+            service.stop()
+
+
+def doctor(config: AgentConfigOption = AGENT_CONFIG, as_json: JsonOption = False) -> None:
+    """Check a node's configuration, state, device, models and its way to the coordinator and back, and say what to do."""
+    with explained(as_json):
+        from edge_agent.doctor import examine
+
+        checks = examine(config)
+        if as_json:
+            print_json(checks)
+        else:
+            Console().print(checks_table(checks))
+        if not all(check.passed for check in checks):
+            raise typer.Exit(EdgeAgentError.exit_code)
+
+
+def nodes(config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+    """List the nodes that the coordinator knows."""
+    with explained(as_json), _client(config) as client:
+        found = client.nodes()
+        if as_json:
+            print_json(found)
+        else:
+            Console().print(nodes_table(found))
+
+
+def jobs(
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Show at most this many, the newest first.")] = 30,
+    config: CoordinatorConfigOption = COORDINATOR_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """List jobs, the newest first."""
+    with explained(as_json), _client(config) as client:
+        found = client.jobs(limit)
+        if as_json:
+            print_json(found)
+        else:
+            Console().print(jobs_table(found))
+
+
+def submit(
+    node: Annotated[str, typer.Option("--node", help="The node that is to run the job.")],
+    model: Annotated[str, typer.Option("--model", help="A model of that node, by the name that `edge-agent nodes` shows.")],
+    data: DataOption = None,
+    budget: BudgetOption = None,
+    eval_data: EvalDataOption = None,
+    limit: LimitOption = None,
+    questions: QuestionsOption = None,
+    method: Annotated[str, typer.Option("--method", help="nlft or sft.")] = "nlft",
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of split, sampling, adapter and order (default 42).")] = None,
+    device: DeviceOption = None,
+    settings: SetOption = None,
+    priority: Annotated[int, typer.Option("--priority", min=0, max=9, help="Jobs of a higher one run first.")] = 4,
+    expires_s: Annotated[float | None, typer.Option("--expires-s", help="Give up if the node has not answered by then.")] = None,
+    config: CoordinatorConfigOption = COORDINATOR_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a job to a node and print its id. The dataset travels with it; `edge-agent watch` shows how it goes."""
+    with explained(as_json), _client(config) as client:
+        if data is None or budget is None:
+            raise typer.BadParameter("give --data and --budget")
+        fields = {
+            "budget_bytes": parse_size(budget), "dataset.limit": limit, "evaluation.questions": questions, "method.name": method,
+            "seed": seed, "device": device,
+        }  # fmt: skip
+        job = build_job(model, data, eval_data, fields, settings or [])
+        files = {job.dataset.sha256: data}
+        if eval_data is not None and job.dataset.evaluation_sha256 is not None:
+            files[job.dataset.evaluation_sha256] = eval_data
+        for file in files.values():
+            datasets.read_records(file)
+        view = client.submit(node, job, files, priority, expires_s)
+        if as_json:
+            print_json(view)
+        else:
+            typer.echo(view.id)
+
+
+def watch(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+    """Show a job live until it has ended, then its summary. Exits as a local run of the job would."""
+    with explained(as_json), _client(config) as client:
+        console = Console(stderr=as_json)
+        with FleetView(console) as view:
+            for item in client.watch(job):
+                view.tell(item)
+        ended = client.job(job)
+        if as_json:
+            print_json(ended)
+        elif result := client.result(ended):
+            console.print(summary(result, None))
+        if ended.outcome != "succeeded":
+            raise JobEnded(job, ended.outcome or "", ended.reason or "internal", ended.text or "no more is known")
+
+
+def cancel(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+    """Ask for the end of a job. Its outcome is `canceled`, or whatever was faster."""
+    with explained(as_json), _client(config) as client:
+        view = client.cancel(job)
+        if as_json:
+            print_json(view)
+        else:
+            typer.echo(f"{view.id}  {view.outcome or 'cancel requested'}")
+
+
+def fetch(
+    job: JobArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where adapter/ and result.json go; default: a directory named by the id.")
+    ] = None,
+    config: CoordinatorConfigOption = COORDINATOR_CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the adapter and the report of an ended job into a directory."""
+    with explained(as_json), _client(config) as client:
+        directory = out or Path(job)
+        written = client.fetch(job, directory)
+        if as_json:
+            print_json({"job": job, "files": [str(file) for file in written]})
+        else:
+            for file in written:
+                typer.echo(str(file))
+
+
+def _client(config: Path):  # type: ignore[no-untyped-def]  # its type is imported with it: httpx is of no use to the other commands
+    from edge_agent.coordinator.client import Client
+
+    return Client(read_config(config, CoordinatorConfig).state_directory)

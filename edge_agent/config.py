@@ -1,0 +1,142 @@
+"""Configuration files of the agent and the coordinator: TOML, strict. Documented field by field in docs/config.md."""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from edge_agent.errors import ConfigInvalid, JobSchema
+from edge_agent.job import Positive, Strict
+from edge_agent.sizes import parse_size
+from edge_agent.topics import COORDINATOR
+
+Name = Annotated[str, Meta(pattern="^[a-z0-9-]{1,64}$")]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class Size(int):
+    """Bytes, written like `6GiB`."""
+
+
+class Tls(Strict, frozen=True):
+    """An encrypted connection. Without this table the connection is plain: loopback and private networks only."""
+
+    ca_file: Path | None = None
+    """Certificates that may sign the broker's; null: those of the system."""
+    certificate_file: Path | None = None
+    """Own certificate, for brokers that ask for one."""
+    key_file: Path | None = None
+
+
+class Broker(Strict, frozen=True):
+    """Where the MQTT broker is and how to log in."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=255)] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535)] = 1883
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    """MQTT version; `auto` tries 5, then 3.1.1."""
+    username: str | None = None
+    password_file: Path | None = None
+    """Holds the password alone; only its owner may read it."""
+    keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 30
+    tls: Tls | None = None
+
+    @property
+    def password(self) -> str | None:
+        """Read from its file. Raises ConfigInvalid where that is missing or others can read it."""
+        if self.password_file is None:
+            return None
+        check_private(self.password_file, "broker.password_file")
+        return self.password_file.read_text(encoding="utf-8").strip()
+
+
+class Timers(Strict, frozen=True):
+    """Limits in seconds, kept by the agent also while it is offline."""
+
+    queue_s: Seconds = 7 * 24 * 3600.0
+    """From arrival to the start of the trainer."""
+    staging_s: Seconds = 24 * 3600.0
+    """From arrival until all files are there."""
+    stall_s: Seconds = 1800.0
+    """Without any sign of the trainer."""
+    stop_s: Seconds = 10.0
+    """From the request to stop until the trainer is killed."""
+
+
+class AgentConfig(Strict, frozen=True):
+    """`agent.toml`."""
+
+    node: Name
+    state_directory: Path
+    budget: Size
+    """Memory that a job may take at most, such as `6GiB`."""
+    models: dict[str, Path]
+    """Models that jobs may use: their names in jobs, and their directories here."""
+    fleet: Name = "default"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    broker: Broker = Broker()
+    timers: Timers = Timers()
+    queue: Positive = 16
+    """Jobs that may wait."""
+    dataset_limit: Size = Size(256 * 2**20)
+    """Largest file of a job."""
+    store_limit: Size = Size(4 * 2**30)
+    """Files kept for jobs that have ended, the least recently used go first."""
+    max_attempts: Positive = 5
+    """Starts of a trainer that dies without a result; then the job has failed as `crash_loop`."""
+    threads: Positive | None = None
+    """Processor threads of a trainer; null: as many as cores."""
+
+    def __post_init__(self) -> None:
+        if self.node == COORDINATOR:
+            raise ValueError(f"`node` may not be {COORDINATOR!r}")
+
+
+class CoordinatorConfig(Strict, frozen=True):
+    """`coordinator.toml`."""
+
+    state_directory: Path
+    fleet: Name = "default"
+    instance: Name = "main"
+    broker: Broker = Broker()
+    artifact_limit: Size = Size(4 * 2**30)
+    """Largest file that is fetched from a node."""
+
+
+C = TypeVar("C", AgentConfig, CoordinatorConfig)
+
+
+def read_config(path: Path, kind: type[C]) -> C:
+    """Read a configuration file strictly. Relative paths in it count from its directory. Raises ConfigInvalid."""
+    try:
+        given = msgspec.toml.decode(path.read_bytes())
+        return msgspec.convert(given, type=kind, dec_hook=partial(_read_value, path.resolve().parent))
+    except OSError as error:
+        raise ConfigInvalid(path, error.strerror or type(error).__name__) from None
+    except (msgspec.MsgspecError, ValueError, JobSchema) as error:
+        raise ConfigInvalid(path, str(error)) from None
+
+
+def _read_value(base: Path, kind: type, value: object) -> object:
+    """Read what TOML has no type for."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"Expected `{kind.__name__.lower()}`, got {value!r}")
+    return base / Path(value).expanduser() if kind is Path else Size(parse_size(value, repr(value)))
+
+
+def check_private(path: Path, field: str) -> None:
+    """Raise ConfigInvalid where a secret is missing, or open to other users."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigInvalid(path, f"{field}: {error.strerror}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigInvalid(path, f"{field}: others can read it; run `chmod 600 {path}`")
+    if not os.access(path, os.R_OK):
+        raise ConfigInvalid(path, f"{field}: it cannot be read")

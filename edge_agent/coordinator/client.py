@@ -1,0 +1,179 @@
+"""The command line's side of the coordinator's API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+
+from edge_agent.coordinator.store import HistoryRow, JobView, NodeView
+from edge_agent.dataset import check_sha256
+from edge_agent.errors import CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, exit_code_of
+from edge_agent.job import Job
+from edge_agent.messages import JobProgress
+from edge_agent.report import Result
+
+T = TypeVar("T")
+
+SOCKET = "api.sock"
+"""In the coordinator's state directory, which only its owner can enter."""
+AWAY_S = 60.0
+"""How long a watcher waits for a coordinator that has gone."""
+
+
+class Answered(EdgeAgentError):
+    """The coordinator answered with an error; code and exit code are the error's own."""
+
+    code = "refused"
+    exit_code = 14
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code, self.exit_code = code, exit_code_of(code)
+
+
+class Client:
+    """Requests to one coordinator. All methods raise CoordinatorUnreachable or Answered."""
+
+    def __init__(self, state_directory: Path) -> None:
+        self._socket = state_directory / SOCKET
+        self._http = httpx.Client(transport=httpx.HTTPTransport(uds=str(self._socket)), base_url="http://coordinator", timeout=60)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def nodes(self) -> list[NodeView]:
+        return self._ask(list[NodeView], "GET", "/nodes")
+
+    def jobs(self, limit: int) -> list[JobView]:
+        return self._ask(list[JobView], "GET", f"/jobs?limit={limit}")
+
+    def job(self, job: str) -> JobView:
+        return self._ask(JobView, "GET", f"/jobs/{job}")
+
+    def history(self, job: str) -> list[HistoryRow]:
+        return self._ask(list[HistoryRow], "GET", f"/jobs/{job}/history")
+
+    def cancel(self, job: str) -> JobView:
+        return self._ask(JobView, "POST", f"/jobs/{job}/cancel")
+
+    def submit(self, node: str, job: Job, files: dict[str, Path], priority: int, expires_s: float | None) -> JobView:
+        """Upload files by their sha256, then submit the job over them."""
+        for sha256, file in files.items():
+            with file.open("rb") as stream:
+                self._send("PUT", f"/files/{sha256}", content=stream)
+        body = {"node": node, "job": job, "priority": priority, "expires_s": expires_s}
+        return self._ask(JobView, "POST", "/jobs", content=msgspec.json.encode(body))
+
+    def result(self, view: JobView) -> Result | None:
+        """Return the report of an ended job, if it made one."""
+        for artifact in view.artifacts:
+            if artifact.name == "result.json":
+                return msgspec.json.decode(self._send("GET", f"/files/{artifact.sha256}").content, type=Result)
+        return None
+
+    def fetch(self, job: str, directory: Path) -> list[Path]:
+        """Write the artifacts of an ended job into a directory as a local run would, and return their paths.
+
+        Raises DirectoryUnusable, DatasetChecksum where a file did not come whole, Answered where the job has not ended.
+        """
+        view = self.job(job)
+        if view.phase != "ended":
+            raise Answered("refused", f"job {job} has not ended ({view.phase}); `edge-agent watch {job}` waits for it")
+        written = []
+        try:
+            (directory / "adapter").mkdir(parents=True, exist_ok=True)
+            for artifact in view.artifacts:
+                path = directory / artifact.name if artifact.name == "result.json" else directory / "adapter" / artifact.name
+                self._save(artifact.sha256, path)
+                written.append(path)
+        except OSError as error:
+            raise DirectoryUnusable(directory, error.strerror or type(error).__name__) from None
+        return written
+
+    def _save(self, sha256: str, path: Path) -> None:
+        part = path.with_name(f".{path.name}.part")
+        try:
+            with self._http.stream("GET", f"/files/{sha256}") as response, part.open("wb") as file:
+                self._check(response)
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+            check_sha256(part, sha256)
+            part.replace(path)
+        except httpx.TransportError as error:
+            raise CoordinatorUnreachable(self._socket, _why(error)) from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def watch(self, job: str) -> Iterator[JobView | JobProgress]:
+        """Yield the job at every change and its progress as it comes, until it has ended; a restarted coordinator is awaited."""
+        away_since: float | None = None
+        while True:
+            try:
+                for item in self._events(job):
+                    away_since = None
+                    yield item
+                    if isinstance(item, JobView) and item.phase == "ended":
+                        return
+                why = "it closed the connection"
+            except httpx.TransportError as error:
+                why = _why(error)
+            now = time.monotonic()
+            away_since = away_since or now
+            if now - away_since > AWAY_S:
+                raise CoordinatorUnreachable(self._socket, why)
+            time.sleep(0.5)
+
+    def _events(self, job: str) -> Iterator[JobView | JobProgress]:
+        with self._http.stream("GET", f"/jobs/{job}/events") as response:
+            self._check(response)
+            kind = b""
+            for line in _lines(response):
+                name, _, value = line.rstrip(b"\r").partition(b": ")
+                if name == b"event":
+                    kind = value
+                elif name == b"data" and value:
+                    item: JobView | JobProgress
+                    item = msgspec.json.decode(value, type=JobProgress) if kind == b"progress" else msgspec.json.decode(value, type=JobView)
+                    yield item
+
+    def _ask(self, kind: type[T], method: str, path: str, **options: Any) -> T:
+        return msgspec.json.decode(self._send(method, path, **options).content, type=kind)
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise CoordinatorUnreachable(self._socket, _why(error)) from None
+        self._check(response)
+        return response
+
+    @staticmethod
+    def _check(response: httpx.Response) -> None:
+        if response.is_success:
+            return
+        response.read()
+        try:
+            error = msgspec.json.decode(response.content)["error"]
+        except (msgspec.DecodeError, KeyError, TypeError):
+            raise Answered("internal", f"the coordinator answered with status {response.status_code}") from None
+        raise Answered(error["code"], error["text"])
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Yield lines that end with a newline; text in JSON may hold other characters that count as line ends elsewhere."""
+    rest = b""
+    for chunk in response.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,451 @@
+"""The coordinator at work: offers jobs to their nodes until they are taken, keeps what nodes say, fetches what jobs have made.
+
+One thread decides everything, as in the agent; requests of the HTTP API are calls that it runs in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import msgspec
+
+from edge_agent.config import CoordinatorConfig
+from edge_agent.coordinator.store import CoordinatorStore, JobView
+from edge_agent.errors import DiskFull, MessageInvalid, Refused, human_bytes
+from edge_agent.files import lock_state
+from edge_agent.job import Job
+from edge_agent.messages import (
+    MAX_INLINE_BYTES,
+    Ack,
+    Cancel,
+    CoordinatorState,
+    File,
+    FileRequest,
+    Heartbeat,
+    Hello,
+    JobProgress,
+    JobResult,
+    JobStatus,
+    NodeInfo,
+    NodeState,
+    Offer,
+    Report,
+    Watch,
+    decode,
+    encode,
+    is_ulid,
+    new_id,
+)
+from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
+from edge_agent.topics import coordinator_state, coordinator_subscriptions, down, split
+from edge_agent.transfer import FileStore, Incoming
+
+log = logging.getLogger(__name__)
+
+NOTHING = object()
+TICK_S = 0.5
+OFFER_RETRY_S, LONGEST_OFFER_RETRY_S = 5.0, 120.0
+WATCH_TTL_S = 10.0
+REPORT_PAUSE_S = 10.0
+"""A node is asked for its view at most this often."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request from another thread."""
+
+    run: Callable[[], Any]
+    future: Future[Any]
+
+
+@dataclass
+class Retry:
+    """When something is to be sent next; the pauses grow."""
+
+    due: float = 0.0
+    pause_s: float = OFFER_RETRY_S
+
+    def sent(self, now: float) -> None:
+        self.due, self.pause_s = now + self.pause_s, min(2 * self.pause_s, LONGEST_OFFER_RETRY_S)
+
+
+@dataclass
+class Awaited:
+    """A job whose result has come and whose artifacts are on their way; `message` is acknowledged when they are here."""
+
+    message: str
+    incoming: dict[str, Incoming] = field(default_factory=dict)
+
+
+Listener = Callable[[JobProgress | None], None]
+"""Hears the progress of a job; None: its state has changed."""
+
+
+class Service:
+    """One coordinator instance."""
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        """Open the state. Raises an EdgeAgentError where a coordinator with this configuration can never work."""
+        self._config = config
+        self._events: SimpleQueue[Any] = SimpleQueue()
+        self._lock = lock_state(config.state_directory)
+        self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite")
+        self.files = FileStore(config.state_directory / "files")
+        self._source = f"edge1/{config.fleet}/coordinator/{config.instance}"
+        self._link = Link(
+            config.broker, f"coordinator-{config.instance}", coordinator_subscriptions(config.fleet), self._events, self._birth
+        )
+        self._offers: dict[str, Retry] = {}
+        self._awaited: dict[str, Awaited] = {}
+        self._reports: dict[str, float] = {}
+        self._listeners: dict[str, list[Listener]] = {}
+        self._watches: dict[str, float] = {}
+        self._last_progress: dict[str, JobProgress] = {}
+        self._thread = threading.Thread(target=self._serve, name="coordinator")
+
+    def start(self) -> None:
+        self._link.start()
+        self._thread.start()
+        log.info("coordinator_started fleet=%s instance=%s epoch=%d", self._config.fleet, self._config.instance, self._store.epoch)
+
+    def stop(self) -> None:
+        """End the thread, tell the fleet, and close."""
+        self._events.put(None)
+        self._thread.join()
+        topic = coordinator_state(self._config.fleet, self._config.instance)
+        self._link.close((topic, self._message(CoordinatorState(False, self._store.epoch))))
+        self._store.close()
+        log.info("coordinator_stopped")
+
+    def call(self, run: Callable[[], T]) -> T:
+        """Run a request in the coordinator's thread and return what it returns or raises."""
+        future: Future[T] = Future()
+        self._events.put(Call(run, future))
+        return future.result(timeout=60)
+
+    def call_later(self, run: Callable[[], Any]) -> None:
+        """Run a request some time later; nobody waits for it."""
+        self._events.put(Call(run, Future()))
+
+    def _serve(self) -> None:
+        while True:
+            event: object = NOTHING
+            with suppress(Empty):
+                event = self._events.get(timeout=TICK_S)
+            if event is None:
+                return
+            try:
+                self._handle(event)
+                self._tick(time.monotonic())
+            except Exception as error:
+                self._failed(event, error)
+
+    def _failed(self, event: object, error: Exception) -> None:
+        """No failure ends the service."""
+        if isinstance(event, Call) and not event.future.done():
+            event.future.set_exception(error)
+        elif isinstance(error, OSError | sqlite3.Error | DiskFull):  # what was not stored was not acknowledged, and comes again
+            log.error("storage_error error=%r", error)
+            time.sleep(TICK_S)
+        else:  # a defect of ours: the same message must not come back for ever
+            log.error("event_failed event=%s", type(event).__name__, exc_info=error)
+            if isinstance(event, Received):
+                self._link.acknowledge(event)
+
+    def _handle(self, event: object) -> None:
+        match event:
+            case Received():
+                self._receive(event)
+            case Call(run, future):
+                future.set_result(run())
+            case Connected(protocol):
+                log.info("connected host=%s port=%d protocol=%s", self._config.broker.host, self._config.broker.port, protocol)
+                topic = coordinator_state(self._config.fleet, self._config.instance)
+                self._link.publish(topic, self._message(CoordinatorState(True, self._store.epoch)), qos=1, retain=True)
+                self._offers.clear()
+                for awaited in self._awaited.values():
+                    for incoming in awaited.incoming.values():
+                        incoming.ask_again()
+            case Disconnected(why):
+                log.warning("disconnected why=%r", why)
+
+    # the link
+
+    def _birth(self) -> Birth:
+        topic = coordinator_state(self._config.fleet, self._config.instance)
+        return Birth(topic, self._message(CoordinatorState(False, self._store.epoch)))
+
+    def _message(self, data: object) -> bytes:
+        return encode(data, self._source, boot=self._store.epoch)
+
+    def _send(self, node: str, data: object, *parts: object, qos: int = 1) -> bool:
+        return self._link.publish(down(self._config.fleet, node, *parts), self._message(data), qos)
+
+    def _receive(self, message: Received) -> None:
+        """Act on a message, then acknowledge it to the broker."""
+        node, parts = split(message.topic)
+        try:
+            self._receive_up(node, parts[1:], message.payload)
+        except MessageInvalid as error:
+            log.warning("message_invalid topic=%s error=%s", message.topic, error)
+        self._link.acknowledge(message)
+
+    def _receive_up(self, node: str, parts: Sequence[str], payload: bytes) -> None:
+        match parts:
+            case ["hello"]:
+                self._send(node, Ack(), "ack", decode(payload, Hello).id)
+            case ["state"]:
+                self._node_state(node, decode(payload, NodeState).data)
+            case ["info"]:
+                self._store.set_info(node, decode(payload, NodeInfo).data)
+            case ["heartbeat"]:
+                self._store.set_heartbeat(node, decode(payload, Heartbeat).data)
+            case ["job", job, "status"] if is_ulid(job):
+                self._status(node, job, payload)
+            case ["job", job, "progress"] if is_ulid(job):
+                self._progress(node, job, decode(payload, JobProgress).data)
+            case ["job", job, "result"] if is_ulid(job):
+                self._result(node, job, payload)
+            case ["file", sha256, "request"]:
+                self._send_blocks(node, sha256, decode(payload, FileRequest).data)
+            case ["file", sha256, "block", number] if number.isdecimal():
+                self._receive_block(node, sha256, int(number), payload)
+            case _:
+                log.warning("topic_unknown node=%s topic=%s", node, "/".join(parts))
+
+    def _node_state(self, node: str, state: NodeState) -> None:
+        if not self._store.set_state(node, state):
+            log.info("stale_state_ignored node=%s boot=%d conn=%d", node, state.boot, state.conn)
+            return
+        log.info("node_state node=%s state=%s boot=%d conn=%d", node, state.state, state.boot, state.conn)
+        for view in self._store.open_jobs():
+            if view.node == node:
+                self._offers.pop(view.id, None)
+
+    def _own(self, node: str, job: str) -> JobView | None:
+        """The job, if it is this node's: no node speaks of another's."""
+        view = self._store.job(job)
+        if view is None or view.node != node:
+            log.warning("job_unknown node=%s job=%s", node, job)
+            return None
+        return view
+
+    def _status(self, node: str, job: str, payload: bytes) -> None:
+        message = decode(payload, JobStatus)
+        view = self._own(node, job)
+        if view is not None and message.data.digest in (None, view.digest):
+            if not self._store.apply_status(view, message):
+                self._ask_report(node)
+            if view.phase == "ended" and message.data.phase != "ended":
+                self._send(node, Cancel(), "job", job, "cancel")  # it took an offer that had been given up
+            self._changed(job)
+        self._send(node, Ack(), "ack", message.id)
+
+    def _ask_report(self, node: str) -> None:
+        now = time.monotonic()
+        if now >= self._reports.get(node, 0.0):
+            self._reports[node] = now + REPORT_PAUSE_S
+            self._send(node, Report(), "command", "report")
+
+    def _progress(self, node: str, job: str, progress: JobProgress) -> None:
+        view = self._store.job(job)
+        if view is not None and view.node == node and view.phase != "ended":
+            self._last_progress[job] = progress
+            for listener in self._listeners.get(job, []):
+                listener(progress)
+
+    def _result(self, node: str, job: str, payload: bytes) -> None:
+        message = decode(payload, JobResult)
+        view = self._own(node, job)
+        if view is None:
+            self._send(node, Ack(), "ack", message.id)
+            return
+        self._store.apply_result(view, message)
+        self._changed(job)
+        awaited = self._awaited.setdefault(job, Awaited(message.id))
+        awaited.message = message.id
+        self._collect(job)
+
+    # artifacts and datasets
+
+    def _collect(self, job: str) -> None:
+        """Fetch what is missing of a job's artifacts; with the last one the job ends and its result is acknowledged."""
+        view, awaited = self._store.job(job), self._awaited[job]
+        if view is None or view.result is None:
+            return
+        for artifact in view.artifacts if view.phase != "ended" else ():
+            if artifact.size_bytes > self._config.artifact_limit:
+                log.error("artifact_too_large job=%s name=%s bytes=%d", job, artifact.name, artifact.size_bytes)
+                continue
+            if not self.files.has(artifact.sha256) and artifact.sha256 not in awaited.incoming:
+                awaited.incoming[artifact.sha256] = self._incoming(view.node, File(artifact.sha256, artifact.size_bytes))
+        for sha256, incoming in list(awaited.incoming.items()):
+            if incoming.tick():
+                del awaited.incoming[sha256]
+        if not awaited.incoming:
+            if view.phase != "ended":
+                self._store.end(job, view.result.outcome, view.result.reason, view.result.text)
+                log.info("job_ended job=%s node=%s outcome=%s reason=%s", job, view.node, view.result.outcome, view.result.reason)
+            self._send(view.node, Ack(), "ack", awaited.message)
+            del self._awaited[job]
+            self._changed(job)
+
+    def _incoming(self, node: str, file: File) -> Incoming:
+        def ask(request: FileRequest) -> bool:
+            return self._send(node, request, "file", file.sha256, "request", qos=0)
+
+        return Incoming(self.files, file.sha256, file.size_bytes, self._link.payload_limit, ask)
+
+    def _receive_block(self, node: str, sha256: str, number: int, block: bytes) -> None:
+        for job, awaited in list(self._awaited.items()):
+            incoming = awaited.incoming.get(sha256)
+            view = self._store.job(job) if incoming else None
+            if incoming and view and view.node == node and incoming.receive(number, block):
+                del awaited.incoming[sha256]
+                self._collect(job)
+
+    def _send_blocks(self, node: str, sha256: str, request: FileRequest) -> None:
+        """Send blocks of a file that one of the node's open jobs needs; no other file goes to it."""
+        wanted = [v for v in self._store.open_jobs() if v.node == node]
+        if any(sha256 in (v.offer.dataset.sha256, v.offer.evaluation and v.offer.evaluation.sha256) for v in wanted):
+            for number, block in self.files.read_blocks(sha256, request):
+                self._link.publish(down(self._config.fleet, node, "file", sha256, "block", number), block)
+
+    # offers
+
+    def _tick(self, now: float) -> None:
+        if not self._link.connected:
+            return
+        for view in self._store.open_jobs():
+            if view.phase in ("created", "offered") or view.cancel:
+                self._ask_node(view, now)
+        for job in list(self._awaited):
+            self._collect(job)
+        for job, due in list(self._watches.items()):
+            if now >= due:
+                self._watches[job] = now + WATCH_TTL_S / 2
+                self._watch(job)
+
+    def _ask_node(self, view: JobView, now: float) -> None:
+        """Offer a job, or ask for its end, until the node answers."""
+        expires = view.offer.expires
+        if view.phase in ("created", "offered") and expires is not None and datetime.now(timezone.utc) > expires:
+            self._store.end(view.id, "expired", "expired", f"no answer from node {view.node} before {expires.isoformat()}")
+            self._changed(view.id)
+            return
+        node = self._store.node(view.node)
+        retry = self._offers.setdefault(view.id, Retry())
+        if node is None or not node.present or now < retry.due:
+            return
+        if view.cancel and self._send(view.node, Cancel(), "job", view.id, "cancel"):
+            retry.sent(now)
+        elif not view.cancel and self._send(view.node, self._with_files(view.offer), "job", view.id, "offer"):
+            retry.sent(now)
+            if view.phase == "created":
+                self._store.offered(view.id)
+                self._changed(view.id)
+
+    def _with_files(self, offer: Offer) -> Offer:
+        """Put the files that are small enough into the offer."""
+        room = min(MAX_INLINE_BYTES, self._link.payload_limit // 2)
+
+        def fill(file: File) -> File:
+            nonlocal room
+            if file.size_bytes > room or not self.files.has(file.sha256):
+                return file
+            room -= file.size_bytes
+            return msgspec.structs.replace(file, inline=self.files.path(file.sha256).read_bytes())
+
+        return msgspec.structs.replace(offer, dataset=fill(offer.dataset), evaluation=offer.evaluation and fill(offer.evaluation))
+
+    # requests; `call` runs them in the coordinator's thread
+
+    def submit(self, node: str, job: Job, priority: int, expires_s: float | None) -> JobView:
+        """Keep a job and return it. Raises Refused where the node is unknown or a file is missing."""
+        known = self._store.node(node)
+        if known is None:
+            names = ", ".join(n.id for n in self._store.nodes()) or "none"
+            raise Refused(f"node {node!r} has never been seen; known nodes: {names}")
+        if known.info is not None and job.model not in known.info.models:
+            raise Refused(f"model {job.model!r} is not on node {node}; it has: {', '.join(known.info.models) or 'none'}")
+        lent = known.info.limits.budget_bytes if known.info is not None else job.budget_bytes
+        if job.budget_bytes > lent:
+            raise Refused(f"node {node} lends {human_bytes(lent)}, the job's budget is {human_bytes(job.budget_bytes)}")
+        expires = datetime.now(timezone.utc) + timedelta(seconds=expires_s) if expires_s else None
+        evaluation = job.dataset.evaluation_sha256
+        offer = Offer(job, self._file(job.dataset.sha256), self._file(evaluation) if evaluation else None, expires, priority)
+        new = new_id()
+        self._store.add_job(new, node, offer)
+        log.info("job_created job=%s node=%s model=%s", new, node, job.model)
+        return self.job(new)
+
+    def _file(self, sha256: str) -> File:
+        if not self.files.has(sha256):
+            raise Refused(f"file {sha256} has not been uploaded")
+        return File(sha256, self.files.path(sha256).stat().st_size)
+
+    def job(self, job: str) -> JobView:
+        """Return a job. Raises Refused for an unknown one."""
+        view = self._store.job(job)
+        if view is None:
+            raise Refused(f"there is no job {job!r}; `edge-agent jobs` lists them")
+        return view
+
+    def jobs(self, limit: int) -> list[JobView]:
+        return self._store.jobs(limit)
+
+    def history(self, job: str) -> list[Any]:
+        return self._store.history(self.job(job).id)
+
+    def nodes(self) -> list[Any]:
+        return self._store.nodes()
+
+    def cancel(self, job: str) -> JobView:
+        """Ask for the end of a job. One that no node has heard of ends at once."""
+        view = self.job(job)
+        if view.phase == "created":
+            self._store.end(job, "canceled", "canceled", "it was canceled before it was offered")
+            self._changed(job)
+        elif view.phase != "ended":
+            self._store.ask_cancel(job)
+            self._offers.pop(job, None)
+        return self.job(job)
+
+    def listen(self, job: str, listener: Listener) -> None:
+        """Hear the progress of a job; its node tells it more often while somebody does."""
+        self._listeners.setdefault(self.job(job).id, []).append(listener)
+        self._watches.setdefault(job, 0.0)
+        if job in self._last_progress:
+            listener(self._last_progress[job])
+
+    def stop_listening(self, job: str, listener: Listener) -> None:
+        listeners = self._listeners.get(job, [])
+        if listener in listeners:
+            listeners.remove(listener)
+        if not listeners:
+            self._listeners.pop(job, None)
+            self._watches.pop(job, None)
+
+    def _watch(self, job: str) -> None:
+        view = self._store.job(job)
+        if view is not None and view.phase != "ended":
+            self._send(view.node, Watch(WATCH_TTL_S), "job", job, "watch", qos=0)
+
+    def _changed(self, job: str) -> None:
+        for listener in self._listeners.get(job, []):
+            listener(None)
+        view = self._store.job(job)
+        if view is not None and view.phase == "ended":
+            self._last_progress.pop(job, None)

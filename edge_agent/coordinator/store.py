@@ -1,0 +1,247 @@
+"""What a coordinator must not lose: jobs, what nodes have said of them, and nodes, in one SQLite file. All its SQL is here."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edge_agent.errors import StateUnusable
+from edge_agent.messages import Artifact, Heartbeat, JobResult, JobStatus, Message, NodeInfo, NodeState, Offer, Outcome, Phase, Reason
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY,
+    node TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    offer BLOB NOT NULL,                 -- JSON of the offer without inline files
+    created REAL NOT NULL,               -- seconds since 1970, as all times here
+    changed REAL NOT NULL,
+    phase TEXT NOT NULL,                 -- created, offered, then the phases of the agent
+    outcome TEXT, reason TEXT, text TEXT,
+    attempt INTEGER NOT NULL DEFAULT 0,
+    seq INTEGER NOT NULL DEFAULT 0,      -- highest number of a message about this job
+    cancel INTEGER NOT NULL DEFAULT 0,   -- whether somebody has asked for its end
+    result BLOB                          -- JSON of the JobResult, once it has come
+);
+CREATE TABLE IF NOT EXISTS history (
+    message TEXT PRIMARY KEY,            -- id of the message: a repeated one is known here
+    job TEXT NOT NULL,
+    time REAL NOT NULL,
+    seq INTEGER, attempt INTEGER,
+    phase TEXT NOT NULL,
+    outcome TEXT, reason TEXT, text TEXT,
+    late INTEGER NOT NULL                -- whether it came after a newer one and changed nothing
+);
+CREATE INDEX IF NOT EXISTS history_of_job ON history (job, time);
+CREATE TABLE IF NOT EXISTS nodes (
+    id TEXT PRIMARY KEY,
+    state TEXT NOT NULL,
+    boot INTEGER NOT NULL, conn INTEGER NOT NULL,
+    seen REAL NOT NULL,
+    info BLOB, heartbeat BLOB
+);
+"""
+# Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
+COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
+RETURNING value"""
+INSERT_JOB = "INSERT INTO jobs (id, node, digest, offer, created, changed, phase) VALUES (?, ?, ?, ?, ?, ?, 'created')"
+GET_JOB = "SELECT * FROM jobs WHERE id = ?"
+ALL_JOBS = "SELECT * FROM jobs ORDER BY id DESC LIMIT ?"
+OPEN_JOBS = "SELECT * FROM jobs WHERE phase != 'ended' ORDER BY id"
+SET_PHASE = "UPDATE jobs SET phase = ?, changed = ? WHERE id = ?"
+SET_STATUS = "UPDATE jobs SET phase = ?, outcome = ?, reason = ?, text = ?, attempt = ?, seq = ?, changed = ? WHERE id = ?"
+SET_RESULT = "UPDATE jobs SET phase = 'finalizing', result = ?, attempt = ?, seq = ?, changed = ? WHERE id = ?"
+END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, reason = ?, text = ?, changed = ? WHERE id = ?"
+ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = ? WHERE id = ?"
+KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
+INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ? ORDER BY time, message"
+GET_NODE = "SELECT * FROM nodes WHERE id = ?"
+ALL_NODES = "SELECT * FROM nodes ORDER BY id"
+SET_STATE = """INSERT INTO nodes (id, state, boot, conn, seen) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, seen = excluded.seen"""
+SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, info) VALUES (?, 'init', 0, 0, ?, ?)
+ON CONFLICT (id) DO UPDATE SET info = excluded.info, seen = excluded.seen"""
+SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ?, seen = ? WHERE id = ?"
+
+CoordinatorPhase = Literal["created", "offered"] | Phase
+
+
+class JobView(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as the coordinator knows it."""
+
+    id: str
+    node: str
+    digest: str
+    offer: Offer
+    created: float
+    changed: float
+    phase: CoordinatorPhase
+    outcome: Outcome | Literal["expired"] | None
+    reason: Reason | None
+    text: str | None
+    attempt: int
+    seq: int
+    cancel: bool
+    result: JobResult | None
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        return self.result.artifacts if self.result else ()
+
+
+class HistoryRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One message that a node sent about a job."""
+
+    time: float
+    seq: int | None
+    attempt: int | None
+    phase: Phase
+    outcome: Outcome | None
+    reason: Reason | None
+    text: str | None
+    late: bool
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """A node as the coordinator knows it."""
+
+    id: str
+    state: Literal["init", "ready", "draining", "offline", "lost"]
+    boot: int
+    conn: int
+    seen: float
+    info: NodeInfo | None
+    heartbeat: Heartbeat | None
+
+    @property
+    def present(self) -> bool:
+        return self.state in ("ready", "draining")
+
+
+class CoordinatorStore:
+    """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.executescript(SCHEMA)
+            self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
+        except sqlite3.Error as error:
+            raise StateUnusable(path, f"{error}; restore or remove the file") from None
+        self._db.row_factory = sqlite3.Row
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # jobs
+
+    def add_job(self, job: str, node: str, offer: Offer) -> None:
+        now = time.time()
+        self._db.execute(INSERT_JOB, (job, node, offer.job.digest, msgspec.json.encode(offer), now, now))
+
+    def job(self, job: str) -> JobView | None:
+        row = self._db.execute(GET_JOB, (job,)).fetchone()
+        return _job(row) if row else None
+
+    def jobs(self, limit: int) -> list[JobView]:
+        """The newest jobs first."""
+        return [_job(row) for row in self._db.execute(ALL_JOBS, (limit,))]
+
+    def open_jobs(self) -> list[JobView]:
+        return [_job(row) for row in self._db.execute(OPEN_JOBS)]
+
+    def history(self, job: str) -> list[HistoryRow]:
+        return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in self._db.execute(GET_HISTORY, (job,))]
+
+    def offered(self, job: str) -> None:
+        self._db.execute(SET_PHASE, ("offered", time.time(), job))
+
+    def ask_cancel(self, job: str) -> None:
+        self._db.execute(ASK_CANCEL, (time.time(), job))
+
+    def end(self, job: str, outcome: str, reason: str | None, text: str | None) -> None:
+        """End a job for good."""
+        self._db.execute(END_JOB, (outcome, reason, text, time.time(), job))
+
+    def apply_status(self, view: JobView, message: Message[JobStatus]) -> bool:
+        """Keep a status; it changes the job if it is new and the job has not ended. False where it leaves a gap or is late."""
+        status = message.data
+        late = view.phase == "ended" or (message.seq is not None and message.seq <= view.seq)
+        with self._transaction():
+            if not self._keep(view.id, message, status.phase, late):
+                return True
+            if not late:
+                place = (message.attempt or view.attempt, message.seq or view.seq, time.time(), view.id)
+                self._db.execute(SET_STATUS, (status.phase, status.outcome, status.reason, status.text, *place))
+        return message.seq is None or message.seq == view.seq + 1
+
+    def apply_result(self, view: JobView, message: Message[JobResult]) -> None:
+        """Keep the end of a job; it becomes the job's own when every artifact is here."""
+        late = view.result is not None or view.phase == "ended"
+        with self._transaction():
+            if self._keep(view.id, message, "ended", late) and not late:
+                place = (message.attempt or view.attempt, message.seq or view.seq, time.time(), view.id)
+                self._db.execute(SET_RESULT, (msgspec.json.encode(message.data), *place))
+
+    def _keep(self, job: str, message: Message[Any], phase: Phase, late: bool) -> bool:
+        """Write a message into the history; False where it is there already."""
+        if self._db.execute(KNOWN_MESSAGE, (message.id,)).fetchone():
+            return False
+        data = message.data
+        row = (message.id, job, message.time.timestamp(), message.seq, message.attempt, phase, data.outcome, data.reason, data.text, late)
+        self._db.execute(INSERT_HISTORY, row)
+        return True
+
+    # nodes
+
+    def node(self, node: str) -> NodeView | None:
+        row = self._db.execute(GET_NODE, (node,)).fetchone()
+        return _node(row) if row else None
+
+    def nodes(self) -> list[NodeView]:
+        return [_node(row) for row in self._db.execute(ALL_NODES)]
+
+    def set_state(self, node: str, state: NodeState) -> bool:
+        """Keep the presence of a node; False where it is of an earlier connection than the one that is known."""
+        known = self.node(node)
+        if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
+            return False
+        self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, time.time()))
+        return True
+
+    def set_info(self, node: str, info: NodeInfo) -> None:
+        self._db.execute(SET_INFO, (node, time.time(), msgspec.json.encode(info)))
+
+    def set_heartbeat(self, node: str, heartbeat: Heartbeat) -> None:
+        self._db.execute(SET_HEARTBEAT, (msgspec.json.encode(heartbeat), time.time(), node))
+
+
+def _job(row: sqlite3.Row) -> JobView:
+    fields = dict(row) | {"cancel": bool(row["cancel"]), "offer": msgspec.json.decode(row["offer"])}
+    fields["result"] = msgspec.json.decode(row["result"]) if row["result"] else None
+    return msgspec.convert(fields, JobView)
+
+
+def _node(row: sqlite3.Row) -> NodeView:
+    parts = {name: msgspec.json.decode(row[name]) if row[name] else None for name in ("info", "heartbeat")}
+    return msgspec.convert(dict(row) | parts, NodeView)

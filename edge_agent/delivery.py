@@ -1,0 +1,70 @@
+"""What a node says: messages that may be lost, sent at once, and messages that may not, sent until they are acknowledged."""
+
+from __future__ import annotations
+
+import time
+
+from edge_agent.messages import encode
+from edge_agent.mqtt import Link
+from edge_agent.store import Store
+from edge_agent.topics import up
+
+IN_FLIGHT = 8
+RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
+
+
+class Uplink:
+    """The topics that a node writes, and the envelope around everything but blocks."""
+
+    def __init__(self, link: Link, fleet: str, node: str, boot: int) -> None:
+        self._link, self._fleet, self._node, self._boot = link, fleet, node, boot
+
+    def topic(self, *parts: object) -> str:
+        return up(self._fleet, self._node, *parts)
+
+    def message(self, data: object) -> bytes:
+        return encode(data, f"edge1/{self._fleet}/{self._node}", boot=self._boot)
+
+    def send(self, data: object, *parts: object) -> bool:
+        """Send a message that may be lost; False where it was not sent at all."""
+        return self._link.publish(self.topic(*parts), self.message(data))
+
+    def ask(self, data: object, *parts: object) -> bool:
+        """Send a message that the broker hands on at least once, if the link holds."""
+        return self._link.publish(self.topic(*parts), self.message(data), qos=1)
+
+    def keep(self, data: object, *parts: object) -> bool:
+        """Send a message that the broker keeps for whoever comes later."""
+        return self._link.publish(self.topic(*parts), self.message(data), qos=1, retain=True)
+
+    def send_block(self, sha256: str, number: int, block: bytes) -> bool:
+        return self._link.publish(self.topic("file", sha256, "block", number), block)
+
+    @property
+    def payload_limit(self) -> int:
+        return self._link.payload_limit
+
+
+class Outbox:
+    """Sends the stored messages, the oldest first and a few at a time, each again with growing pauses until it is acknowledged."""
+
+    def __init__(self, store: Store, link: Link) -> None:
+        self._store, self._link = store, link
+        self._tries: dict[str, tuple[int, float]] = {}
+
+    def tick(self) -> None:
+        """Send what is due."""
+        now = time.monotonic()
+        for message in self._store.waiting(IN_FLIGHT):
+            tries, due = self._tries.get(message.id, (0, 0.0))
+            if now >= due and self._link.publish(message.topic, message.payload, qos=1):
+                self._tries[message.id] = tries + 1, now + min(RETRY_S * 2**tries, LONGEST_RETRY_S)
+
+    def acknowledged(self, message: str) -> None:
+        """The coordinator has stored a message."""
+        self._store.acknowledged(message)
+        self._tries.pop(message, None)
+
+    def send_again(self) -> None:
+        """The link or the coordinator is new: nothing that was sent before counts."""
+        self._tries.clear()

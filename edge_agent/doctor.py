@@ -1,0 +1,114 @@
+"""`edge-agent doctor`: what can be checked on a node before a job comes, each check by doing the thing."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import msgspec
+import psutil
+
+from edge_agent.config import AgentConfig, read_config
+from edge_agent.errors import EdgeAgentError, human_bytes
+from edge_agent.messages import Hello, encode, new_id
+from edge_agent.mqtt import Connected, Disconnected, Link, Received
+from edge_agent.topics import down, up
+from profiles.device import detect_device, device_name, device_profile, free_bytes
+from quantization.model_files import find_model
+
+ANSWER_S = 10.0
+SPARE_DISK_BYTES = 2**30
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One thing that was tried."""
+
+    name: str
+    passed: bool
+    text: str
+    """What was found, or what is wrong and what to do."""
+
+
+def examine(path: Path) -> list[Check]:
+    """Try everything that a node needs, the configuration first. A check that fails does not hide those after it."""
+    try:
+        config = read_config(path, AgentConfig)
+    except EdgeAgentError as error:
+        return [Check("configuration", False, str(error))]
+    checks = [Check("configuration", True, f"{path}: node {config.node} of fleet {config.fleet}")]
+    for name, look in (("state directory", _state), ("device", _device), ("models", _models), ("link", _link)):
+        checks.append(_try(name, look, config))
+    return checks
+
+
+def _try(name: str, look: Callable[[AgentConfig], str], config: AgentConfig) -> Check:
+    try:
+        return Check(name, True, look(config))
+    except (EdgeAgentError, OSError, ssl.SSLError, _Wrong) as error:
+        return Check(name, False, str(error))
+
+
+class _Wrong(Exception):
+    """A check found something wrong."""
+
+
+def _state(config: AgentConfig) -> str:
+    config.state_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    probe = config.state_directory / f".doctor-{new_id()}"
+    probe.write_bytes(b"")
+    probe.unlink()
+    free = psutil.disk_usage(str(config.state_directory)).free
+    if free < SPARE_DISK_BYTES:
+        raise _Wrong(f"{config.state_directory} has {human_bytes(free)} free; a job may need more than {human_bytes(SPARE_DISK_BYTES)}")
+    return f"{config.state_directory} can be written, {human_bytes(free)} are free"
+
+
+def _device(config: AgentConfig) -> str:
+    kind = detect_device(config.device)
+    free, reserve = free_bytes(kind), device_profile(kind).reserve_bytes
+    if config.budget > free - reserve:
+        raise _Wrong(
+            f"{human_bytes(free)} of {device_name(kind)} are free; a budget of {human_bytes(config.budget)} does not fit; lower it"
+        )
+    return f"{device_name(kind)}: {human_bytes(free)} free, {human_bytes(config.budget)} lent to jobs"
+
+
+def _models(config: AgentConfig) -> str:
+    if not config.models:
+        raise _Wrong("no model is named in [models]; jobs can use none")
+    for path in config.models.values():
+        find_model(str(path))
+    return ", ".join(f"{name} ({path})" for name, path in config.models.items())
+
+
+def _link(config: AgentConfig) -> str:
+    """Ask the coordinator and wait for its acknowledgement: login, encryption, rights and its presence in one."""
+    events: SimpleQueue[Any] = SimpleQueue()
+    message = new_id()
+    answer = down(config.fleet, config.node, "ack", message)
+    link = Link(config.broker, f"{config.node}-doctor"[:64], [answer], events, lambda: None)
+    link.start()
+    where, started = f"{config.broker.host}:{config.broker.port}", time.monotonic()
+    reached = ""
+    try:
+        while (left := started + ANSWER_S - time.monotonic()) > 0:
+            match events.get(timeout=left):
+                case Connected(protocol):
+                    reached = f"{where} in MQTT {protocol}"
+                    started = time.monotonic()
+                    link.publish(up(config.fleet, config.node, "hello"), encode(Hello(), "doctor", message_id=message), qos=1)
+                case Received(topic) if topic == answer:
+                    return f"{reached}; the coordinator answered in {1000 * (time.monotonic() - started):.0f} ms"
+                case Disconnected(why):
+                    raise _Wrong(f"{where}: {why}; check [broker] and that the broker runs")
+    except Empty:
+        pass
+    finally:
+        link.close()
+    if reached:
+        raise _Wrong(f"{reached}, but no coordinator of fleet {config.fleet!r} answered; start it, or check the broker's access rules")
+    raise _Wrong(f"{where}: no answer in {ANSWER_S:.0f} s; check host, port and firewall")

@@ -1,0 +1,298 @@
+"""The jobs of a node: from an offer through its files and its trainer to a stored result. One job runs at a time."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import msgspec
+
+from edge_agent.admission import Rejected, check_offer
+from edge_agent.config import AgentConfig
+from edge_agent.delivery import Uplink
+from edge_agent.errors import EdgeAgentError
+from edge_agent.files import lock_file
+from edge_agent.job import Job
+from edge_agent.job_directory import JobDirectory
+from edge_agent.messages import Artifact, ArtifactName, File, FileRequest, JobResult, Offer, Outcome, Reason, decode
+from edge_agent.runner import Ending, Trainer, TrainerEnded, end_orphan, known_reason
+from edge_agent.store import JobRow, Store
+from edge_agent.transfer import FileStore, Incoming
+from profiles.device import DeviceProfile
+
+log = logging.getLogger(__name__)
+
+ORPHAN_S = 12.0
+"""The trainer of a daemon that died ends by itself within this; then it is killed."""
+RUN_GRACE_S = 120.0
+"""The trainer keeps `max_run_s` itself, from its first stage on; the agent ends it this much later."""
+
+
+class Jobs:
+    """Moves every job as far as it can go; called by the agent's one thread."""
+
+    def __init__(self, config: AgentConfig, device: DeviceProfile, store: Store, uplink: Uplink, events: SimpleQueue[Any]) -> None:
+        self._config, self._device, self._store, self._uplink, self._events = config, device, store, uplink, events
+        self._files = FileStore(config.state_directory / "files")
+        self._incoming: dict[str, Incoming] = {}
+        self._orphan_since: float | None = None
+        self.trainer: Trainer | None = None
+
+    # what the agent calls
+
+    def recover(self) -> None:
+        """Take up what an earlier agent left: a job that ran goes on from its checkpoint, a finished one is handed in."""
+        for row in self._store.open_jobs():
+            if row.phase == "running":
+                self._interrupted(row, "the agent ended while it ran")
+            elif row.phase == "finalizing":
+                self._end(row, "succeeded", None, None)
+
+    def offer(self, job: str, payload: bytes) -> None:
+        """Take or reject an offer; either answer is in the store when this returns."""
+        digest = None
+        try:
+            offer = decode(payload, Offer).data
+            digest = offer.job.digest
+            row = self._store.job(job)
+            if row is not None and row.digest not in ("", digest):
+                raise Rejected("conflict", "a job with this id and another document is here; submit it under a new id")
+            if row is not None:
+                self._store.tell_again(row)
+                return
+            check_offer(offer, self._config, self._device, self.waiting(), self._store.draining, datetime.now(timezone.utc))
+            for file in _files(offer):
+                if file.inline is not None:
+                    self._files.put(file.inline, file.sha256)
+        except (Rejected, EdgeAgentError) as error:
+            reason = error.reason if isinstance(error, Rejected) else known_reason(error.code)
+            self._store.reject(job, digest, reason, str(error))
+            log.info("job_rejected job=%s reason=%s text=%r", job, reason, str(error))
+            return
+        self._store.accept(job, digest, _without_files(offer), offer.priority)
+        log.info("job_accepted job=%s model=%s priority=%d", job, offer.job.model, offer.priority)
+
+    def cancel(self, job: str) -> None:
+        """End a job, or ask its trainer to; the answer is the job's result."""
+        row = self._store.job(job)
+        if row is None:
+            self._store.cancel_unknown(job)
+        elif row.phase == "ended":
+            self._store.tell_again(row)
+        elif self.trainer is not None and self.trainer.job == job:
+            self._store.ask_cancel(job)
+            self.trainer.stop()
+        elif row.phase != "finalizing":
+            self._end(row, "canceled", "canceled", "it was canceled before its trainer ran")
+
+    def report(self) -> None:
+        """Tell again where every job stands of which the coordinator may not know the end."""
+        for row in self._store.unacknowledged_jobs():
+            self._store.tell_again(row)
+
+    def forget(self, job: str) -> bool:
+        """Delete an ended job with all its files; False where there is none."""
+        if not self._store.forget(job):
+            return False
+        shutil.rmtree(self._directory(job), ignore_errors=True)
+        log.info("job_forgotten job=%s", job)
+        return True
+
+    def receive_block(self, sha256: str, number: int, block: bytes) -> None:
+        if (incoming := self._incoming.get(sha256)) and incoming.receive(number, block):
+            del self._incoming[sha256]
+
+    def send_blocks(self, sha256: str, request: FileRequest) -> None:
+        """Send blocks of an artifact that the coordinator has not acknowledged yet."""
+        if sha256 in self._needed_artifacts():
+            for number, block in self._files.read_blocks(sha256, request):
+                self._uplink.send_block(sha256, number, block)
+
+    def link_is_new(self) -> None:
+        for incoming in self._incoming.values():
+            incoming.ask_again()
+
+    def tick(self) -> None:
+        """Move every job as far as it can go now."""
+        for row in self._store.open_jobs():
+            if row.phase in ("accepted", "staging"):
+                self._stage(row)
+        if self.trainer is not None:
+            self._watch(self.trainer)
+        elif ready := next((r for r in self._store.open_jobs() if r.phase == "ready"), None):
+            self._start(ready)
+
+    def waiting(self) -> int:
+        """Jobs that have neither ended nor begun to run."""
+        return sum(r.phase in ("accepted", "staging", "ready") for r in self._store.open_jobs())
+
+    def shut_down(self) -> None:
+        """Stop the trainer; its job goes on at the next start of the agent."""
+        trainer = self.trainer
+        if trainer is None:
+            return
+        trainer.stop()
+        if not trainer.wait(self._config.timers.stop_s):
+            trainer.kill()
+            trainer.wait(self._config.timers.stop_s)
+        row = self._store.job(trainer.job)
+        if row is not None and row.phase == "running":
+            self._store.move(row.id, "ready")
+
+    # files
+
+    def _directory(self, job: str) -> Path:
+        return self._config.state_directory / "jobs" / job
+
+    def _stage(self, row: JobRow) -> None:
+        """Get the files of a job; with the last one its directory is laid down."""
+        if row.phase == "accepted":
+            row = self._store.move(row.id, "staging")
+        offer = msgspec.json.decode(row.offer, type=Offer)
+        missing = [f for f in _files(offer) if not self._files.has(f.sha256)]
+        if missing and time.time() - row.arrived > self._config.timers.staging_s:
+            self._end(row, "timed_out", "timeout_staging", f"its files did not come within {self._config.timers.staging_s:,.0f} s")
+            return
+        try:
+            for file in missing:
+                self._fetch(file)
+            if not missing:
+                self._lay_down(row.id, offer)
+                self._store.move(row.id, "ready")
+        except EdgeAgentError as error:
+            self._end(row, "failed", known_reason(error.code), str(error))
+
+    def _fetch(self, file: File) -> None:
+        incoming = self._incoming.get(file.sha256)
+        if incoming is None:
+            sha256 = file.sha256
+            incoming = self._incoming[sha256] = Incoming(
+                self._files, sha256, file.size_bytes, self._uplink.payload_limit,
+                lambda request: self._uplink.send(request, "file", sha256, "request"),
+            )  # fmt: skip
+        if incoming.tick():
+            del self._incoming[file.sha256]
+
+    def _lay_down(self, job: str, offer: Offer) -> None:
+        """Write the job's directory. The name of the model becomes its place on this node, and `auto` this node's device."""
+        device = self._config.device if offer.job.device == "auto" else offer.job.device
+        local = msgspec.structs.replace(offer.job, model=str(self._config.models[offer.job.model]), device=device)
+        dataset, *evaluation = (self._files.path(f.sha256) for f in _files(offer))
+        JobDirectory(self._directory(job)).create(local, dataset, evaluation[0] if evaluation else None)
+
+    # the trainer
+
+    def _start(self, row: JobRow) -> None:
+        if time.time() - row.arrived > self._config.timers.queue_s:
+            self._end(row, "timed_out", "expired", f"it waited longer than {self._config.timers.queue_s:,.0f} s")
+            return
+        lock = lock_file(self._config.state_directory / "trainer.lock")
+        if lock is None:
+            self._wait_for_orphan()
+            return
+        self._orphan_since = None
+        row = self._store.move(row.id, "running", start=True)
+        try:
+            self.trainer = Trainer(row.id, self._directory(row.id), lock, self._config.threads, self._events)
+        except OSError as error:
+            lock.close()
+            self._interrupted(row, f"the trainer cannot be started: {error}")
+            return
+        self._store.set_trainer(row.id, self.trainer.pid, self.trainer.created)
+        log.info("trainer_started job=%s attempt=%d pid=%d", row.id, row.attempt, self.trainer.pid)
+
+    def _wait_for_orphan(self) -> None:
+        """The trainer of an earlier agent still holds the device."""
+        now = time.monotonic()
+        self._orphan_since = self._orphan_since or now
+        last = self._store.last_trainer()
+        if now - self._orphan_since > ORPHAN_S and last is not None and end_orphan(*last):
+            log.warning("orphan_killed pid=%d", last[0])
+
+    def _watch(self, trainer: Trainer) -> None:
+        """Keep the timers of the running trainer."""
+        now, timers = time.monotonic(), self._config.timers
+        if trainer.stopping_since is not None:
+            if now - trainer.stopping_since > timers.stop_s:
+                trainer.kill()
+        elif now - trainer.heard > timers.stall_s:
+            trainer.kill(Ending("timed_out", "timeout_stall", f"the trainer gave no sign for {timers.stall_s:,.0f} s and was killed"))
+        elif now - trainer.started > (limit_s := self._job(trainer.job).max_run_s) + RUN_GRACE_S:
+            trainer.kill(Ending("timed_out", "timeout_run", f"the run passed its limit of {limit_s:,.0f} s and was killed"))
+
+    def _job(self, job: str) -> Job:
+        return JobDirectory(self._directory(job)).read_job()
+
+    def trainer_ended(self, event: TrainerEnded) -> None:
+        """Read how the trainer ended and move its job on."""
+        trainer, self.trainer = self.trainer, None
+        row = self._store.job(event.job)
+        if trainer is None or row is None or row.phase != "running":
+            return
+        ending = trainer.ending(event.code)
+        log.info("trainer_ended job=%s code=%d seconds=%.1f", row.id, event.code, time.monotonic() - trainer.started)
+        if ending.outcome == "succeeded":
+            self._end(self._store.move(row.id, "finalizing"), "succeeded", None, None)
+        elif ending.outcome is not None:
+            self._end(row, ending.outcome, ending.reason, ending.text)
+        elif row.cancel:
+            self._end(row, "canceled", "canceled", "it was canceled while its trainer ran; the directory keeps its checkpoint")
+        elif ending.reason is None:
+            self._store.move(row.id, "ready")
+        else:
+            self._interrupted(row, ending.text or "")
+
+    def _interrupted(self, row: JobRow, how: str) -> None:
+        """The trainer, or the agent with it, ended without being asked: start it again, but not for ever."""
+        if row.crashes + 1 >= self._config.max_attempts:
+            self._end(row, "failed", "crash_loop", f"{row.crashes + 1} starts ended without a result; the last: {how}")
+            return
+        log.warning("job_interrupted job=%s crashes=%d how=%r", row.id, row.crashes + 1, how)
+        self._store.move(row.id, "ready", crashed=True)
+
+    # the end
+
+    def _end(self, row: JobRow, outcome: Outcome, reason: Reason | None, text: str | None) -> None:
+        result = self._result(row.id, row.digest, outcome, reason, text)
+        self._store.end(row.id, result)
+        log.info(
+            "job_ended job=%s outcome=%s reason=%s attempt=%d seconds=%s peak_bytes=%s text=%r",
+            row.id, outcome, reason, row.attempt, result.seconds, result.peak_bytes, text,
+        )  # fmt: skip
+        needed = {f.sha256 for r in self._store.open_jobs() for f in _files(msgspec.json.decode(r.offer, type=Offer))}
+        self._files.remove_unused(self._config.store_limit, needed | self._needed_artifacts())
+
+    def _result(self, job: str, digest: str, outcome: Outcome, reason: Reason | None, text: str | None) -> JobResult:
+        """Put what the job made into the store of files, and describe it."""
+        directory = JobDirectory(self._directory(job))
+        measured = directory.read_result()
+        places: dict[ArtifactName, Path] = {"result.json": directory.result_file} if measured else {}
+        if outcome == "succeeded":
+            places["adapter_config.json"] = directory.adapter / "adapter_config.json"
+            places["adapter_model.safetensors"] = directory.adapter / "adapter_model.safetensors"
+        found = {name: file for name, file in places.items() if file.is_file()}
+        artifacts = tuple(Artifact(name, self._files.adopt(file), file.stat().st_size) for name, file in found.items())
+        return JobResult(
+            digest or None, outcome, reason, text and text[:1024], measured.accuracy if measured else None,
+            measured.seconds if measured else None, measured.peak_bytes if measured else None, artifacts,
+        )  # fmt: skip
+
+    def _needed_artifacts(self) -> set[str]:
+        """Artifacts that the coordinator may not have yet."""
+        results = [row.result for row in self._store.unacknowledged_jobs() if row.result is not None]
+        return {a.sha256 for result in results for a in msgspec.json.decode(result, type=JobResult).artifacts}
+
+
+def _files(offer: Offer) -> list[File]:
+    return [f for f in (offer.dataset, offer.evaluation) if f is not None]
+
+
+def _without_files(offer: Offer) -> bytes:
+    """Return the offer as it is stored: its inline files are in the store of files."""
+    dataset, *evaluation = (msgspec.structs.replace(f, inline=None) for f in _files(offer))
+    return msgspec.json.encode(msgspec.structs.replace(offer, dataset=dataset, evaluation=evaluation[0] if evaluation else None))

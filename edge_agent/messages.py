@@ -1,0 +1,279 @@
+"""Every message on the wire: one envelope, one strict type for each kind of data. The source of docs/asyncapi.yaml.
+
+The envelope has the attribute names of CloudEvents 1.0 (JSON format). Blocks of files are the only messages without an envelope.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from datetime import datetime, timezone
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from edge_agent.errors import MessageInvalid
+from edge_agent.job import Job, Sha256, Strict
+from edge_agent.report import Event, Measured
+from profiles.sensors import Resources
+
+Id = Annotated[str, Meta(pattern="^[a-z0-9-]{1,64}$")]
+ULID_PATTERN = "^[0-7][0-9a-hjkmnp-tv-z]{25}$"
+Ulid = Annotated[str, Meta(pattern=ULID_PATTERN)]
+Text = Annotated[str, Meta(max_length=1024)]
+Count = Annotated[int, Meta(ge=0)]
+
+MAX_MESSAGE_BYTES = 256 * 1024
+"""A longer message is refused unread."""
+MAX_INLINE_BYTES = 64 * 1024
+"""Files of an offer that travel inside it, all together; longer ones travel in blocks."""
+BLOCK_BYTES = 64 * 1024
+WINDOW_BLOCKS = 8
+"""Blocks that a receiver asks for at once."""
+
+Phase = Literal["accepted", "staging", "ready", "running", "paused", "finalizing", "ended"]
+Outcome = Literal["succeeded", "failed", "rejected", "canceled", "timed_out"]
+Reason = Literal[
+    "adapter_mismatch", "busy", "canceled", "conflict", "crash_loop", "dataset_checksum", "dataset_empty", "dataset_schema",
+    "dataset_too_large", "device_missing", "directory", "disk_full", "draining", "expired", "internal", "job_schema", "model_missing",
+    "model_unsafe", "model_unsupported", "no_room", "non_finite_loss", "oom_device", "oom_host", "oom_predicted", "record_too_long",
+    "timeout_run", "timeout_staging", "timeout_stall",
+]  # fmt: skip
+ArtifactName = Literal["result.json", "adapter_config.json", "adapter_model.safetensors"]
+
+
+class CoordinatorState(Strict, frozen=True):
+    """Retained, and the last will: whether a coordinator is there."""
+
+    online: bool
+    epoch: Count
+    """Number of the coordinator's start: grows with every one, so an older message is stale."""
+
+
+class Hello(Strict, frozen=True):
+    """Asks for an acknowledgement: proof that messages pass both ways and are stored."""
+
+
+class NodeState(Strict, frozen=True):
+    """Retained, and the last will (`lost`): presence of a node."""
+
+    state: Literal["init", "ready", "draining", "offline", "lost"]
+    boot: Count
+    """Number of the agent's start: grows with every one."""
+    conn: Count
+    """Number of the connection since that start; a will of an earlier one is stale."""
+
+
+class NodeLimits(Strict, frozen=True):
+    """What a node refuses."""
+
+    budget_bytes: Count
+    dataset_bytes: Count
+    queue: Count
+
+
+class NodeInfo(Strict, frozen=True):
+    """Retained: what a node can do."""
+
+    agent: str
+    python: str
+    device: str
+    device_kind: Literal["cpu", "cuda"]
+    memory_bytes: Count | None
+    """Of the device; null where it does not tell."""
+    models: list[str]
+    """Names that jobs may use."""
+    limits: NodeLimits
+    versions: dict[str, str]
+
+
+class Heartbeat(Strict, frozen=True):
+    """Resources of a node, and what it works on."""
+
+    resources: Resources
+    queue: Count
+    """Jobs that wait."""
+    job: Ulid | None
+    """The job that runs."""
+
+
+class File(Strict, frozen=True):
+    """A file that belongs to a job."""
+
+    sha256: Sha256
+    size_bytes: Count
+    inline: bytes | None = None
+    """Its contents, where it is small enough; None: ask for its blocks."""
+
+
+class Offer(Strict, frozen=True):
+    """A job for a node. The same offer comes again until the node has accepted or rejected it."""
+
+    job: Job
+    """`model` is a name of `NodeInfo.models`."""
+    dataset: File
+    evaluation: File | None = None
+    expires: Annotated[datetime, Meta(tz=True)] | None = None
+    """An offer that the node first sees after this is rejected."""
+    priority: Annotated[int, Meta(ge=0, le=9)] = 4
+
+
+class Cancel(Strict, frozen=True):
+    """Asks for the end of a job. The answer is its result: `canceled`, or the outcome that was faster."""
+
+
+class Watch(Strict, frozen=True):
+    """Somebody looks: progress at up to 2 per second for this long."""
+
+    ttl_s: Annotated[float, Meta(gt=0, le=600)]
+
+
+class Ack(Strict, frozen=True):
+    """The message named by the topic has been stored."""
+
+
+class Report(Strict, frozen=True):
+    """Asks for the current status of all jobs that have not been acknowledged as ended."""
+
+
+class Drain(Strict, frozen=True):
+    """Take no new jobs; finish those accepted."""
+
+
+class Resume(Strict, frozen=True):
+    """Take jobs again."""
+
+
+class Forget(Strict, frozen=True):
+    """Delete everything of an ended job."""
+
+    job: Ulid
+
+
+class JobStatus(Strict, frozen=True):
+    """Where a job stands."""
+
+    digest: Sha256 | None
+    """Of the job document; None where the offer could not be read."""
+    phase: Phase
+    outcome: Outcome | None = None
+    reason: Reason | None = None
+    text: Text | None = None
+
+
+class StageDone(Strict, frozen=True):
+    """A stage that has ended."""
+
+    stage: str
+    seconds: float
+    peak_bytes: Count
+
+
+class JobProgress(Strict, frozen=True):
+    """The last event of the trainer, all stages that have ended, and the node's resources."""
+
+    event: Event
+    finished: list[StageDone]
+    resources: Resources
+
+
+class Artifact(Strict, frozen=True):
+    """A file that a job has made."""
+
+    name: ArtifactName
+    sha256: Sha256
+    size_bytes: Count
+
+
+class JobResult(Strict, frozen=True):
+    """The end of a job. It is acknowledged when the coordinator has stored every artifact."""
+
+    digest: Sha256 | None
+    outcome: Outcome
+    reason: Reason | None = None
+    text: Text | None = None
+    accuracy: Measured | None = None
+    seconds: float | None = None
+    peak_bytes: Count | None = None
+    artifacts: tuple[Artifact, ...] = ()
+
+
+class FileRequest(Strict, frozen=True):
+    """Asks the other side for blocks of the file that the topic names by its sha256."""
+
+    block_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)]
+    blocks: Annotated[list[Count], Meta(min_length=1, max_length=WINDOW_BLOCKS)]
+    """Numbers of blocks: block k begins at byte k * block_bytes."""
+
+
+TYPES: dict[type, str] = {
+    CoordinatorState: "edge1.coordinator.state", Hello: "edge1.hello", NodeState: "edge1.node.state", NodeInfo: "edge1.node.info",
+    Heartbeat: "edge1.node.heartbeat", Offer: "edge1.job.offer", Cancel: "edge1.job.cancel", Watch: "edge1.job.watch",
+    JobStatus: "edge1.job.status", JobProgress: "edge1.job.progress", JobResult: "edge1.job.result", Ack: "edge1.ack",
+    Report: "edge1.command.report", Drain: "edge1.command.drain", Resume: "edge1.command.resume", Forget: "edge1.command.forget",
+    FileRequest: "edge1.file.request",
+}  # fmt: skip
+"""The `type` attribute of each kind of data."""
+
+T = TypeVar("T")
+
+
+class Message(Strict, Generic[T], frozen=True, kw_only=True, omit_defaults=True):
+    """The envelope."""
+
+    specversion: Literal["1.0"]
+    id: Ulid
+    source: Annotated[str, Meta(max_length=256)]
+    type: str
+    time: Annotated[datetime, Meta(tz=True)]
+    datacontenttype: Literal["application/json"]
+    boot: Count | None = None
+    """Number of the sender's start."""
+    attempt: Count | None = None
+    """Number of the start of the job's trainer."""
+    seq: Count | None = None
+    """Number of the message among those of its job."""
+    data: T
+
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def new_id() -> str:
+    """Return a ULID (github.com/ulid/spec) in lower case: 48 bits of milliseconds, 80 random bits; sorts by time."""
+    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def encode(
+    data: object, source: str, *, boot: int | None = None, attempt: int | None = None, seq: int | None = None, message_id: str | None = None
+) -> bytes:
+    """Return a message in its envelope."""
+    message = Message(
+        specversion="1.0", id=message_id or new_id(), source=source, type=TYPES[type(data)], time=datetime.now(timezone.utc),
+        datacontenttype="application/json", boot=boot, attempt=attempt, seq=seq, data=data,
+    )  # fmt: skip
+    return msgspec.json.encode(message)
+
+
+def is_ulid(text: str) -> bool:
+    """Whether a text may be the id of a job or message."""
+    return re.fullmatch(ULID_PATTERN, text) is not None
+
+
+_DECODERS: dict[type, Any] = {kind: msgspec.json.Decoder(Message[kind]) for kind in TYPES}  # type: ignore[valid-type]
+
+
+def decode(payload: bytes, kind: type[T]) -> Message[T]:
+    """Read a message of one kind strictly. Raises MessageInvalid with the path of what is wrong."""
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise MessageInvalid(f"it has {len(payload):,} bytes, over the limit of {MAX_MESSAGE_BYTES:,}")
+    try:
+        message: Message[T] = _DECODERS[kind].decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageInvalid(str(error)) from None
+    if message.type != TYPES[kind]:
+        raise MessageInvalid(f"its type is {message.type!r}, this topic takes {TYPES[kind]!r}")
+    return message

@@ -1,0 +1,267 @@
+"""The link to the broker: one thread that connects, again and again, and only moves messages to and from a queue.
+
+Every connection is a fresh client, because paho keeps its own queue in memory and the last will carries the number of the
+connection; what must not be lost is in the store. A received message is acknowledged by whoever has stored it (`Link.acknowledge`).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import paho.mqtt.client as paho
+import psutil
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from edge_agent.config import Broker
+from edge_agent.errors import ConfigInvalid
+
+log = logging.getLogger(__name__)
+
+SESSION_S = 7 * 24 * 3600
+"""How long the broker keeps messages for a client that is away (MQTT 5; with 3.1.1 the broker decides)."""
+RETRY_S, LONGEST_RETRY_S = 1.0, 120.0
+CONNECT_TIMEOUT_S = 10.0
+FRESH_BOOT_S = 60.0
+PACKET_SHARE = 0.8
+"""Part of the broker's packet limit that is used, to leave room for headers."""
+SMALLEST_PACKET_LIMIT = 128 * 1024
+"""Taken where a broker does not say its limit: that of the strictest in use."""
+MAX_IN_FLIGHT = 8
+"""QoS 1 messages on their way at once: below the Receive Maximum of every broker in use (10 to 100), which paho does not heed."""
+NO_VERSION_5 = "the broker does not answer in MQTT 5"
+VERSION_REFUSED = {"Unsupported protocol version", "Protocol error", "Malformed packet"}
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The session is up and subscribed."""
+
+    protocol: str
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The session has ended; the link tries again by itself."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message. QoS 1 messages come again until they are acknowledged."""
+
+    topic: str
+    payload: bytes
+    client: paho.Client = field(repr=False)
+    number: int = 0
+    qos: int = 0
+
+
+LinkEvent = Connected | Disconnected | Received
+
+
+@dataclass(frozen=True)
+class Birth:
+    """What the broker publishes, retained, when a connection is lost: the last will."""
+
+    topic: str
+    will: bytes
+
+
+class Link:
+    """A supervised connection. Events go to `events`; `publish` may be called from any thread."""
+
+    def __init__(
+        self, broker: Broker, client_id: str, subscriptions: list[str], events: SimpleQueue[Any], birth: Callable[[], Birth | None]
+    ) -> None:
+        """`birth()` is called before each connection and returns its `Birth`, or None for a connection without a will."""
+        self._broker, self._client_id, self._subscriptions = broker, client_id, subscriptions
+        self._events, self._birth = events, birth
+        self._closing = threading.Event()
+        self._client: paho.Client | None = None
+        self._version: Literal["5", "3.1.1"] = "3.1.1" if broker.protocol == "3.1.1" else "5"
+        self._subscribed = False
+        self._limit = SMALLEST_PACKET_LIMIT
+        self._password, self._tls = broker.password, _tls_context(broker)
+        self._thread = threading.Thread(target=self._serve, name="mqtt", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def connected(self) -> bool:
+        return self._subscribed
+
+    @property
+    def alive(self) -> bool:
+        """Whether the link's thread runs; it ends with `close` only."""
+        return self._thread.is_alive()
+
+    @property
+    def payload_limit(self) -> int:
+        """Longest payload that the broker takes for sure."""
+        return int(self._limit * PACKET_SHARE)
+
+    def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> bool:
+        """Hand a message to the connection; False where there is none or the broker would refuse the size."""
+        client = self._client
+        if client is None or not self._subscribed:
+            return False
+        if len(payload) > self.payload_limit:
+            log.error("message_too_long topic=%s bytes=%d limit=%d", topic, len(payload), self.payload_limit)
+            return False
+        return client.publish(topic, payload, qos, retain).rc == MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def acknowledge(self, message: Received) -> None:
+        """Tell the broker that a message is stored. On a connection that has ended this does nothing."""
+        if message.qos:
+            message.client.ack(message.number, message.qos)
+
+    def close(self, last: tuple[str, bytes] | None = None, timeout_s: float = 3.0) -> None:
+        """End the connection in order, after a last retained message where there is one."""
+        client = self._client
+        if client is not None:
+            if last is not None and self._subscribed:
+                try:
+                    client.publish(*last, qos=1, retain=True).wait_for_publish(timeout_s)
+                except (RuntimeError, ValueError):
+                    log.warning("last_message_not_sent topic=%s", last[0])
+            client.disconnect()
+        self._closing.set()
+        self._thread.join(timeout_s)
+
+    def _serve(self) -> None:
+        if time.time() - psutil.boot_time() < FRESH_BOOT_S:  # a whole fleet may have got its power back
+            self._closing.wait(random.uniform(0, FRESH_BOOT_S))
+        delay = RETRY_S
+        while not self._closing.is_set():
+            self._version = "3.1.1" if self._broker.protocol == "3.1.1" else "5"
+            subscribed, why = self._connect()
+            if why == NO_VERSION_5 and self._broker.protocol == "auto":
+                self._version = "3.1.1"
+                subscribed, why = self._connect()
+            if not self._closing.is_set():
+                self._events.put(Disconnected(why))
+                delay = RETRY_S if subscribed else min(2 * delay, LONGEST_RETRY_S)
+                self._closing.wait(random.uniform(RETRY_S / 2, delay))
+
+    def _connect(self) -> tuple[bool, str]:
+        """Serve one connection until it ends; return (whether it was subscribed, why it ended). Never raises."""
+        try:
+            return self._connection()
+        except (OSError, ValueError, RuntimeError, paho.WebsocketConnectionError) as error:
+            return self._subscribed, f"{type(error).__name__}: {error}"
+        finally:
+            self._subscribed, self._client = False, None
+
+    def _connection(self) -> tuple[bool, str]:
+        connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._events)
+        client = connection.client
+        if self._tls is not None:
+            client.tls_set_context(self._tls)
+        if self._broker.username is not None:
+            client.username_pw_set(self._broker.username, self._password)
+        if birth := self._birth():
+            client.will_set(birth.topic, birth.will, qos=1, retain=True)
+        connection.open()
+        self._client = client
+        code = MQTTErrorCode.MQTT_ERR_SUCCESS
+        while code == MQTTErrorCode.MQTT_ERR_SUCCESS and (client.is_connected() or not self._closing.is_set()):
+            code = client.loop(1.0)
+        if self._version == "5" and not connection.answered and connection.refused in (None, *VERSION_REFUSED):
+            return False, NO_VERSION_5  # some brokers say it, others close the connection
+        return connection.subscribed, connection.refused or paho.error_string(code)
+
+    def _subscribed_now(self, packet_limit: int) -> None:
+        self._limit, self._subscribed = packet_limit, True
+        self._events.put(Connected(self._version))
+
+
+class _Connection:
+    """One client from its CONNECT to its end, and what it has heard. Its callbacks run in the link's thread."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        client_id: str,
+        subscriptions: list[str],
+        version: str,
+        on_subscribed: Callable[[int], None],
+        events: SimpleQueue[Any],
+    ) -> None:
+        self.answered = self.subscribed = False
+        self.refused: str | None = None
+        self._broker, self._version, self._subscriptions = broker, version, subscriptions
+        self._on_subscribed, self._events, self._packet_limit = on_subscribed, events, SMALLEST_PACKET_LIMIT
+        five = version == "5"
+        self.client = client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id, clean_session=None if five else False,
+            protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311, reconnect_on_failure=False, manual_ack=True,
+        )  # fmt: skip
+        client.max_inflight_messages_set(MAX_IN_FLIGHT)
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        # With this set, `publish` leaves the socket to the link's thread.
+        client.on_socket_register_write = lambda *_: None
+        client.on_connect, client.on_subscribe = self._connected, self._granted
+        client.on_disconnect, client.on_message = self._disconnected, self._message
+
+    def open(self) -> None:
+        """Connect; the broker's answer comes with the loop. Raises OSError."""
+        host, port, keepalive_s = self._broker.host, self._broker.port, self._broker.keepalive_s
+        if self._version == "5":
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.SessionExpiryInterval = SESSION_S
+            self.client.connect(host, port, keepalive_s, clean_start=False, properties=properties)
+        else:
+            self.client.connect(host, port, keepalive_s)
+
+    def _connected(self, client: paho.Client, _u: Any, _f: Any, reason: ReasonCode, properties: Properties | None) -> None:
+        if reason.is_failure:
+            self.refused = str(reason)
+            return
+        self.answered = True
+        self._packet_limit = int(getattr(properties, "MaximumPacketSize", SMALLEST_PACKET_LIMIT))
+        client.subscribe([(topic, 1) for topic in self._subscriptions])
+
+    def _granted(self, client: paho.Client, _u: Any, _m: int, reasons: list[ReasonCode], _p: Any) -> None:
+        refused = [topic for topic, reason in zip(self._subscriptions, reasons, strict=False) if reason.is_failure]
+        if refused:
+            self.refused = f"the broker refuses to subscribe to {', '.join(refused)}"
+            client.disconnect()
+            return
+        self.subscribed = True
+        self._on_subscribed(self._packet_limit)
+
+    def _disconnected(self, _c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
+        if reason.is_failure and self.refused is None and self.answered:
+            self.refused = str(reason)
+
+    def _message(self, client: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
+        self._events.put(Received(message.topic, bytes(message.payload), client, message.mid, message.qos))
+
+
+def _tls_context(broker: Broker) -> ssl.SSLContext | None:
+    """Return the context for a broker with TLS. Raises ConfigInvalid where a certificate or key cannot be read."""
+    tls = broker.tls
+    if tls is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=tls.ca_file)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if tls.certificate_file is not None:
+            context.load_cert_chain(tls.certificate_file, tls.key_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigInvalid(tls.certificate_file or tls.ca_file or Path("broker.tls"), str(error)) from None
+    return context

@@ -1,0 +1,186 @@
+"""One job in a child process, seen from the daemon: start, events, the request to stop, and how its end is to be read.
+
+The trainer is the ordinary command `edge-agent train DIR --supervised`, started by exec. It holds two things of the daemon: a pipe on
+its standard input, at whose end it stops (edge_agent/supervised.py), and the lock of the device, which the kernel frees when it is
+gone. So no second trainer can start beside one that has outlived its daemon.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any
+
+import msgspec
+import psutil
+
+from edge_agent.messages import Outcome, Reason, StageDone
+from edge_agent.report import Event
+
+log = logging.getLogger(__name__)
+
+LOG_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class TrainerEvent:
+    """A line from the trainer of a job."""
+
+    job: str
+    event: Event
+
+
+@dataclass(frozen=True)
+class TrainerEnded:
+    """The trainer of a job is gone; `code` is negative for a signal."""
+
+    job: str
+    code: int
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a trainer's end is to be read. `again` asks for another start from the checkpoint."""
+
+    outcome: Outcome | None
+    reason: Reason | None = None
+    text: str | None = None
+    again: bool = False
+
+
+class Trainer:
+    """A running child process. Its events and its end go to `events`."""
+
+    def __init__(self, job: str, directory: Path, lock: IO[str], threads: int | None, events: SimpleQueue[Any]) -> None:
+        """Start it. `lock` is the locked file of the device; the child alone holds it from here on."""
+        self.job, self.started = job, time.monotonic()
+        self.last_event: Event | None = None
+        self.failed: Event | None = None
+        self.finished: list[StageDone] = []
+        self.heard = self.started
+        self.stopping_since: float | None = None
+        self.killed_for: Ending | None = None
+        self._events, self._log_file = events, directory / "trainer.log"
+        self._oom_kills = _oom_kills()
+        command = [sys.executable, "-m", "edge_agent", "train", str(directory), "--supervised"]
+        with self._log_file.open("wb") as errors:
+            self._process = subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment(threads),
+                start_new_session=True, pass_fds=(lock.fileno(),),
+            )  # fmt: skip
+        lock.close()
+        threading.Thread(target=self._read, name=f"trainer-{job}", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def created(self) -> float:
+        """Start of the process in seconds since 1970, as the kernel tells it."""
+        try:
+            return float(psutil.Process(self.pid).create_time())
+        except psutil.NoSuchProcess:
+            return 0.0
+
+    def hear(self, event: Event) -> None:
+        """Keep what an event says."""
+        self.heard = time.monotonic()
+        if event.event == "failed":
+            self.failed = event
+        elif event.event == "stage_finished" and event.stage:
+            self.finished.append(StageDone(event.stage, event.seconds or 0.0, event.memory_bytes or 0))
+        if event.event in ("stage_started", "progress"):
+            self.last_event = event
+
+    def stop(self) -> None:
+        """Ask it to write a checkpoint and end; `kill` follows if it does not."""
+        if self.stopping_since is None:
+            self.stopping_since = time.monotonic()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+
+    def kill(self, why: Ending | None = None) -> None:
+        """End it at once; the checkpoint on disk stays."""
+        self.killed_for = self.killed_for or why
+        self._process.kill()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for its end; False where it still runs."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _read(self) -> None:
+        with self._process.stdout as lines:  # type: ignore[union-attr]
+            for line in lines:
+                with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # a line that was cut off by a signal
+                    self._events.put(TrainerEvent(self.job, msgspec.json.decode(line, type=Event)))
+        self._events.put(TrainerEnded(self.job, self._process.wait()))
+
+    def ending(self, code: int) -> Ending:
+        """Read the exit status and the last words of the process."""
+        if self.killed_for is not None:
+            return self.killed_for
+        if code == 0:
+            return Ending("succeeded")
+        if self.failed is not None and code > 0:
+            reason = known_reason(self.failed.code)
+            return Ending("timed_out" if reason == "timeout_run" else "failed", reason, self.failed.text)
+        if self.stopping_since is not None:
+            return Ending(None, again=True)
+        if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
+            return Ending("failed", "oom_host", "the kernel ended the trainer for want of memory; lower the budget or stop other work")
+        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return Ending(None, "crash_loop", f"the trainer ended {how}: {self._last_words()}", again=True)
+
+    def _last_words(self) -> str:
+        """The end of what it wrote to standard error."""
+        text = self._log_file.read_bytes()[-LOG_BYTES:].decode(errors="replace").strip()
+        return text.splitlines()[-1][-400:] if text else "it said nothing"
+
+
+def known_reason(code: str | None) -> Reason:
+    """Return the reason of an error code; `internal` for one that is not in the contract."""
+    try:
+        return msgspec.convert(code, Reason)  # type: ignore[no-any-return]
+    except msgspec.ValidationError:
+        return "internal"
+
+
+def end_orphan(pid: int, started: float, kill: Callable[[psutil.Process], None] = psutil.Process.kill) -> bool:
+    """Kill the trainer of an earlier daemon by its id and start time; False where there is no such process any more."""
+    try:
+        process = psutil.Process(pid)
+        if abs(process.create_time() - started) > 0.05:
+            return False
+        kill(process)
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | limits
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has ended for want of memory since it started."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
