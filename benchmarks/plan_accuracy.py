@@ -132,7 +132,7 @@ def run(model: Path, data: Path, held_out: Path, case: Case, out: Path) -> Resul
     files = ["--model", model, "--data", data, "--eval-data", held_out, "--out", out]
     settings = [f"--set={name}={value}" for name, value in {**SETTINGS, "schedule.batch": case.batch}.items()]
     budget = ["--budget", smallest_budget(model, data, held_out, case)]
-    command = [sys.executable, "-m", "edge_agent.cli", "train", *map(str, files + budget), *settings, "--json"]
+    command = [sys.executable, "-m", "edge_agent", "train", *map(str, files + budget), *settings, "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads slow down a busy machine
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:

@@ -167,7 +167,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk:
     (small_disk / "filler").write_bytes(b"\0" * 30 * 2**20)
     assert "free some space" in _refused(cli, arguments, "disk_full", 8)
     (small_disk / "filler").unlink()
-    command = [sys.executable, "-m", "edge_agent.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "edge_agent", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             deadline = time.monotonic() + DEADLINE_S

@@ -30,10 +30,9 @@ LAYERS = (
 # The generator stands on the critic only, and the parts below must not know the demo.
 TORCH_FREE = (
     "edge_agent.agent", "edge_agent.coordinator.service", "edge_agent.coordinator.http", "edge_agent.coordinator.client",
-    "edge_agent.doctor", "edge_agent.cli", "edge_agent.console", "edge_agent.job_directory", "edge_agent.job_building", "edge_agent.dataset",
-    "edge_agent.report",
-    "edge_agent.saliency", "edge_agent.critic", "edge_agent.demo.tour", "quantization.plan", "quantization.model_files", "profiles.device",
-    "profiles.recorder", "profiles.memory",
+    "edge_agent.doctor", "edge_agent.cli", "edge_agent.console", "edge_agent.job_directory", "edge_agent.job_building",
+    "edge_agent.dataset", "edge_agent.report", "edge_agent.saliency", "edge_agent.critic", "edge_agent.demo.tour",
+    "quantization.plan", "quantization.model_files", "profiles.device", "profiles.recorder", "profiles.memory", "profiles.sensors",
 )  # fmt: skip
 
 
