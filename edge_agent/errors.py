@@ -291,6 +291,10 @@ class Refused(EdgeAgentError):
     exit_code = 14
 
 
+class DemoFailed(EdgeAgentError):
+    """The demo could not run to its end."""
+
+
 class JobEnded(EdgeAgentError):
     """A job on a node ended without success; `code` is its reason, `exit_code` that of the same error in a local run."""
 

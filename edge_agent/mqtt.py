@@ -33,6 +33,8 @@ SESSION_S = 7 * 24 * 3600
 """How long the broker keeps messages for a client that is away (MQTT 5; with 3.1.1 the broker decides)."""
 RETRY_S, LONGEST_RETRY_S = 1.0, 120.0
 CONNECT_TIMEOUT_S = 10.0
+ANSWER_S = 5.0
+"""From an open connection to its subscriptions. Some brokers never answer a version of MQTT that they do not speak."""
 FRESH_BOOT_S = 60.0
 PACKET_SHARE = 0.8
 """Part of the broker's packet limit that is used, to leave room for headers."""
@@ -177,9 +179,12 @@ class Link:
             client.will_set(birth.topic, birth.will, qos=1, retain=True)
         connection.open()
         self._client = client
-        code = MQTTErrorCode.MQTT_ERR_SUCCESS
+        code, opened = MQTTErrorCode.MQTT_ERR_SUCCESS, time.monotonic()
         while code == MQTTErrorCode.MQTT_ERR_SUCCESS and (client.is_connected() or not self._closing.is_set()):
             code = client.loop(1.0)
+            if not connection.subscribed and time.monotonic() - opened > ANSWER_S:
+                connection.give_up()
+                break
         if self._version == "5" and not connection.answered and connection.refused in (None, *VERSION_REFUSED):
             return False, NO_VERSION_5  # some brokers say it, others close the connection
         return connection.subscribed, connection.refused or paho.error_string(code)
@@ -226,6 +231,15 @@ class _Connection:
             self.client.connect(host, port, keepalive_s, clean_start=False, properties=properties)
         else:
             self.client.connect(host, port, keepalive_s)
+
+    def give_up(self) -> None:
+        """Close a connection whose broker does not answer."""
+        if self.answered:
+            self.refused = "the broker does not answer the subscription"
+        self.client.disconnect()
+        self.client.loop_write()
+        if (sock := self.client.socket()) is not None:
+            sock.close()
 
     def _connected(self, client: paho.Client, _u: Any, _f: Any, reason: ReasonCode, properties: Properties | None) -> None:
         if reason.is_failure:

@@ -1,15 +1,12 @@
-"""The one-command tour: the shipped tiny model learns two domains it has not seen, and base, SFT and NLFT are compared.
+"""The one-command tour: a coordinator sends a node domains that the shipped tiny model has not seen; base, SFT and NLFT are compared.
 
-Every run is an ordinary job in a directory of its own under the output directory, and can be run again by hand.
+Real processes on loopback do it: broker, coordinator, node. Every job is an ordinary job of `edge-agent submit`; its adapter and
+report are fetched into a directory of its own under the output directory.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,18 +14,19 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from edge_agent.console import LiveView, summary
+from edge_agent.console import FleetView, nodes_table, summary
 from edge_agent.dataset import Record, write_records
 from edge_agent.demo.problems import problems
-from edge_agent.errors import EdgeAgentError
+from edge_agent.demo.processes import MODEL, NODE, Processes
+from edge_agent.errors import DemoFailed
 from edge_agent.files import write_file
 from edge_agent.job_building import build_job
-from edge_agent.job_directory import JobDirectory
 from edge_agent.report import Accuracy, Paired, Result, wilson
 
 QUESTIONS = 300
 EVALUATION_SEED = 1000
-MODEL = Path(__file__).parent / "tiny"
+TINY = Path(__file__).parent / "tiny"
+BUDGET = "1GiB"
 SETTINGS = {
     "budget_bytes": 2**30, "evaluation.questions": QUESTIONS, "evaluation.max_new_tokens": 120, "schedule.updates": 60,
     "schedule.learning_rate": 2e-3,
@@ -88,51 +86,64 @@ class DemoReport(msgspec.Struct, frozen=True):
 
     version: int
     accuracy: Comparison
-    """Of the domain "chain", all seeds together."""
+    """Of the first domain, all seeds together."""
     holds: bool
-    """On "chain", for every seed: NLFT is at least 20 points above the base model and the 95 % intervals are disjoint."""
+    """On the first domain, for every seed: NLFT is at least 20 points above the base model and the 95 % intervals are disjoint."""
     domains: dict[str, DomainReport]
     job: Result
     """The whole report of the first job: stages, plan, budget, versions, adapter."""
 
 
-class DemoFailed(EdgeAgentError):
-    """A job of the demo ended with an error."""
-
-    def __init__(self, directory: Path, output: str) -> None:
-        super().__init__(f"the job in {directory} failed; run `edge-agent train {directory}` to see why. It said: {output[-600:].strip()}")
-
-
-def run_demo(out: Path, seeds: int, console: Console) -> DemoReport:
-    """Run all jobs of the demo, print a comparison, write `report.json`, and return it."""
-    out.mkdir(parents=True, exist_ok=True)
-    runs = [(domain, seed) for domain in DOMAINS for seed in range(1, seeds + 1)]
-    for domain, seed in runs:
-        _lay_out(out, domain, seed)
-    first = _directory(out, "chain", 1, "nlft")
-    _run_in_foreground(first, console)
-    workers = max(1, min(os.cpu_count() or 1, 8))
-    with ThreadPoolExecutor(workers) as pool, console.status(f"the other jobs, {workers} at a time …"):
-        for future in as_completed([pool.submit(_run_domain, out, domain, seed) for domain, seed in runs]):
-            domain, seed, lines = future.result()
-            console.print(f"[green]✓[/] {domain}, seed {seed}: {lines}", highlight=False, soft_wrap=True)
-    report = _report(out, seeds)
+def run_demo(out: Path, seeds: int, domains: Sequence[str], console: Console) -> DemoReport:
+    """Run all jobs of the demo, print a comparison, write `report.json`, and return it. Raises DemoFailed."""
+    results: dict[tuple[str, int, str], Result] = {}
+    with Processes(TINY, BUDGET, out / "logs") as processes:
+        console.print(f"broker ({processes.broker}), coordinator and node run on loopback", highlight=False)
+        console.print(nodes_table(processes.client.nodes()))
+        for domain in domains:
+            for seed in range(1, seeds + 1):
+                data, questions = _write_domain(out, domain, seed)
+                for method in DOMAINS[domain].methods:
+                    result = _run_job(processes, out, domain, seed, method, (data, questions), console)
+                    if not results:
+                        console.print(summary(result, out / f"{domain}-{seed}-{method}"))
+                    results[domain, seed, method] = result
+    report = _report(results, seeds, domains)
     write_file(out / "report.json", msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     _print(report, out, console)
     return report
 
 
-def _directory(out: Path, domain: str, seed: int, method: str) -> Path:
-    return out / f"{domain}-{seed}-{method}"
+def _write_domain(out: Path, domain: str, seed: int) -> tuple[Path, Path]:
+    """Write (dataset, held-out questions) of a seed; no question is in both files."""
+    held_out = list(islice(problems_of(domain, EVALUATION_SEED + seed), QUESTIONS))
+    taken = {r.question for r in held_out}
+    records = list(islice((r for r in problems_of(domain, seed) if r.question not in taken), DOMAINS[domain].records))
+    files = out / f"{domain}-{seed}.jsonl", out / f"{domain}-{seed}-questions.jsonl"
+    for file, rows in zip(files, (records, held_out), strict=True):
+        write_file(file, write_records(rows))
+    return files
 
 
-def _lay_out(out: Path, domain: str, seed: int) -> None:
-    """Write the dataset, the questions and the NLFT job of a seed; no question is in both files."""
-    questions = _write(out / f"{domain}-{seed}-questions.jsonl", islice(problems_of(domain, EVALUATION_SEED + seed), QUESTIONS))
-    taken = {r.question for r in questions}
-    fresh = (r for r in problems_of(domain, seed) if r.question not in taken)
-    _write(out / f"{domain}-{seed}.jsonl", islice(fresh, DOMAINS[domain].records))
-    _create(out, domain, seed, "nlft", out / f"{domain}-{seed}.jsonl")
+def _run_job(processes: Processes, out: Path, domain: str, seed: int, method: str, files: tuple[Path, Path], console: Console) -> Result:
+    """Submit a job, show it until it has ended, fetch what it made. Both methods draw the same outputs: the seed decides them."""
+    data, questions = files
+    job = build_job(MODEL, data, questions, {"seed": seed, **SETTINGS, **DOMAINS[domain].methods[method]}, [])
+    sent = {job.dataset.sha256: data, str(job.dataset.evaluation_sha256): questions}
+    client = processes.client
+    name = f"{domain}-{seed}-{method}"
+    console.print(f"[bold]{name}[/]: {DOMAINS[domain].records} questions of a domain that the model has not seen", highlight=False)
+    view = client.submit(NODE, job, sent, priority=4, expires_s=None)
+    with FleetView(console) as live:
+        for item in client.watch(view.id):
+            live.tell(item)
+            processes.check()
+    ended = client.job(view.id)
+    result = client.result(ended)
+    if ended.outcome != "succeeded" or result is None:
+        raise DemoFailed(f"{name} {ended.outcome}: {ended.text or 'no report came'}; see {out / 'logs'}")
+    client.fetch(view.id, out / name)
+    return result
 
 
 def problems_of(domain: str, seed: int) -> Iterator[Record]:
@@ -140,78 +151,32 @@ def problems_of(domain: str, seed: int) -> Iterator[Record]:
     return (Record(p.question, p.answer) for p in problems(domain, seed))
 
 
-def _write(path: Path, records: Iterator[Record]) -> list[Record]:
-    rows = list(records)
-    write_file(path, write_records(rows))
-    return rows
+def _compare(nlft: Result, sft: Result, seed: int, jobs: dict[str, str]) -> SeedReport:
+    before, after, paired = _measured(nlft)
+    return SeedReport(seed, Comparison(before, _measured(sft)[1], after), paired, jobs)
 
 
-def _create(out: Path, domain: str, seed: int, method: str, data: Path) -> None:
-    questions = out / f"{domain}-{seed}-questions.jsonl"
-    job = build_job(str(MODEL), data, questions, {"seed": seed, **SETTINGS, **DOMAINS[domain].methods[method]}, [])
-    JobDirectory(_directory(out, domain, seed, method)).create(job, data, questions)
-
-
-def _run_in_foreground(directory: Path, console: Console) -> None:
-    import torch
-
-    from edge_agent.training.run import run_job
-
-    torch.set_num_threads(1)  # a model this small is slower on more threads
-    console.print(
-        f"[bold]{directory.name}[/]: {DOMAINS['chain'].records} questions of a domain that the model has not seen", highlight=False
-    )
-    with LiveView(console) as view:
-        result = run_job(JobDirectory(directory), view)
-    console.print(summary(result, directory))
-
-
-def _run_domain(out: Path, domain: str, seed: int) -> tuple[str, int, str]:
-    """Run NLFT and then SFT on the records that NLFT completed; return a line for the console."""
-    _run_child(_directory(out, domain, seed, "nlft"))
-    _create(out, domain, seed, "sft", _directory(out, domain, seed, "nlft") / "records.jsonl")
-    _run_child(_directory(out, domain, seed, "sft"))
-    a = _compare(out, domain, seed).accuracy
-    return domain, seed, f"base {_percent(a.before)}, SFT {_percent(a.sft)}, NLFT {_percent(a.after)}"
-
-
-def _run_child(directory: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "edge_agent", "train", str(directory), "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise DemoFailed(directory, done.stdout or done.stderr)
-
-
-def _compare(out: Path, domain: str, seed: int) -> SeedReport:
-    names = {method: _directory(out, domain, seed, method) for method in ("nlft", "sft")}
-    nlft, sft = (_measured(names[method]) for method in ("nlft", "sft"))
-    accuracy = Comparison(nlft[0], sft[1], nlft[1])
-    return SeedReport(seed, accuracy, nlft[2], {method: path.name for method, path in names.items()})
-
-
-def _measured(directory: Path) -> tuple[Accuracy, Accuracy, Paired]:
-    result = JobDirectory(directory).read_result()
-    measured = result.accuracy if result else None
+def _measured(result: Result) -> tuple[Accuracy, Accuracy, Paired]:
+    measured = result.accuracy
     if measured is None or measured.before is None or measured.after is None or measured.paired is None:
-        raise DemoFailed(directory, "it has no accuracy")
+        raise DemoFailed(f"a job has no accuracy: {measured.reason if measured else 'nothing was measured'}")
     return measured.before, measured.after, measured.paired
 
 
-def _report(out: Path, seeds: int) -> DemoReport:
-    domains = {}
-    for domain, contents in DOMAINS.items():
-        rows = [_compare(out, domain, seed) for seed in range(1, seeds + 1)]
+def _report(results: dict[tuple[str, int, str], Result], seeds: int, domains: Sequence[str]) -> DemoReport:
+    reports = {}
+    for domain in domains:
+        contents, rows = DOMAINS[domain], []
+        for seed in range(1, seeds + 1):
+            names = {method: f"{domain}-{seed}-{method}" for method in contents.methods}
+            rows.append(_compare(results[domain, seed, "nlft"], results[domain, seed, "sft"], seed, names))
         pooled = Comparison(*(_pool([getattr(r.accuracy, name) for r in rows]) for name in ("before", "sft", "after")))
-        domains[domain] = DomainReport(contents.records, contents.standard_answers, pooled, rows)
-    chain = domains["chain"]
+        reports[domain] = DomainReport(contents.records, contents.standard_answers, pooled, rows)
+    first = reports[domains[0]]
     holds = all(
-        r.accuracy.after.value - r.accuracy.before.value >= 0.2 and r.accuracy.after.low > r.accuracy.before.high for r in chain.seeds
+        r.accuracy.after.value - r.accuracy.before.value >= 0.2 and r.accuracy.after.low > r.accuracy.before.high for r in first.seeds
     )
-    first = JobDirectory(_directory(out, "chain", 1, "nlft")).read_result()
-    if first is None:
-        raise DemoFailed(out, "the first job has no result")
-    return DemoReport(1, chain.accuracy, holds, domains, first)
+    return DemoReport(1, first.accuracy, holds, reports, next(iter(results.values())))
 
 
 def _pool(parts: list[Accuracy]) -> Accuracy:
@@ -233,7 +198,6 @@ def _print(report: DemoReport, out: Path, console: Console) -> None:
         a = domain.accuracy
         table.add_row(label, "all", *map(_percent, (a.before, a.sft, a.after)), style="bold", end_section=True)
     console.print(table)
-    console.print(
-        f"NLFT at least 20 points above the base model on chain, intervals disjoint, every seed: {'yes' if report.holds else 'NO'}"
-    )
+    first, holds = next(iter(report.domains)), "yes" if report.holds else "NO"
+    console.print(f"NLFT at least 20 points above the base model on {first}, intervals disjoint, every seed: {holds}")
     console.print(f"report: {out / 'report.json'}", soft_wrap=True)
