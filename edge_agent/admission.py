@@ -63,5 +63,8 @@ def _check_files(offer: Offer, config: AgentConfig) -> None:
 
 
 def _check_plan(job: Job, config: AgentConfig, device: DeviceProfile) -> None:
-    shape = read_shape(find_model(str(config.models[job.model])))
+    try:
+        shape = read_shape(find_model(str(config.models[job.model])))
+    except OSError as error:
+        raise Rejected("model_missing", f"model {job.model!r} cannot be read on this node: {error.strerror}") from None
     make_plan(shape, job, Lengths(train=2, score=2, answer=1, generate=2), device)

@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from edge_agent import logs
-from edge_agent.config import AgentConfig, read_config
+from edge_agent.config import AGENT_CONFIG, AgentConfig, read_config
 from edge_agent.delivery import Outbox, Uplink
 from edge_agent.errors import DiskFull, EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
@@ -110,8 +110,8 @@ class Agent:
                 self._handle(event)
                 self._tick(time.monotonic())
             except (OSError, sqlite3.Error, DiskFull) as error:
-                # A full or failing disk. The store has rolled back, and the message was not acknowledged: it comes again.
-                log.error("storage_error error=%r", error)
+                log.error("storage_error error=%r", error)  # a full or failing disk; the store has rolled back
+                self._events.put(event)
                 time.sleep(TICK_S)
             except Exception:  # a defect of ours must not end the jobs of others, nor come back with the same message for ever
                 log.exception("event_failed event=%s", type(event).__name__)
@@ -265,7 +265,7 @@ def _version(package: str) -> str | None:
 def main(arguments: Sequence[str]) -> int:
     """Run the daemon of `edge-agent run` and return its exit code."""
     parser = argparse.ArgumentParser(prog="edge-agent run", add_help=False)
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path, default=AGENT_CONFIG)
     given = parser.parse_args(arguments)
     logs.set_up()
     try:

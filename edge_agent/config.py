@@ -17,6 +17,8 @@ from edge_agent.sizes import parse_size
 from edge_agent.topics import COORDINATOR
 
 Name = Annotated[str, Meta(pattern="^[a-z0-9-]{1,64}$")]
+AGENT_CONFIG = Path("/etc/edge-agent/agent.toml")
+COORDINATOR_CONFIG = Path("/etc/edge-agent/coordinator.toml")
 Seconds = Annotated[float, Meta(gt=0)]
 
 
@@ -32,6 +34,11 @@ class Tls(Strict, frozen=True):
     certificate_file: Path | None = None
     """Own certificate, for brokers that ask for one."""
     key_file: Path | None = None
+    """Its key; only its owner may read it."""
+
+    def __post_init__(self) -> None:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("`certificate_file` and `key_file` come together")
 
 
 class Broker(Strict, frozen=True):
@@ -119,7 +126,7 @@ def read_config(path: Path, kind: type[C]) -> C:
         return msgspec.convert(given, type=kind, dec_hook=partial(_read_value, path.resolve().parent))
     except OSError as error:
         raise ConfigInvalid(path, error.strerror or type(error).__name__) from None
-    except (msgspec.MsgspecError, ValueError, JobSchema) as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigInvalid(path, str(error)) from None
 
 
@@ -127,7 +134,13 @@ def _read_value(base: Path, kind: type, value: object) -> object:
     """Read what TOML has no type for."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"Expected `{kind.__name__.lower()}`, got {value!r}")
-    return base / Path(value).expanduser() if kind is Path else Size(parse_size(value, repr(value)))
+    try:
+        read: Path | Size = base / Path(value).expanduser() if kind is Path else Size(parse_size(value))
+    except (JobSchema, RuntimeError):
+        raise ValueError(f"{value!r} is no {kind.__name__.lower()}") from None
+    if isinstance(read, Size) and read <= 0:
+        raise ValueError(f"{value!r} is no size above 0")
+    return read
 
 
 def check_private(path: Path, field: str) -> None:

@@ -58,7 +58,7 @@ class Outbox:
         for message in self._store.waiting(IN_FLIGHT):
             tries, due = self._tries.get(message.id, (0, 0.0))
             if now >= due and self._link.publish(message.topic, message.payload, qos=1):
-                self._tries[message.id] = tries + 1, now + min(RETRY_S * 2**tries, LONGEST_RETRY_S)
+                self._tries[message.id] = tries + 1, now + min(RETRY_S * 2.0 ** min(tries, 10), LONGEST_RETRY_S)
 
     def acknowledged(self, message: str) -> None:
         """The coordinator has stored a message."""

@@ -90,7 +90,7 @@ def _link(config: AgentConfig) -> str:
     events: SimpleQueue[Any] = SimpleQueue()
     message = new_id()
     answer = down(config.fleet, config.node, "ack", message)
-    link = Link(config.broker, f"{config.node}-doctor"[:64], [answer], events, lambda: None)
+    link = Link(config.broker, f"doctor/{config.node}", [answer], events, lambda: None)
     link.start()
     where, started = f"{config.broker.host}:{config.broker.port}", time.monotonic()
     reached = ""

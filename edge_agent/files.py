@@ -78,7 +78,8 @@ def lock_file(path: Path) -> IO[str] | None:
 def lock_state(directory: Path) -> IO[str]:
     """Make a state directory that only its owner can read, and take it for this process. Raises StateUnusable."""
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(0o700)
         lock = lock_file(directory / "process.lock")
     except OSError as error:
         raise StateUnusable(directory, f"{error.strerror}; give another state_directory or mend its permissions") from None

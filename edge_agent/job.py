@@ -12,7 +12,7 @@ from edge_agent.prompts import Prompts
 
 Positive = Annotated[int, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

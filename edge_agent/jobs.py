@@ -27,8 +27,8 @@ from profiles.device import DeviceProfile
 
 log = logging.getLogger(__name__)
 
-ORPHAN_S = 12.0
-"""The trainer of a daemon that died ends by itself within this; then it is killed."""
+ORPHAN_S = 10.0
+"""The trainer of a daemon that died ends by itself within 8 s; later it is killed."""
 RUN_GRACE_S = 120.0
 """The trainer keeps `max_run_s` itself, from its first stage on; the agent ends it this much later."""
 
@@ -46,12 +46,10 @@ class Jobs:
     # what the agent calls
 
     def recover(self) -> None:
-        """Take up what an earlier agent left: a job that ran goes on from its checkpoint, a finished one is handed in."""
+        """Take up what an earlier agent left: a job that ran goes on from its checkpoint."""
         for row in self._store.open_jobs():
             if row.phase == "running":
                 self._interrupted(row, "the agent ended while it ran")
-            elif row.phase == "finalizing":
-                self._end(row, "succeeded", None, None)
 
     def offer(self, job: str, payload: bytes) -> None:
         """Take or reject an offer; either answer is in the store when this returns."""
@@ -97,9 +95,12 @@ class Jobs:
 
     def forget(self, job: str) -> bool:
         """Delete an ended job with all its files; False where there is none."""
-        if not self._store.forget(job):
+        row = self._store.job(job)
+        if row is None or not self._store.forget(job):
             return False
         shutil.rmtree(self._directory(job), ignore_errors=True)
+        for sha256 in _contents(row) - {s for other in self._store.jobs() for s in _contents(other)}:
+            self._files.remove(sha256)
         log.info("job_forgotten job=%s", job)
         return True
 
@@ -122,6 +123,8 @@ class Jobs:
         for row in self._store.open_jobs():
             if row.phase in ("accepted", "staging"):
                 self._stage(row)
+            elif row.phase == "finalizing":
+                self._end(row, "succeeded", None, None)
         if self.trainer is not None:
             self._watch(self.trainer)
         elif ready := next((r for r in self._store.open_jobs() if r.phase == "ready"), None):
@@ -188,7 +191,10 @@ class Jobs:
     # the trainer
 
     def _start(self, row: JobRow) -> None:
-        if time.time() - row.arrived > self._config.timers.queue_s:
+        if row.cancel:
+            self._end(row, "canceled", "canceled", "it was canceled while its trainer ran; the directory keeps its checkpoint")
+            return
+        if row.attempt == 0 and time.time() - row.arrived > self._config.timers.queue_s:
             self._end(row, "timed_out", "expired", f"it waited longer than {self._config.timers.queue_s:,.0f} s")
             return
         lock = lock_file(self._config.state_directory / "trainer.lock")
@@ -229,15 +235,17 @@ class Jobs:
         return JobDirectory(self._directory(job)).read_job()
 
     def trainer_ended(self, event: TrainerEnded) -> None:
-        """Read how the trainer ended and move its job on."""
-        trainer, self.trainer = self.trainer, None
-        row = self._store.job(event.job)
-        if trainer is None or row is None or row.phase != "running":
-            return
+        """Read how the trainer ended and move its job on. May be called again if the disk failed."""
+        trainer, row = self.trainer, self._store.job(event.job)
+        if trainer is not None and row is not None and row.phase == "running":
+            self._read_ending(row, trainer, event)
+        self.trainer = None
+
+    def _read_ending(self, row: JobRow, trainer: Trainer, event: TrainerEnded) -> None:
         ending = trainer.ending(event.code)
         log.info("trainer_ended job=%s code=%d seconds=%.1f", row.id, event.code, time.monotonic() - trainer.started)
         if ending.outcome == "succeeded":
-            self._end(self._store.move(row.id, "finalizing"), "succeeded", None, None)
+            self._store.move(row.id, "finalizing")
         elif ending.outcome is not None:
             self._end(row, ending.outcome, ending.reason, ending.text)
         elif row.cancel:
@@ -264,7 +272,9 @@ class Jobs:
             "job_ended job=%s outcome=%s reason=%s attempt=%d seconds=%s peak_bytes=%s text=%r",
             row.id, outcome, reason, row.attempt, result.seconds, result.peak_bytes, text,
         )  # fmt: skip
-        needed = {f.sha256 for r in self._store.open_jobs() for f in _files(msgspec.json.decode(r.offer, type=Offer))}
+        needed = {sha256 for r in self._store.open_jobs() for sha256 in _contents(r)}
+        for sha256 in set(self._incoming) - needed:
+            self._incoming.pop(sha256).discard()
         self._files.remove_unused(self._config.store_limit, needed | self._needed_artifacts())
 
     def _result(self, job: str, digest: str, outcome: Outcome, reason: Reason | None, text: str | None) -> JobResult:
@@ -286,6 +296,13 @@ class Jobs:
         """Artifacts that the coordinator may not have yet."""
         results = [row.result for row in self._store.unacknowledged_jobs() if row.result is not None]
         return {a.sha256 for result in results for a in msgspec.json.decode(result, type=JobResult).artifacts}
+
+
+def _contents(row: JobRow) -> set[str]:
+    """The files that a job brought and made."""
+    brought = _files(msgspec.json.decode(row.offer, type=Offer)) if row.offer else []
+    made = msgspec.json.decode(row.result, type=JobResult).artifacts if row.result else ()
+    return {f.sha256 for f in brought} | {a.sha256 for a in made}
 
 
 def _files(offer: Offer) -> list[File]:

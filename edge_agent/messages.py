@@ -19,11 +19,10 @@ from edge_agent.job import Job, Sha256, Strict
 from edge_agent.report import Event, Measured
 from profiles.sensors import Resources
 
-Id = Annotated[str, Meta(pattern="^[a-z0-9-]{1,64}$")]
 ULID_PATTERN = "^[0-7][0-9a-hjkmnp-tv-z]{25}$"
-Ulid = Annotated[str, Meta(pattern=ULID_PATTERN)]
+Ulid = Annotated[str, Meta(pattern=ULID_PATTERN, max_length=26)]
 Text = Annotated[str, Meta(max_length=1024)]
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
 MAX_MESSAGE_BYTES = 256 * 1024
 """A longer message is refused unread."""
@@ -161,6 +160,10 @@ class JobStatus(Strict, frozen=True):
     outcome: Outcome | None = None
     reason: Reason | None = None
     text: Text | None = None
+
+    def __post_init__(self) -> None:
+        if (self.phase == "ended") != (self.outcome is not None):
+            raise ValueError("an outcome belongs to the phase `ended`, and to no other")
 
 
 class StageDone(Strict, frozen=True):

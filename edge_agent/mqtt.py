@@ -24,7 +24,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_agent.config import Broker
+from edge_agent.config import Broker, check_private
 from edge_agent.errors import ConfigInvalid
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 SESSION_S = 7 * 24 * 3600
 """How long the broker keeps messages for a client that is away (MQTT 5; with 3.1.1 the broker decides)."""
 RETRY_S, LONGEST_RETRY_S = 1.0, 120.0
+STEADY_S = 30.0
+"""A connection that has lasted as long was a good one: the next attempt comes soon."""
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_S = 5.0
 """From an open connection to its subscriptions. Some brokers never answer a version of MQTT that they do not speak."""
@@ -149,26 +151,27 @@ class Link:
             self._closing.wait(random.uniform(0, FRESH_BOOT_S))
         delay = RETRY_S
         while not self._closing.is_set():
-            self._version = "3.1.1" if self._broker.protocol == "3.1.1" else "5"
-            subscribed, why = self._connect()
+            self._version, began = "3.1.1" if self._broker.protocol == "3.1.1" else "5", time.monotonic()
+            why = self._connect()
             if why == NO_VERSION_5 and self._broker.protocol == "auto":
                 self._version = "3.1.1"
-                subscribed, why = self._connect()
+                why = self._connect()
             if not self._closing.is_set():
                 self._events.put(Disconnected(why))
-                delay = RETRY_S if subscribed else min(2 * delay, LONGEST_RETRY_S)
+                # A connection that is lost at once again and again is as bad as none: two clients may fight for one id.
+                delay = RETRY_S if time.monotonic() - began > STEADY_S else min(2 * delay, LONGEST_RETRY_S)
                 self._closing.wait(random.uniform(RETRY_S / 2, delay))
 
-    def _connect(self) -> tuple[bool, str]:
-        """Serve one connection until it ends; return (whether it was subscribed, why it ended). Never raises."""
+    def _connect(self) -> str:
+        """Serve one connection until it ends; return why it ended. Never raises."""
         try:
             return self._connection()
         except (OSError, ValueError, RuntimeError, paho.WebsocketConnectionError) as error:
-            return self._subscribed, f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}"
         finally:
             self._subscribed, self._client = False, None
 
-    def _connection(self) -> tuple[bool, str]:
+    def _connection(self) -> str:
         connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._events)
         client = connection.client
         if self._tls is not None:
@@ -186,8 +189,8 @@ class Link:
                 connection.give_up()
                 break
         if self._version == "5" and not connection.answered and connection.refused in (None, *VERSION_REFUSED):
-            return False, NO_VERSION_5  # some brokers say it, others close the connection
-        return connection.subscribed, connection.refused or paho.error_string(code)
+            return NO_VERSION_5  # some brokers say it, others close the connection
+        return connection.refused or paho.error_string(code)
 
     def _subscribed_now(self, packet_limit: int) -> None:
         self._limit, self._subscribed = packet_limit, True
@@ -274,7 +277,8 @@ def _tls_context(broker: Broker) -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cafile=tls.ca_file)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if tls.certificate_file is not None:
+        if tls.certificate_file is not None and tls.key_file is not None:
+            check_private(tls.key_file, "broker.tls.key_file")
             context.load_cert_chain(tls.certificate_file, tls.key_file)
     except (OSError, ssl.SSLError) as error:
         raise ConfigInvalid(tls.certificate_file or tls.ca_file or Path("broker.tls"), str(error)) from None

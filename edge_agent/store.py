@@ -72,7 +72,9 @@ SET_TRAINER = "UPDATE jobs SET pid = ?, pid_started = ? WHERE id = ?"
 LAST_TRAINER = "SELECT pid, pid_started FROM jobs WHERE pid IS NOT NULL ORDER BY pid_started DESC LIMIT 1"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1 WHERE id = ?"
 COUNT_MESSAGE = "UPDATE jobs SET seq = seq + 1 WHERE id = ? RETURNING seq, attempt"
+ALL_JOBS = "SELECT * FROM jobs ORDER BY arrived, id"
 DELETE_JOB = "DELETE FROM jobs WHERE id = ? AND phase = 'ended'"
+DELETE_MESSAGES = "DELETE FROM outbox WHERE job = ?"
 INSERT_MESSAGE = "INSERT INTO outbox (id, job, topic, payload) VALUES (?, ?, ?, ?)"
 DELETE_MESSAGE = "DELETE FROM outbox WHERE id = ?"
 WAITING_MESSAGES = "SELECT id, topic, payload FROM outbox ORDER BY number LIMIT ?"
@@ -153,6 +155,10 @@ class Store:
         """Jobs that have not ended: by priority, then arrival."""
         return [JobRow(*row) for row in self._db.execute(OPEN_JOBS)]
 
+    def jobs(self) -> list[JobRow]:
+        """All jobs, the oldest first."""
+        return [JobRow(*row) for row in self._db.execute(ALL_JOBS)]
+
     def unacknowledged_jobs(self) -> list[JobRow]:
         """Jobs that have not ended, or of whose end the coordinator may not know."""
         return [JobRow(*row) for row in self._db.execute(UNACKNOWLEDGED_JOBS)]
@@ -216,8 +222,12 @@ class Store:
         return (row[0], row[1]) if row else None
 
     def forget(self, job: str) -> bool:
-        """Delete a job that has ended; False where it has not, or is unknown."""
-        return bool(self._db.execute(DELETE_JOB, (job,)).rowcount)
+        """Delete a job that has ended, and what was still to be said of it; False where it has not ended, or is unknown."""
+        with self._transaction():
+            deleted = bool(self._db.execute(DELETE_JOB, (job,)).rowcount)
+            if deleted:
+                self._db.execute(DELETE_MESSAGES, (job,))
+        return deleted
 
     def waiting(self, limit: int) -> list[Waiting]:
         """The oldest messages that have not been acknowledged."""

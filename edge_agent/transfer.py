@@ -66,6 +66,9 @@ class FileStore:
         part.unlink()
         return True
 
+    def remove(self, sha256: str) -> None:
+        self.path(sha256).unlink(missing_ok=True)
+
     def remove_unused(self, limit_bytes: int, needed: Collection[str]) -> None:
         """Delete the least recently used files over the limit, never one that is needed."""
         files = sorted(((f, f.stat()) for f in self._root.iterdir()), key=lambda pair: pair[1].st_mtime)

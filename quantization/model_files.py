@@ -103,7 +103,10 @@ def _weight_files(path: Path) -> list[Path]:
     """The files that transformers loads: those of the index, else the one of the usual name, else all."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
-        names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
+        try:
+            names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
+        except msgspec.MsgspecError as error:
+            raise ModelUnsupported(str(path), f"its {index.name} is broken ({error}); fetch the model again") from None
         return [path / Path(n).name for n in sorted(names)]
     return [single] if single.is_file() else sorted(path.glob("*.safetensors"))
 

@@ -8,7 +8,8 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -17,13 +18,18 @@ from conftest import ROOT
 from msgspec import NODEFAULT, inspect
 
 import edge_agent
-from edge_agent.cli import EXIT_CODES, app
+from edge_agent.asyncapi import CHANNELS, channel_of
+from edge_agent.cli import EXIT_CODES, PANELS, app
+from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Size, Timers, read_config
+from edge_agent.coordinator.store import CoordinatorPhase, JobView
 from edge_agent.dataset import MAX_FILE_BYTES, MAX_LINE_BYTES, MAX_RECORDS, Check, Record
 from edge_agent.demo.tour import DemoReport
 from edge_agent.errors import EdgeAgentError
 from edge_agent.job import Job, NlftOptions
+from edge_agent.messages import Drain, Reason, decode
 from edge_agent.report import Accuracy, Event, Paired, Result
 from edge_agent.saliency import Saliency
+from edge_agent.sizes import parse_size
 from edge_agent.training.evaluate import Answer
 from edge_agent.training.measure import Measurement
 from profiles.device import DeviceProfile, device_profile
@@ -86,6 +92,8 @@ def _words(kind: inspect.Type) -> str:
         case inspect.IntType() | inspect.FloatType():
             name = "integer" if isinstance(kind, inspect.IntType) else "number"
             return f"{name} {_bounds((('>', kind.gt), ('≥', kind.ge), ('<', kind.lt), ('≤', kind.le)))}".strip()
+        case inspect.CustomType(cls=cls):
+            return {Path: "path", Size: "size"}[cls]
     names = {inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object"}
     return names[type(kind)]
 
@@ -124,10 +132,18 @@ def _method_options() -> tuple[type, ...]:
 
 METHODS = {options.__struct_config__.tag: options for options in _method_options()}
 JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
+CONFIG_FIELDS = {
+    "Agent": _fields(AgentConfig, (Broker, Timers)),
+    "Coordinator": _fields(CoordinatorConfig, (Broker,)),
+    "Broker": _fields(Broker, (), "broker."),
+    "Timers": _fields(Timers, (), "timers."),
+}
+"""The tables of docs/config.md; that of the broker belongs to both files."""
 INPUTS = [
     pytest.param("job.md", "Fields", JOB_FIELDS, id="job"),
     *(pytest.param("job.md", f"Method `{tag}`", _fields(options, (), "method."), id=f"job-{tag}") for tag, options in METHODS.items()),
     pytest.param("dataset.md", "Record", _fields(Record), id="record"),
+    *(pytest.param("config.md", section, fields, id=f"config-{section}") for section, fields in CONFIG_FIELDS.items()),
 ]
 OUTPUTS = [
     pytest.param("dataset.md", "`edge-agent dataset check`", _fields(Check), id="dataset-check"),
@@ -158,15 +174,43 @@ def test_types_documented_are_those_of_the_code(document: str, section: str, fie
 
 @pytest.mark.parametrize(("document", "section", "fields"), INPUTS)
 def test_defaults_documented_are_those_of_the_code(document: str, section: str, fields: dict[str, Field]) -> None:
-    """A field of a job or record is documented as required, or with the JSON of its default."""
+    """A field of a job, record or configuration is documented as required, or with the JSON of its default."""
     rows = _rows(document, section)
     wrong = {}
     for name in rows.keys() & fields.keys():
         cell, field = rows[name]["Default"], fields[name]
-        documented = NODEFAULT if cell == "required" else msgspec.convert(json.loads(cell.strip("`")), type=field.type)
+        documented = NODEFAULT if cell == "required" else msgspec.convert(json.loads(cell.strip("`")), type=field.type, dec_hook=_size)
         if documented != field.default:
             wrong[name] = (cell, field.default)
     assert wrong == {}
+
+
+def _size(kind: type, value: Any) -> Any:
+    """Read a default that JSON has no type for."""
+    return Size(parse_size(value)) if kind is Size else value
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sections"),
+    [("agent.toml", AgentConfig, ("Agent", "Broker", "Timers")), ("coordinator.toml", CoordinatorConfig, ("Coordinator", "Broker"))],
+)
+def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple[str, ...], tmp_path: Path) -> None:
+    """Each example of docs/config.md is read as a file of its name would be, and leaves no field out."""
+    [example] = re.findall(rf"### Example `{name}`\n\n```toml\n(.*?)```", (DOCS / "config.md").read_text(encoding="utf-8"), re.DOTALL)
+    file = tmp_path / name
+    file.write_text(example, encoding="utf-8")
+    assert isinstance(read_config(file, kind), kind)
+    given = {re.sub(r"^models\..*", "models.*", field) for field in _dotted(msgspec.toml.decode(example))}
+    assert given == {field for section in sections for field in CONFIG_FIELDS[section]}
+
+
+def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all keys of a TOML document, those of its tables included."""
+    for key, value in table.items():
+        if prefix + key != "models":
+            yield prefix + key
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def test_example_job_is_a_complete_job() -> None:
@@ -207,7 +251,9 @@ def test_errors_documented_are_those_of_the_code() -> None:
     """Every error class has a row with its code and exit code in docs/errors.md, and no row names one that does not exist."""
     rows = _sections("errors.md")["Codes"]
     documented = {(row["Code"].strip("`"), row["Class"].strip("`"), int(row["Exit code"])) for row in rows}
-    assert documented == {(error.code, error.__name__, error.exit_code) for error in _error_classes()}
+    passing_on = {error for error in _error_classes() if "code" in getattr(error.__init__, "__annotations__", ())}
+    assert documented == {(error.code, error.__name__, error.exit_code) for error in {*_error_classes()} - passing_on}
+    assert {row["Class"].strip("`") for row in _sections("errors.md")["Errors of others"]} == {error.__name__ for error in passing_on}
     assert all(row["Meaning"] and row["What to do"] for row in rows)
 
 
@@ -230,6 +276,65 @@ def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 COMMANDS = dict(_commands(typer.main.get_command(app), "edge-agent"))
 
 
+def test_commands_documented_are_those_of_a_fleet() -> None:
+    """docs/fleet.md names the commands of a node and of a fleet, and no others."""
+    commands = {f"edge-agent {command.__name__}" for panel, members in PANELS.items() if panel != "On this machine" for command in members}
+    assert set(_rows("fleet.md", "Commands", "Command")) == commands
+    assert commands < set(COMMANDS)
+
+
+def test_topics_documented_are_those_of_the_contract() -> None:
+    """docs/fleet.md names every topic with its message, its QoS and whether the broker keeps it."""
+    rows = _rows("fleet.md", "Topics", "Topic")
+    documented = {topic: (row["Message"].strip("`"), int(row["QoS"]), row["Retained"] == "yes") for topic, row in rows.items()}
+    assert documented == {c.address: (c.message, c.qos, c.retain) for c in CHANNELS.values()}
+
+
+def test_reasons_documented_are_those_of_the_contract() -> None:
+    """docs/fleet.md says of every reason what it means, with which outcomes it comes, and what to do, and names no other."""
+    rows = _rows("fleet.md", "Reasons", "Reason")
+    assert sorted(rows) == sorted(get_args(Reason))
+    assert all(row["Outcome"] and row["Meaning"] and row["What to do"] for row in rows.values())
+    assert {outcome for row in rows.values() for outcome in re.findall(r"`(\w+)`", row["Outcome"])} == _outcomes() - {"succeeded"}
+
+
+def test_phases_and_outcomes_documented_are_those_of_the_code() -> None:
+    """docs/fleet.md names the phases of a job in their order, and every outcome."""
+    assert list(_rows("fleet.md", "How a job travels", "Phase")) == _names(CoordinatorPhase)
+    assert set(_rows("fleet.md", "How a job travels", "Outcome")) == _outcomes()
+
+
+def _outcomes() -> set[str]:
+    """The outcomes that a job may have at the coordinator."""
+    return set(_names(next(f.type for f in msgspec.structs.fields(JobView) if f.name == "outcome")))
+
+
+def _names(kind: Any) -> list[Any]:
+    """Return the values of a literal type, or of a union of some, in the order of the code."""
+    return [name for part in get_args(kind) for name in (_names(part) if get_args(part) else [part]) if name is not type(None)]
+
+
+def test_example_request_of_an_operator_is_valid() -> None:
+    """The request that docs/fleet.md shows is one that a node takes."""
+    [(topic, message)] = re.findall(r"-t (\S+) -m '(.*?)'", (DOCS / "fleet.md").read_text(encoding="utf-8"), re.DOTALL)
+    channel = channel_of(topic)
+    assert channel.action == "receive"
+    assert channel.kind is Drain
+    assert decode(message.encode(), Drain).data == Drain()
+
+
+def test_log_lines_documented_are_those_of_the_daemons() -> None:
+    """docs/fleet.md names every event word that the daemons log, with its level and facts."""
+    files = [file for name in ("*.py", "coordinator/*.py") for file in Path(edge_agent.__path__[0]).glob(name)]
+    calls = [call for file in files for call in re.findall(r'\blog\.(\w+)\(\s*"(\w+)([^"]*)"', file.read_text(encoding="utf-8"))]
+    logged: dict[str, tuple[str, set[str]]] = {}
+    for level, word, facts in calls:
+        known = logged.setdefault(word, ({"exception": "error"}.get(level, level), set()))
+        known[1].update(re.findall(r"(\w+)=%", facts))
+    rows = _rows("fleet.md", "Log lines", "Event")
+    assert {word: (row["Level"], set(re.findall(r"`(\w+)`", row["Facts"]))) for word, row in rows.items()} == logged
+
+
 def test_options_documented_are_those_of_train() -> None:
     """docs/job.md names every option of `edge-agent train` with the field that it sets, and no other option."""
     options = {option for parameter in COMMANDS["edge-agent train"].params for option in parameter.opts if option.startswith("--")}
@@ -246,7 +351,7 @@ def test_command_is_mentioned_in_the_readme(command: str) -> None:
 
 
 @pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
-def test_links_between_documents_lead_somewhere(document: Any) -> None:
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
     """Every relative link names a file that exists, and a heading of it where it names one."""
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
         file = document.parent / target if target else document

@@ -21,14 +21,11 @@ from edge_agent.cli.shared import (
     explained,
     print_json,
 )
-from edge_agent.config import CoordinatorConfig, read_config
+from edge_agent.config import AGENT_CONFIG, COORDINATOR_CONFIG, CoordinatorConfig, read_config
 from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, summary
 from edge_agent.errors import ConfigInvalid, EdgeAgentError, JobEnded
 from edge_agent.job_building import build_job
 from edge_agent.sizes import parse_size
-
-COORDINATOR_CONFIG = Path("/etc/edge-agent/coordinator.toml")
-AGENT_CONFIG = Path("/etc/edge-agent/agent.toml")
 
 AgentConfigOption = Annotated[Path, typer.Option("--config", help="The agent's configuration; see docs/config.md.")]
 CoordinatorConfigOption = Annotated[

@@ -26,7 +26,7 @@ from edge_agent.cli.shared import (
     print_json,
 )
 from edge_agent.console import LiveView, format_accuracy, plan_table, summary
-from edge_agent.errors import DatasetEmpty, EdgeAgentError
+from edge_agent.errors import DatasetEmpty, EdgeAgentError, Stopped
 from edge_agent.job import Job
 from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
@@ -116,6 +116,8 @@ def _run_supervised(directory: JobDirectory) -> None:
         from edge_agent.training.run import run_job
 
         run_job(directory, supervision.tell, stopping=supervision.stopping)
+    except Stopped:
+        raise
     except EdgeAgentError as error:
         supervision.tell(Event(time=time.time(), event="failed", code=error.code, text=str(error)[:1024]))
         raise

@@ -105,7 +105,11 @@ class Service:
         self.files = FileStore(config.state_directory / "files")
         self._source = f"edge1/{config.fleet}/coordinator/{config.instance}"
         self._link = Link(
-            config.broker, f"coordinator-{config.instance}", coordinator_subscriptions(config.fleet), self._events, self._birth
+            config.broker,
+            f"coordinator/{config.fleet}/{config.instance}",
+            coordinator_subscriptions(config.fleet),
+            self._events,
+            self._birth,
         )
         self._offers: dict[str, Retry] = {}
         self._awaited: dict[str, Awaited] = {}
@@ -156,8 +160,9 @@ class Service:
         """No failure ends the service."""
         if isinstance(event, Call) and not event.future.done():
             event.future.set_exception(error)
-        elif isinstance(error, OSError | sqlite3.Error | DiskFull):  # what was not stored was not acknowledged, and comes again
+        elif isinstance(error, OSError | sqlite3.Error | DiskFull):  # a full or failing disk; the store has rolled back
             log.error("storage_error error=%r", error)
+            self._events.put(event)
             time.sleep(TICK_S)
         else:  # a defect of ours: the same message must not come back for ever
             log.error("event_failed event=%s", type(event).__name__, exc_info=error)
@@ -287,7 +292,7 @@ class Service:
             return
         for artifact in view.artifacts if view.phase != "ended" else ():
             if artifact.size_bytes > self._config.artifact_limit:
-                log.error("artifact_too_large job=%s name=%s bytes=%d", job, artifact.name, artifact.size_bytes)
+                log.error("artifact_left_on_node job=%s name=%s bytes=%d", job, artifact.name, artifact.size_bytes)
                 continue
             if not self.files.has(artifact.sha256) and artifact.sha256 not in awaited.incoming:
                 awaited.incoming[artifact.sha256] = self._incoming(view.node, File(artifact.sha256, artifact.size_bytes))
@@ -359,7 +364,7 @@ class Service:
 
     def _with_files(self, offer: Offer) -> Offer:
         """Put the files that are small enough into the offer."""
-        room = min(MAX_INLINE_BYTES, self._link.payload_limit // 2)
+        room = min(MAX_INLINE_BYTES, self._link.payload_limit // 2)  # as base64 they take a third more, beside the job
 
         def fill(file: File) -> File:
             nonlocal room
@@ -386,6 +391,10 @@ class Service:
         expires = datetime.now(timezone.utc) + timedelta(seconds=expires_s) if expires_s else None
         evaluation = job.dataset.evaluation_sha256
         offer = Offer(job, self._file(job.dataset.sha256), self._file(evaluation) if evaluation else None, expires, priority)
+        if (size := len(self._message(offer))) > self._link.payload_limit // 4:
+            raise Refused(
+                f"the job document has {size:,} bytes, at most {self._link.payload_limit // 4:,} can be sent; shorten its prompts"
+            )
         new = new_id()
         self._store.add_job(new, node, offer)
         log.info("job_created job=%s node=%s model=%s", new, node, job.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import os
 import shutil
 import sys
@@ -18,7 +19,8 @@ def broker_command(directory: Path, port: int) -> tuple[str, list[str]]:
     if mosquitto is None:
         return "amqtt", [sys.executable, "-m", "edge_agent.demo.broker", str(port)]
     settings = directory / "mosquitto.conf"
-    settings.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n", encoding="utf-8")
+    # As this user: by dropping root's rights it would forget that it is to end with the demo.
+    settings.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n", encoding="utf-8")
     return "mosquitto", [mosquitto, "-c", str(settings)]
 
 

@@ -1,0 +1,314 @@
+"""A fleet for tests, of real processes on loopback: a broker with TLS and passwords, a coordinator, a node, and ears on everything.
+
+Every message that passes the broker is held against docs/asyncapi.yaml, and at no moment may two trainers of a node run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import paho.mqtt.client as paho
+import psutil
+import yaml
+from conftest import ROOT, TINY, write_domain
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from jsonschema import Draft202012Validator
+from paho.mqtt.enums import CallbackAPIVersion
+
+from edge_agent.asyncapi import schema_of
+from edge_agent.coordinator.client import Client
+from edge_agent.coordinator.store import JobView
+from edge_agent.job_building import build_job
+from edge_agent.messages import encode
+from edge_agent.topics import down
+
+NODE = "node-1"
+DEADLINE_S = 120.0
+MOSQUITTO = shutil.which("mosquitto", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
+# Some 15 seconds of work: micro-batches of one in updates of 24, with dropout, a checkpoint after every update.
+QUICK = {
+    "evaluation.questions": 10, "evaluation.max_new_tokens": 60, "schedule.learning_rate": 0.002, "schedule.batch": 24,
+    "schedule.updates": 8, "schedule.checkpoint_s": 0, "lora.dropout": 0.05, "sampling.outputs": 2,
+}  # fmt: skip
+
+T = TypeVar("T")
+
+
+def wait_for(what: str, look: Callable[[], T | None], deadline_s: float = DEADLINE_S) -> T:
+    """Return the first true value of `look`; fails the test at the deadline."""
+    deadline = time.monotonic() + deadline_s
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"waited {deadline_s:.0f} s in vain for: {what}"
+        time.sleep(0.05)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Fleet:
+    """Owns the processes. `secure` gives the broker TLS and passwords; `amqtt` takes that broker, which speaks MQTT 3.1.1 only."""
+
+    def __init__(self, *, secure: bool = False, amqtt: bool = False, agent: str = "", protocol: str = "auto") -> None:
+        # Sockets have short paths; those of pytest are long.
+        self.directory = Path(tempfile.mkdtemp(prefix="ea-"))
+        self.port = free_port()
+        self._secure, self._amqtt = secure, amqtt
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._spoken: set[bytes] = set()
+        self.messages: list[tuple[float, str, bytes]] = []
+        self.trainers_at_once = 0
+        self._closing = threading.Event()
+        if secure:
+            write_certificates(self.directory)
+            for user in ("agent", "coordinator", "ear"):
+                secret = self.directory / f"{user}.password"
+                secret.write_text(f"secret of {user}\n")
+                secret.chmod(0o600)
+        for name, text in (("agent", self._agent_toml(agent)), ("coordinator", 'state_directory = "coordinator"\n')):
+            (self.directory / f"{name}.toml").write_text(text + self._broker_toml(name, protocol))
+        self.client = Client(self.directory / "coordinator")
+
+    @staticmethod
+    def _agent_toml(more: str) -> str:
+        return f'node = "{NODE}"\nstate_directory = "node"\nbudget = "1GiB"\nthreads = 1\n{more}\n[models]\ntiny = "{TINY}"\n'
+
+    def _broker_toml(self, user: str, protocol: str) -> str:
+        text = f'[broker]\nport = {self.port}\nprotocol = "{protocol}"\nkeepalive_s = 10\n'
+        if self._secure:
+            text += f'username = "{user}"\npassword_file = "{user}.password"\n[broker.tls]\nca_file = "ca.pem"\n'
+        return text
+
+    def __enter__(self) -> Fleet:
+        self.start_broker()
+        self._listen()
+        threading.Thread(target=self._count_trainers, daemon=True).start()
+        self.start_coordinator()
+        self.start_agent()
+        wait_for("the node at the coordinator", self.present)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self.ear.disconnect()
+        self.ear.loop_stop()
+        for name in ("agent", "coordinator", "broker"):
+            self.stop(name)
+        self.client.__exit__()
+        shutil.rmtree(self.directory)
+
+    # processes
+
+    def start_broker(self) -> None:
+        settings = self.directory / "mosquitto.conf"
+        if self._amqtt:
+            command = [sys.executable, "-m", "edge_agent.demo.broker", str(self.port)]
+        else:
+            assert MOSQUITTO, "mosquitto is not installed; .ci/run installs it"
+            text = f"listener {self.port} 127.0.0.1\nuser root\n"
+            if self._secure:
+                passwords = "".join(f"{user}:secret of {user}\n" for user in ("agent", "coordinator", "ear"))
+                (self.directory / "passwords").write_text(passwords)
+                (self.directory / "passwords").chmod(0o600)
+                subprocess.run(["mosquitto_passwd", "-U", str(self.directory / "passwords")], check=True, timeout=30)
+                files = {"password_file": "passwords", "certfile": "server.pem", "keyfile": "server.key"}
+                text += "".join(f"{name} {self.directory / file}\n" for name, file in files.items())
+            else:
+                text += "allow_anonymous true\n"
+            settings.write_text(text)
+            command = [MOSQUITTO, "-c", str(settings)]
+        self._start("broker", command)
+        wait_for("the broker", self._broker_answers)
+
+    def _broker_answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return True
+        except OSError:
+            return False
+
+    def start_coordinator(self) -> None:
+        self._start("coordinator", [sys.executable, "-m", "edge_agent", "coordinator", "--config", str(self.config("coordinator"))])
+        wait_for("the coordinator's socket", self._coordinator_answers)
+
+    def _coordinator_answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:  # httpx leaves a socket open where nobody listens
+            return probe.connect_ex(str(self.directory / "coordinator" / "api.sock")) == 0
+
+    def start_agent(self) -> None:
+        self._start("agent", [sys.executable, "-m", "edge_agent", "run", "--config", str(self.config("agent"))])
+
+    def present(self) -> bool:
+        return any(node.id == NODE and node.present for node in self.client.nodes())
+
+    def config(self, name: str) -> Path:
+        return self.directory / f"{name}.toml"
+
+    def _start(self, name: str, command: list[str]) -> None:
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+    def stop(self, name: str, number: int = signal.SIGTERM) -> int:
+        """End a process by a signal and return its exit code."""
+        process = self._processes.pop(name, None)
+        if process is None:
+            return 0
+        process.send_signal(number)
+        try:
+            return process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+    def alive(self, name: str) -> bool:
+        return self._processes[name].poll() is None
+
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    # jobs
+
+    def submit(self, data: Path, questions: Path | None = None, **fields: Any) -> JobView:
+        """Submit a quick job on this fleet's node."""
+        chosen = {"budget_bytes": 2**30, "method.name": "nlft"} | QUICK | {k.replace("__", "."): v for k, v in fields.items()}
+        job = build_job("tiny", data, questions, chosen, [])
+        files = {job.dataset.sha256: data}
+        if questions is not None:
+            files[str(job.dataset.evaluation_sha256)] = questions
+        return self.client.submit(NODE, job, files, priority=4, expires_s=None)
+
+    def data(self, name: str = "data", count: int = 40, seed: int = 5) -> Path:
+        return write_domain(self.directory / f"{name}.jsonl", "chain", count, seed)
+
+    def ended(self, job: str, deadline_s: float = DEADLINE_S) -> JobView:
+        """Wait for the end of a job."""
+
+        def look() -> JobView | None:
+            view = self.client.job(job)
+            return view if view.phase == "ended" else None
+
+        return wait_for(f"the end of {job}\n{self.log('agent')[-2000:]}", look, deadline_s)
+
+    def trained(self, job: str, updates: int) -> None:
+        """Wait until the trainer of a job has done some updates."""
+        events = self.directory / "node" / "jobs" / job / "events.jsonl"
+
+        def look() -> bool:
+            lines = events.read_text().rpartition("\n")[0].splitlines() if events.exists() else []
+            return any(e["event"] == "progress" and e["stage"] == "train" and e["done"] >= updates for e in map(json.loads, lines))
+
+        wait_for(f"update {updates} of {job}", look)
+
+    def adapter(self, job: str) -> bytes:
+        """Fetch a job's adapter."""
+        out = self.directory / f"fetched-{job}"
+        self.client.fetch(job, out)
+        return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    def trainers(self) -> list[psutil.Process]:
+        """The trainers of this fleet's node that run now."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, psutil.NoSuchProcess):
+                line = (place / "cmdline").read_bytes()
+                if b"\0train\0" in line and str(self.directory).encode() in line:
+                    found.append(psutil.Process(int(place.name)))
+        return found
+
+    def _count_trainers(self) -> None:
+        while not self._closing.wait(0.2):
+            self.trainers_at_once = max(self.trainers_at_once, len(self.trainers()))
+
+    # messages
+
+    def _listen(self) -> None:
+        self.ear = paho.Client(CallbackAPIVersion.VERSION2, "ear")
+        self.ear.max_inflight_messages_set(100)
+        if self._secure:
+            self.ear.tls_set(ca_certs=str(self.directory / "ca.pem"), cert_reqs=ssl.CERT_REQUIRED)
+            self.ear.username_pw_set("ear", "secret of ear")
+        self.ear.on_message = lambda _c, _u, m: self.messages.append((time.monotonic(), m.topic, bytes(m.payload)))
+        self.ear.on_connect = lambda client, *_: client.subscribe("edge1/#", 1)
+        self.ear.reconnect_delay_set(1, 1)
+        self.ear.connect("127.0.0.1", self.port)
+        self.ear.loop_start()
+        wait_for("the ear", self.ear.is_connected)
+
+    def publish(self, data: object, *parts: object) -> None:
+        """Speak as a coordinator would."""
+        payload = data if isinstance(data, bytes) else encode(data, "test")
+        self._spoken.add(payload)
+        self.ear.publish(down("default", NODE, *parts), payload, 1).wait_for_publish(10)
+
+    def heard(self, *parts: str) -> list[Any]:
+        """Messages of the node whose topic ends with these parts, decoded."""
+        tail = "/".join(("", NODE, "up", *parts))
+        return [json.loads(payload) for _, topic, payload in list(self.messages) if topic.endswith(tail)]
+
+    def check_messages(self) -> int:
+        """Hold every message but those of the test itself against the contract; return how many there were."""
+        validators: dict[str, Draft202012Validator] = {}
+        for _, topic, payload in list(self.messages):
+            if payload in self._spoken or not payload:
+                continue
+            schema = schema_of(topic)
+            if schema is not None:
+                key = json.dumps(schema, sort_keys=True)
+                validators.setdefault(key, Draft202012Validator(schema)).validate(json.loads(payload))
+        return len(self.messages)
+
+
+def committed_asyncapi() -> Any:
+    return yaml.safe_load((ROOT / "docs" / "asyncapi.yaml").read_text())
+
+
+def write_certificates(directory: Path) -> None:
+    """Write ca.pem, and server.pem with server.key for 127.0.0.1."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test authority")])
+
+    def builder(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder().subject_name(subject).issuer_name(ca_name).public_key(public)
+            .serial_number(x509.random_serial_number()).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+        )  # fmt: skip
+
+    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+    ca = builder(ca_name, ca_key.public_key()).add_extension(x509.BasicConstraints(True, 0), True).add_extension(usage, True)
+    identifier = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
+    ca_certificate = ca.add_extension(identifier, False).sign(ca_key, hashes.SHA256())
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")])
+    server = builder(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")]), key.public_key()).add_extension(names, False)
+    authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+    server_certificate = server.add_extension(authority, False).sign(ca_key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    (directory / "ca.pem").write_bytes(ca_certificate.public_bytes(pem))
+    (directory / "server.pem").write_bytes(server_certificate.public_bytes(pem))
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (directory / "server.key").write_bytes(private)
+    (directory / "server.key").chmod(0o600)

@@ -1,0 +1,288 @@
+"""A job travels over a real broker and comes back: the daemon, the coordinator and the commands as their users run them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import Cli, write_domain
+from fleet import NODE, QUICK, Fleet, wait_for
+
+from edge_agent.errors import EdgeAgentError
+from edge_agent.job_building import build_job
+from edge_agent.messages import Cancel, Drain, File, Forget, Offer, Report, Resume, new_id
+
+SETTINGS = [part for name, value in QUICK.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    """A fleet with TLS and passwords; what passes its broker is held against the contract at its end."""
+    with Fleet(secure=True) as running:
+        yield running
+        assert running.check_messages() > 20
+        assert running.trainers_at_once == 1
+
+
+def _reference(directory: Path, cli: Cli, data: Path, questions: Path, tiny_model: Path) -> bytes:
+    """The adapter of the same job without a fleet."""
+    out = directory / "reference"
+    files = ("--model", tiny_model, "--data", data, "--eval-data", questions)
+    ran = cli("train", *files, "--budget", "1GiB", "--out", out, *SETTINGS, "--json")
+    assert ran.code == 0, ran.out + ran.err
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
+def test_a_job_travels_and_comes_back(broker: str, request: pytest.FixtureRequest, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
+    """By its commands alone: submitted with a dataset inline and questions in blocks, watched, fetched; the adapter is that of a local
+    run bit for bit. Over Mosquitto in MQTT 5 with TLS and passwords, and over amqtt, which speaks 3.1.1 only."""
+    if broker == "amqtt":
+        with Fleet(amqtt=True) as fleet:
+            _travel(fleet, tmp_path, cli, tiny_model)
+            assert "protocol=3.1.1" in fleet.log("agent")
+            assert fleet.check_messages() > 20
+    else:
+        fleet = request.getfixturevalue("fleet")
+        _travel(fleet, tmp_path, cli, tiny_model)
+        assert "protocol=5" in fleet.log("agent")
+
+
+def _travel(fleet: Fleet, directory: Path, cli: Cli, tiny_model: Path) -> None:
+    config = ("--config", fleet.config("coordinator"))
+    data, questions = fleet.data(), write_domain(directory / "questions.jsonl", "chain", 400, 77)
+    assert questions.stat().st_size > 64 * 1024, "it must be too long to travel inside the offer"
+    listed = cli("nodes", *config)
+    assert NODE in listed.out
+    assert "ready" in listed.out
+    submitted = cli(
+        "submit", "--node", NODE, "--model", "tiny", "--data", data, "--eval-data", questions, "--budget", "1GiB", *SETTINGS, *config
+    )
+    assert submitted.code == 0, submitted.err
+    job = submitted.out.strip()
+    watched = cli("watch", job, *config)
+    assert watched.code == 0, watched.out + watched.err
+    for words in ("running", "succeeded", "✓ train", "Accuracy on held-out questions", "Stages"):
+        assert words in watched.out
+    assert job in cli("jobs", *config).out
+    fetched = cli("fetch", job, "--out", directory / "fetched", *config)
+    assert fetched.code == 0, fetched.err
+    result = json.loads((directory / "fetched" / "result.json").read_text())
+    assert result["accuracy"]["after"]["n"] == 10
+    adapter = (directory / "fetched" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert adapter == _reference(directory, cli, data, questions, tiny_model)
+    phases = [m["data"]["phase"] for m in fleet.heard("job", job, "status")]
+    assert [p for i, p in enumerate(phases) if p not in phases[:i]] == ["accepted", "staging", "ready", "running", "finalizing"]
+    results = fleet.heard("job", job, "result")
+    assert {m["id"] for m in results} == {results[0]["id"]}
+    seqs = {m["seq"] for m in fleet.heard("job", job, "status") + results}
+    assert seqs == set(range(1, len(seqs) + 1))
+    beat = fleet.heard("heartbeat")[-1]["data"]["resources"]
+    for sensor in ("device_free_bytes", "utilisation_percent", "temperature_c", "power_w"):
+        assert (beat[sensor]["value"] is None) == (beat[sensor]["reason"] is not None)
+
+
+def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:
+    """The same offer, sent five times at once and again after the end, gives one run and the same answer; another document under the
+    same id is a conflict and changes nothing."""
+    data = fleet.data("repeated", 20, 9)
+    job, offer = new_id(), _offer(data, updates=2)
+    for _ in range(5):
+        fleet.publish(offer, "job", job, "offer")
+    first = wait_for("the result", lambda: fleet.heard("job", job, "result"))[0]
+    assert first["data"]["outcome"] == "succeeded"
+    fleet.publish(offer, "job", job, "offer")
+    wait_for("the result once more", lambda: len({m["id"] for m in fleet.heard("job", job, "result")}) == 2)
+    assert all(m["data"] == first["data"] for m in fleet.heard("job", job, "result"))
+    fleet.publish(_offer(data, updates=3), "job", job, "offer")
+    conflict = wait_for("the rejection", lambda: [m for m in fleet.heard("job", job, "status") if m["data"]["outcome"] == "rejected"])[0]
+    assert conflict["data"]["reason"] == "conflict"
+    assert len([m for m in fleet.log("agent").splitlines() if f"trainer_started job={job}" in m]) == 1
+    fleet.publish(Forget(job), "command", "forget")
+    wait_for("the job's directory to go", lambda: not (fleet.directory / "node" / "jobs" / job).exists())
+
+
+def _offer(data: Path, updates: int = 2, **changes: object) -> Offer:
+    fields = {"budget_bytes": 2**30, "method.name": "nlft"} | QUICK | {"schedule.updates": updates} | changes
+    job = build_job("tiny", data, None, fields, [])
+    return Offer(job, File(job.dataset.sha256, data.stat().st_size, data.read_bytes()))
+
+
+def _encoded(data: Path, old: str, new: str) -> bytes:
+    """A valid offer with one change in its text."""
+    from edge_agent.messages import encode
+
+    text = encode(_offer(data), "test").decode()
+    assert text.count(old) >= 1
+    return text.replace(old, new, 1).encode()
+
+
+def test_bad_messages_are_answered_and_others_go_on(fleet: Fleet, tmp_path: Path) -> None:
+    """Broken JSON, an unknown field, a wrong type, 10 MB, a wrong digest, an unknown model, too large a budget, an expired offer and a
+    broken dataset are rejected or fail with their reason, while a good job runs to its end."""
+    good = fleet.submit(fleet.data("good", 30, 4), schedule__updates=4)
+    data = fleet.data("bad", 20, 8)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"question": "How many?", "answer": "#### 1"}\n{"question": 5}\n')
+    past = datetime.now(timezone.utc) - timedelta(hours=1)
+    good_offer = _offer(data)
+    bad: dict[str, object] = {
+        "broken JSON": b'{"specversion": "1.0", "data": {',
+        "no object": b"[1, 2, 3]",
+        "not UTF-8": b'{"specversion": "\xff\xfe"}',
+        "unknown field": _encoded(data, '"epochs":', '"epoch":'),
+        "wrong type": _encoded(data, '"rank":16', '"rank":"16"'),
+        "out of bounds": _encoded(data, '"rank":16', '"rank":100000'),
+        "other type": _encoded(data, '"type":"edge1.job.offer"', '"type":"edge1.job.cancel"'),
+        "10 MB": b'{"specversion": "1.0", "filler": "' + b"x" * 10_000_000 + b'"}',
+        "deep": b'{"data":' * 100_000,
+        "wrong digest": Offer(good_offer.job, File(good_offer.job.dataset.sha256, 5, b"other")),
+        "digest of another": Offer(good_offer.job, File("0" * 64, 5)),
+        "unknown model": Offer(build_job("../../etc", data, None, {"budget_bytes": 2**30}, []), good_offer.dataset),
+        "too large a budget": _offer(data, 2, budget_bytes=2**40),
+        "too small a budget": _offer(data, 2, budget_bytes=2**20),
+        "expired": Offer(good_offer.job, good_offer.dataset, expires=past),
+        "broken line": _offer(broken),
+        "too large": Offer(good_offer.job, File(good_offer.job.dataset.sha256, 2**40)),
+    }
+    expected = {
+        "broken JSON": "job_schema", "no object": "job_schema", "not UTF-8": "job_schema", "unknown field": "job_schema",
+        "wrong type": "job_schema", "out of bounds": "job_schema", "other type": "job_schema", "10 MB": "job_schema", "deep": "job_schema",
+        "wrong digest": "dataset_checksum", "digest of another": "dataset_checksum", "unknown model": "model_missing",
+        "too large a budget": "oom_predicted", "too small a budget": "oom_predicted", "expired": "expired",
+        "broken line": "dataset_schema", "too large": "dataset_too_large",
+    }  # fmt: skip
+    jobs = {name: new_id() for name in bad}
+    for name, message in bad.items():
+        fleet.publish(message, "job", jobs[name], "offer")
+    for parts in (("job", "no-ulid", "offer"), ("job", "..", "cancel"), ("file", "..", "block", "0"), ("command", "explode"), ("strange",)):
+        fleet.publish(b"{}", *parts)
+    for name, job in jobs.items():
+        kind = "result" if name == "broken line" else "status"
+        found = wait_for(f"the answer to {name}", lambda job=job, kind=kind: fleet.heard("job", job, kind))[-1]["data"]  # type: ignore[misc]
+        assert found["outcome"] == ("failed" if name == "broken line" else "rejected"), name
+        assert found["reason"] == expected[name], f"{name}: {found}"
+        assert 10 < len(found["text"]) <= 1024
+    assert fleet.ended(good.id).outcome == "succeeded"
+    assert fleet.alive("agent")
+    assert "event_failed" not in fleet.log("agent")
+
+
+def test_a_job_is_canceled_wherever_it_is(fleet: Fleet, cli: Cli) -> None:
+    """One that runs, one that waits and one whose offer never came: each ends once as canceled, and nothing runs on."""
+    data = fleet.data("canceled", 30, 6)
+    running, waiting = fleet.submit(data, schedule__updates=500), fleet.submit(data, schedule__updates=501)
+    fleet.trained(running.id, 2)
+    wait_for("the second job at the node", lambda: fleet.client.job(waiting.id).phase == "ready")
+    unknown = new_id()
+    fleet.publish(Cancel(), "job", unknown, "cancel")
+    wait_for("an answer", lambda: fleet.heard("job", unknown, "result"))
+    fleet.publish(_offer(data), "job", unknown, "offer")
+    for job in (waiting.id, running.id):
+        assert cli("cancel", job, "--config", fleet.config("coordinator")).code == 0
+    for job in (waiting.id, running.id):
+        assert fleet.ended(job).outcome == "canceled"
+        assert {m["data"]["outcome"] for m in fleet.heard("job", job, "result")} == {"canceled"}
+    assert {m["data"]["outcome"] for m in fleet.heard("job", unknown, "result")} == {"canceled"}
+    watched = cli("watch", running.id, "--config", fleet.config("coordinator"))
+    assert watched.code == 1
+    assert "canceled" in watched.err
+    wait_for("the trainer to end", lambda: not fleet.trainers())
+
+
+def test_a_draining_node_takes_no_jobs(fleet: Fleet) -> None:
+    """`drain` refuses new jobs until `resume`; `report` tells where jobs stand."""
+    data = fleet.data("drained", 20, 3)
+    fleet.publish(Drain(), "command", "drain")
+    wait_for("draining", lambda: fleet.heard("state")[-1]["data"]["state"] == "draining")
+    refused = new_id()
+    fleet.publish(_offer(data), "job", refused, "offer")
+    assert wait_for("the answer", lambda: fleet.heard("job", refused, "status"))[0]["data"]["reason"] == "draining"
+    fleet.publish(Resume(), "command", "resume")
+    wait_for("ready", lambda: fleet.heard("state")[-1]["data"]["state"] == "ready")
+    taken = new_id()
+    fleet.publish(_offer(data, 400), "job", taken, "offer")
+    wait_for("running", lambda: "running" in [m["data"]["phase"] for m in fleet.heard("job", taken, "status")])
+    before = len({m["id"] for m in fleet.heard("job", taken, "status")})
+    fleet.publish(Report(), "command", "report")
+    wait_for("one more status", lambda: len({m["id"] for m in fleet.heard("job", taken, "status")}) > before)
+    fleet.publish(Cancel(), "job", taken, "cancel")
+    wait_for("the end", lambda: fleet.heard("job", taken, "result"))
+
+
+def test_progress_is_as_fast_as_somebody_looks(fleet: Fleet) -> None:
+    """Nobody looks: one message in 10 s at most. `edge-agent watch` looks: up to 2 a second, and one in 10 s again after it has ended."""
+    view = fleet.submit(fleet.data("watched", 30, 2), schedule__updates=5000)
+    fleet.trained(view.id, 1)
+    quiet = _times(fleet, view.id)
+    stream = fleet.client.watch(view.id)
+    for _ in range(14):
+        next(stream)
+    stream.close()
+    watched = [t for t in _times(fleet, view.id) if t not in quiet]
+    gaps = [b - a for a, b in pairwise(watched)]
+    assert len(gaps) >= 8
+    assert min(gaps) > 0.4
+    assert sorted(gaps)[len(gaps) // 2] < 5
+    last = _times(fleet, view.id)[-1]
+    # The watch runs out after 10 s at most; then two messages in a row are 10 s apart.
+    wait_for("a pause of 10 s", lambda: any(b - a > 9.5 for a, b in pairwise(_times(fleet, view.id)) if a >= last))
+    fleet.client.cancel(view.id)
+    assert fleet.ended(view.id).outcome == "canceled"
+
+
+def _times(fleet: Fleet, job: str) -> list[float]:
+    return [t for t, topic, _ in list(fleet.messages) if topic.endswith(f"/up/job/{job}/progress")]
+
+
+def test_doctor_tells_what_is_wrong(fleet: Fleet, cli: Cli, tmp_path: Path) -> None:
+    """On a healthy node every check passes, the way to the coordinator and back included; a wrong password is named."""
+    healthy = cli("doctor", "--config", fleet.config("agent"), "--json")
+    assert healthy.code == 0, healthy.out
+    assert all(check["passed"] for check in healthy.json)
+    wrong = fleet.directory / "wrong.toml"
+    (fleet.directory / "wrong.password").write_text("nothing of the kind\n")
+    (fleet.directory / "wrong.password").chmod(0o600)
+    wrong.write_text(fleet.config("agent").read_text().replace("agent.password", "wrong.password"))
+    sick = cli("doctor", "--config", wrong, "--json")
+    assert sick.code == 1
+    failed = [check for check in sick.json if not check["passed"]]
+    assert [check["name"] for check in failed] == ["link"]
+    assert re.search("[Nn]ot authori", failed[0]["text"])
+
+
+def test_secrets_and_data_stay_out_of_logs_and_topics(fleet: Fleet) -> None:
+    """No password and no text of a dataset is in a log, and no dataset text in a topic or status."""
+    words = json.loads(fleet.data().read_text().splitlines()[0])["question"]
+    for name in ("agent", "coordinator"):
+        assert "secret of" not in fleet.log(name)
+        assert words not in fleet.log(name)
+    for _, topic, payload in fleet.messages:
+        assert "secret of" not in topic
+        if not topic.endswith("/offer") and "/file/" not in topic:
+            assert words.encode() not in payload
+
+
+def test_requests_that_make_no_sense_are_refused(fleet: Fleet, cli: Cli) -> None:
+    """Unknown nodes, models and jobs, and a fetch before the end, each give one line and their exit code."""
+    config, data = ("--config", fleet.config("coordinator")), fleet.data()
+    asked = ("--data", data, "--budget", "1GiB", *config)
+    for arguments in (
+        ("submit", "--node", "nobody", "--model", "tiny", *asked),
+        ("submit", "--node", NODE, "--model", "huge", *asked),
+        ("submit", "--node", NODE, "--model", "tiny", "--data", data, "--budget", "1TiB", *config),
+        ("watch", "01m7y2essw0kb8w4wz6xbny0v3", *config),
+        ("fetch", "..", *config),
+        ("cancel", "nothing", *config),
+    ):
+        ran = cli(*arguments)
+        assert ran.code == 14, ran.err
+        assert ran.err.startswith("error refused: ")
+    missing = cli("jobs", "--config", fleet.directory / "missing.toml")
+    assert missing.code == 13
+    assert issubclass(EdgeAgentError, Exception)

@@ -1,0 +1,142 @@
+"""Plugs are pulled in mid-job: the job ends once, with one result, and the adapter is that of an undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Cli, write_domain
+from fleet import QUICK, Fleet, wait_for
+
+OUTAGE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cli: Cli, tiny_model: Path) -> bytes:
+    """The adapter of the same job, trained by hand without any interruption."""
+    base = tmp_path_factory.mktemp("undisturbed")
+    settings = [part for name, value in QUICK.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    data = write_domain(base / "data.jsonl", "chain", 40, 5)
+    ran = cli("train", "--model", tiny_model, "--data", data, "--budget", "1GiB", "--out", base / "job", *settings, "--json")
+    assert ran.code == 0, ran.out + ran.err
+    return (base / "job" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    """A fleet of its own for each test."""
+    with Fleet() as running:
+        yield running
+        running.check_messages()
+
+
+def _check_end(fleet: Fleet, job: str, undisturbed: bytes) -> None:
+    """One end, one result, the same adapter; never two trainers; nothing left to say."""
+    view = fleet.ended(job)
+    assert view.outcome == "succeeded", view
+    assert fleet.adapter(job) == undisturbed
+    assert fleet.trainers_at_once == 1
+    results = fleet.heard("job", job, "result")
+    assert len({m["id"] for m in results}) == 1
+    history = [row.phase for row in fleet.client.history(job) if not row.late]
+    assert history.count("ended") == 1
+    wait_for("an empty outbox", lambda: _outbox(fleet) == 0)
+
+
+def _outbox(fleet: Fleet) -> int:
+    with sqlite3.connect(f"file:{fleet.directory}/node/agent.sqlite?mode=ro", uri=True) as db:
+        count = int(db.execute("SELECT count(*) FROM outbox").fetchone()[0])
+    db.close()
+    return count
+
+
+def test_broker_stopped_for_30_seconds(fleet: Fleet, undisturbed: bytes) -> None:
+    """The job runs on and ends while there is no broker; its result is handed in when there is one again."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 1)
+    fleet.stop("broker", signal.SIGKILL)
+    stopped = time.monotonic()
+    wait_for("the trainer to end", lambda: not fleet.trainers())
+    wait_for("the end of the outage", lambda: time.monotonic() - stopped > OUTAGE_S)
+    assert fleet.client.job(job).phase != "ended"
+    fleet.start_broker()
+    _check_end(fleet, job, undisturbed)
+
+
+def test_agent_killed_in_mid_job(fleet: Fleet, undisturbed: bytes) -> None:
+    """kill -9 of the agent: its child is gone within 10 s; the next agent goes on from the checkpoint. Twice, the second time the agent
+    comes back at once, beside a child that has not ended yet."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 2)
+    fleet.stop("agent", signal.SIGKILL)
+    wait_for("the child to end", lambda: not fleet.trainers(), deadline_s=10)
+    wait_for("the last will", lambda: fleet.client.nodes()[0].state == "lost")
+    fleet.start_agent()
+    fleet.trained(job, 5)
+    fleet.stop("agent", signal.SIGKILL)
+    fleet.start_agent()
+    _check_end(fleet, job, undisturbed)
+    result = fleet.client.result(fleet.client.job(job))
+    assert result is not None
+    assert result.resumed
+    assert fleet.client.job(job).attempt == 3
+
+
+def test_a_stuck_child_of_a_killed_agent_is_killed(fleet: Fleet, undisturbed: bytes) -> None:
+    """A child that cannot end by itself (it is stopped by a signal) is killed by the next agent before another one starts."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 2)
+    stuck = fleet.trainers()[0]
+    stuck.suspend()
+    fleet.stop("agent", signal.SIGKILL)
+    fleet.start_agent()
+    wait_for("the orphan's end", lambda: not stuck.is_running(), deadline_s=30)
+    _check_end(fleet, job, undisturbed)
+
+
+def test_agent_stopped_in_order(fleet: Fleet, undisturbed: bytes) -> None:
+    """SIGTERM: the child writes a checkpoint and ends, the agent says that it is offline and exits with 0; the next one goes on."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 2)
+    assert fleet.stop("agent") == 0
+    assert not fleet.trainers()
+    wait_for("offline", lambda: fleet.client.nodes()[0].state == "offline")
+    fleet.start_agent()
+    _check_end(fleet, job, undisturbed)
+
+
+def test_trainer_killed(fleet: Fleet, undisturbed: bytes) -> None:
+    """kill -9 of the child alone: the agent starts it again from the checkpoint."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 2)
+    fleet.trainers()[0].kill()
+    _check_end(fleet, job, undisturbed)
+    assert fleet.client.job(job).attempt == 2
+
+
+def test_a_trainer_that_always_dies_ends_as_crash_loop() -> None:
+    """After `max_attempts` starts without a result the job has failed, and the next job runs."""
+    with Fleet(agent="max_attempts = 2\n") as fleet:
+        job = fleet.submit(fleet.data(), schedule__updates=500).id
+        for attempt in (1, 2):
+            wait_for("the trainer", lambda attempt=attempt: fleet.client.job(job).attempt == attempt)  # type: ignore[misc]
+            wait_for("the child", fleet.trainers)[0].kill()
+        view = fleet.ended(job)
+        assert (view.outcome, view.reason) == ("failed", "crash_loop")
+        assert "SIGKILL" in (view.text or "")
+        assert fleet.ended(fleet.submit(fleet.data("next", 20, 7), schedule__updates=2).id).outcome == "succeeded"
+
+
+def test_coordinator_killed_in_mid_job(fleet: Fleet, undisturbed: bytes) -> None:
+    """kill -9 of the coordinator: the job runs on and ends; the result is handed in to the next coordinator."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 2)
+    fleet.stop("coordinator", signal.SIGKILL)
+    wait_for("the trainer to end", lambda: not fleet.trainers())
+    fleet.start_coordinator()
+    _check_end(fleet, job, undisturbed)

@@ -1,0 +1,561 @@
+"""The two databases: what the agent promised survives any end of its process, and what the coordinator heard only moves forward."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import pairwise, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.errors import StateUnusable
+from edge_agent.job import Dataset, Job
+from edge_agent.messages import (
+    Artifact,
+    File,
+    Heartbeat,
+    JobResult,
+    JobStatus,
+    Message,
+    NodeInfo,
+    NodeLimits,
+    NodeState,
+    Offer,
+    Phase,
+    decode,
+    encode,
+    new_id,
+)
+from edge_agent.store import TRANSITIONS, JobRow, Store
+from edge_agent.topics import up
+from profiles.sensors import Reading, Resources
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+DIGEST, OTHER_DIGEST, EMPTY = "d" * 64, "e" * 64, "0" * 64
+ALL = 1_000_000
+DEADLINE_S = 60.0
+SUCCEEDED = JobResult(DIGEST, "succeeded", seconds=1.5, artifacts=(Artifact("result.json", EMPTY, 7),))
+# How a new job comes to each phase.
+WAYS: dict[Phase, tuple[Phase, ...]] = {
+    "accepted": (),
+    "staging": ("staging",),
+    "ready": ("staging", "ready"),
+    "running": ("staging", "ready", "running"),
+    "paused": ("staging", "ready", "running", "paused"),
+    "finalizing": ("staging", "ready", "running", "finalizing"),
+    "ended": ("ended",),
+}
+
+
+def _open(path: Path) -> Store:
+    return Store(path, "f", "n")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with closing(_open(tmp_path / "agent.sqlite")) as store:
+        yield store
+
+
+def _accept(store: Store, priority: int = 4) -> str:
+    job = new_id()
+    store.accept(job, DIGEST, b"{}", priority)
+    return job
+
+
+def _go(store: Store, job: str, phase: Phase) -> None:
+    if phase == "ended":
+        store.end(job, SUCCEEDED)
+    else:
+        store.move(job, phase)
+
+
+def _at(store: Store, phase: Phase) -> str:
+    job = _accept(store)
+    for step in WAYS[phase]:
+        _go(store, job, step)
+    return job
+
+
+def _row(store: Store, job: str) -> JobRow:
+    row = store.job(job)
+    assert row is not None
+    return row
+
+
+def _told(store: Store, job: str) -> list[Message[Any]]:
+    """The messages about a job that wait, the oldest first."""
+    topics: dict[str, type] = {up("f", "n", "job", job, kind): data for kind, data in (("status", JobStatus), ("result", JobResult))}
+    return [decode(w.payload, topics[w.topic]) for w in store.waiting(ALL) if w.topic in topics]
+
+
+def _place(message: Message[Any]) -> tuple[str, str | None]:
+    """The phase and the outcome that a message tells."""
+    return ("ended" if isinstance(message.data, JobResult) else message.data.phase), message.data.outcome
+
+
+# the agent's phases
+
+
+def test_every_phase_but_the_last_can_end() -> None:
+    """A job can be ended from wherever it is, once; the table knows every phase."""
+    assert set(TRANSITIONS) == set(PHASES)
+    assert {phase for phase in PHASES if "ended" in TRANSITIONS[phase]} == set(PHASES) - {"ended"}
+    assert TRANSITIONS["ended"] == frozenset()
+
+
+@pytest.mark.parametrize(("before", "after"), [(b, a) for b, a in product(PHASES, PHASES) if a in TRANSITIONS[b]])
+def test_transition_that_is_allowed(before: Phase, after: Phase, store: Store) -> None:
+    """The job is in the new phase, and exactly one message more waits that tells it."""
+    job = _at(store, before)
+    count = len(_told(store, job))
+    _go(store, job, after)
+    assert _row(store, job).phase == after
+    told = _told(store, job)
+    assert [m.seq for m in told] == list(range(1, count + 2))
+    assert _place(told[-1]) == (after, _row(store, job).outcome)
+
+
+@pytest.mark.parametrize(("before", "after"), [(b, a) for b, a in product(PHASES, PHASES) if a not in TRANSITIONS[b]])
+def test_transition_that_is_not_allowed(before: Phase, after: Phase, store: Store) -> None:
+    """It raises LookupError, and neither the job nor the messages that wait have changed."""
+    job = _at(store, before)
+    kept = _row(store, job), store.waiting(ALL)
+    with pytest.raises(LookupError, match=f"{job} cannot go from {before} to {after}"):
+        _go(store, job, after)
+    assert (_row(store, job), store.waiting(ALL)) == kept
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_transition_of_an_unknown_job(phase: Phase, store: Store) -> None:
+    """Nothing comes into being by being moved."""
+    job = new_id()
+    with pytest.raises(LookupError, match=job):
+        _go(store, job, phase)
+    assert store.job(job) is None
+    assert store.waiting(ALL) == []
+
+
+def test_start_is_counted_before_it_is_told(store: Store) -> None:
+    """The message that a trainer starts carries the number of that start; an interruption is counted as a crash only if it is one."""
+    job = _at(store, "ready")
+    assert store.move(job, "running", start=True).attempt == 1
+    assert store.move(job, "ready").crashes == 0
+    store.move(job, "running", start=True)
+    row = store.move(job, "ready", crashed=True)
+    assert (row.attempt, row.crashes) == (2, 1)
+    assert [m.attempt for m in _told(store, job)] == [0, 0, 0, 1, 1, 2, 2]
+
+
+# the agent's promises
+
+
+def test_accept_again_changes_nothing(store: Store) -> None:
+    """An offer that comes again, also with another document, leaves one job and one message."""
+    job = _accept(store)
+    kept = _row(store, job), store.waiting(ALL)
+    store.accept(job, DIGEST, b"{}", 4)
+    store.accept(job, OTHER_DIGEST, b"{1}", 9)
+    assert (_row(store, job), store.waiting(ALL)) == kept
+
+
+def test_reject_keeps_no_job(store: Store) -> None:
+    """A rejected offer leaves its answer and nothing else, so a later offer of the same job can be taken. A long text is cut."""
+    job = new_id()
+    store.reject(job, None, "job_schema", "x" * 5000)
+    assert store.job(job) is None
+    [answer] = _told(store, job)
+    assert answer.data == JobStatus(None, "ended", "rejected", "job_schema", "x" * 1024)
+    assert (answer.seq, answer.attempt) == (None, None)
+    store.accept(job, DIGEST, b"{}", 4)
+    assert _row(store, job).phase == "accepted"
+
+
+def test_end_keeps_the_result(store: Store) -> None:
+    """The result is in the job's row and in the message that waits, the same in both."""
+    job = _at(store, "finalizing")
+    store.end(job, SUCCEEDED)
+    row = _row(store, job)
+    assert (row.phase, row.outcome) == ("ended", "succeeded")
+    assert row.result is not None
+    assert msgspec.json.decode(row.result, type=JobResult) == SUCCEEDED == _told(store, job)[-1].data
+    assert store.open_jobs() == []
+
+
+def test_acknowledged_message_is_deleted(store: Store) -> None:
+    """Each message waits until its own acknowledgement, in the order of writing; one that is not there changes nothing."""
+    job = _at(store, "ready")
+    first, second, third = store.waiting(ALL)
+    assert store.waiting(2) == [first, second]
+    assert store.acknowledged(second.id)
+    assert not store.acknowledged(second.id)
+    assert not store.acknowledged(new_id())
+    assert store.waiting(ALL) == [first, third]
+    assert _row(store, job).seq == 3
+
+
+def test_job_is_unacknowledged_until_its_end_is_known(store: Store) -> None:
+    """An ended job counts while any of its messages waits, an open one always."""
+    ended, open_one = _at(store, "ended"), _accept(store)
+    accepted, end, other = store.waiting(ALL)
+    for message in (other, accepted, end):
+        assert [row.id for row in store.unacknowledged_jobs()] == [ended, open_one]
+        store.acknowledged(message.id)
+    assert [row.id for row in store.unacknowledged_jobs()] == [open_one]
+
+
+def test_tell_again_tells_the_present(store: Store) -> None:
+    """The current view is one message more with the next number: a status while the job is open, its result afterwards."""
+    job = _at(store, "running")
+    store.tell_again(_row(store, job))
+    assert _place(_told(store, job)[-1]) == ("running", None)
+    store.end(job, SUCCEEDED)
+    store.tell_again(_row(store, job))
+    told = _told(store, job)
+    assert told[-1].data == told[-2].data == SUCCEEDED
+    assert [m.seq for m in told] == list(range(1, len(told) + 1))
+
+
+def test_open_jobs_by_priority_then_arrival(store: Store) -> None:
+    """Higher priority first; of equal ones whoever came first; what has ended is not there."""
+    jobs = [(priority, _accept(store, priority)) for priority in (4, 9, 0, 4, 9, 4, 0)]
+    store.end(jobs.pop(3)[1], SUCCEEDED)
+    wanted = [job for _, job in sorted(jobs, key=lambda pair: -pair[0])]
+    assert [row.id for row in store.open_jobs()] == wanted
+
+
+def test_cancel_of_an_unknown_job(store: Store) -> None:
+    """A cancel that came before its offer is answered at once, and the late offer starts nothing."""
+    job = new_id()
+    store.cancel_unknown(job)
+    kept = _row(store, job), store.waiting(ALL)
+    assert kept[0].outcome == "canceled"
+    [answer] = _told(store, job)
+    assert (answer.data.outcome, answer.data.digest, answer.seq) == ("canceled", None, 1)
+    store.accept(job, DIGEST, b"{}", 4)
+    assert (_row(store, job), store.waiting(ALL)) == kept
+    assert store.open_jobs() == []
+
+
+def test_forget_only_what_has_ended(store: Store) -> None:
+    """A job that is open, or unknown, is not forgotten."""
+    job = _accept(store)
+    assert not store.forget(job)
+    assert not store.forget(new_id())
+    store.end(job, SUCCEEDED)
+    assert store.forget(job)
+    assert store.job(job) is None
+
+
+def test_last_trainer_is_the_one_that_started_last(store: Store) -> None:
+    """The process to look for after a crash is the newest one, whichever job it served."""
+    assert store.last_trainer() is None
+    first, second = _at(store, "running"), _at(store, "running")
+    store.set_trainer(second, 40, 2000.5)
+    store.set_trainer(first, 41, 1000.5)
+    assert store.last_trainer() == (40, 2000.5)
+
+
+def test_everything_survives_a_restart(tmp_path: Path) -> None:
+    """A closed and opened store has the same jobs, requests to cancel, messages and answer to whether the node is draining."""
+    path = tmp_path / "agent.sqlite"
+    with closing(_open(path)) as store:
+        assert not store.draining
+        store.draining = True
+        job = _at(store, "running")
+        store.ask_cancel(job)
+        kept = _row(store, job), store.waiting(ALL)
+        assert kept[0].cancel
+    with closing(_open(path)) as store:
+        assert (_row(store, job), store.waiting(ALL)) == kept
+        assert store.draining
+        store.draining = False
+    with closing(_open(path)) as store:
+        assert not store.draining
+
+
+@pytest.mark.parametrize("number", [lambda path: _boot(_open(path)), lambda path: _epoch(path)], ids=["agent", "coordinator"])
+def test_number_of_the_start_grows(number: Callable[[Path], int], tmp_path: Path) -> None:
+    """Every start has a higher number, also the first one after the file was lost: what was said before is then stale."""
+    path = tmp_path / "some.sqlite"
+    numbers = [number(path) for _ in range(3)]
+    path.unlink()
+    deadline = time.monotonic() + DEADLINE_S
+    while time.time() < numbers[-1] + 1:  # the number begins at the clock: seconds since 1970
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    numbers.append(number(path))
+    assert all(later > earlier for earlier, later in pairwise(numbers))
+
+
+def _boot(store: Store) -> int:
+    with closing(store):
+        store.accept(job := new_id(), DIGEST, b"{}", 4)
+        assert _told(store, job)[0].boot == store.boot
+        return store.boot
+
+
+def _epoch(path: Path) -> int:
+    with closing(CoordinatorStore(path)) as store:
+        return store.epoch
+
+
+@pytest.mark.parametrize("opened", [_open, CoordinatorStore], ids=["agent", "coordinator"])
+@pytest.mark.parametrize("broken", ["text", "torn", "directory"])
+def test_file_that_is_no_database(opened: Callable[[Path], Any], broken: str, tmp_path: Path) -> None:
+    """It raises StateUnusable, which names the file and what to do, and the file is left as it was."""
+    path = tmp_path / "some.sqlite"
+    if broken == "directory":
+        path.mkdir()
+    else:
+        path.write_bytes(b"not a database, but somebody's notes\n" * 100 if broken == "text" else b"SQLite format 3\0" + b"\xff" * 4096)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(StateUnusable, match=r"some\.sqlite: .*; restore or remove the file") as raised:
+        opened(path)
+    assert raised.value.exit_code == 13
+    assert (path.read_bytes() if path.is_file() else None) == before
+
+
+# one transaction
+
+MOVER = """
+import random, sys
+from pathlib import Path
+from edge_agent.messages import JobResult, new_id
+from edge_agent.store import TRANSITIONS, Store
+
+rng = random.Random(int(sys.argv[2]))
+store = Store(Path(sys.argv[1]), "f", "n")
+print("open", flush=True)
+while True:
+    for row in store.open_jobs():
+        after = rng.choice(sorted(TRANSITIONS[row.phase]))
+        if after == "ended":
+            store.end(row.id, JobResult(row.digest, rng.choice(["succeeded", "failed", "canceled"])))
+        else:
+            store.move(row.id, after, start=after == "running", crashed=after == "ready" and row.phase == "running")
+        if rng.random() < 0.2:
+            store.tell_again(store.job(row.id))
+    while len(store.open_jobs()) < 6:
+        store.accept(new_id(), "d" * 64, b"{}", 4)
+    store.cancel_unknown(new_id())
+    store.reject(new_id(), None, "busy", "full")
+"""
+
+
+def test_state_and_message_are_one_transaction(tmp_path: Path) -> None:
+    """A process that moves jobs is killed at any moment, twelve times. Afterwards each job's messages have every number from 1 to the
+    last without a gap, and the last one tells the phase and outcome that the job has."""
+    path, rng = tmp_path / "agent.sqlite", random.Random(7)
+    for seed in range(12):
+        command = [sys.executable, "-c", MOVER, str(path), str(seed)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "open\n"
+                time.sleep(rng.uniform(0.0, 0.15))
+                assert process.poll() is None
+            finally:
+                process.kill()
+            assert process.wait(DEADLINE_S) == -signal.SIGKILL
+    with closing(_open(path)) as store:
+        told: dict[str, list[Message[Any]]] = {}
+        for waiting in store.waiting(ALL):
+            *_, job, kind = waiting.topic.split("/")
+            told.setdefault(job, []).append(decode(waiting.payload, JobResult if kind == "result" else JobStatus))
+        rows = store.unacknowledged_jobs()
+        assert len(rows) > 100
+        for row in rows:
+            messages = told.pop(row.id)
+            assert [m.seq for m in messages] == list(range(1, row.seq + 1))
+            assert _place(messages[-1]) == (row.phase, row.outcome)
+            assert messages[-1].attempt == row.attempt
+        assert {_place(m) for messages in told.values() for m in messages} == {("ended", "rejected")}
+
+
+# the coordinator
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[CoordinatorStore]:
+    with closing(CoordinatorStore(tmp_path / "coordinator.sqlite")) as store:
+        yield store
+
+
+def _add(store: CoordinatorStore) -> str:
+    document = Job(model="tiny", dataset=Dataset(EMPTY), budget_bytes=2**30)
+    store.add_job(job := new_id(), "n", Offer(document, File(EMPTY, 0)))
+    return job
+
+
+def _status(phase: Phase, seq: int | None, *, attempt: int | None = 1) -> Message[JobStatus]:
+    return decode(encode(JobStatus(DIGEST, phase), "edge1/f/n", seq=seq, attempt=attempt), JobStatus)
+
+
+def _result(outcome: Any, seq: int | None) -> Message[JobResult]:
+    return decode(encode(JobResult(DIGEST, outcome), "edge1/f/n", seq=seq, attempt=1), JobResult)
+
+
+def _apply(store: CoordinatorStore, job: str, message: Message[JobStatus]) -> bool:
+    view = store.job(job)
+    assert view is not None
+    return store.apply_status(view, message)
+
+
+def _conclude(store: CoordinatorStore, job: str, message: Message[JobResult]) -> None:
+    view = store.job(job)
+    assert view is not None
+    store.apply_result(view, message)
+
+
+def test_repeated_message_is_kept_once(kept: CoordinatorStore) -> None:
+    """The same message again, as MQTT delivers it, adds nothing to the history, changes nothing and is no gap."""
+    job = _add(kept)
+    first, second = _status("accepted", 1), _status("staging", 2)
+    assert _apply(kept, job, first)
+    assert _apply(kept, job, second)
+    before = kept.job(job), kept.history(job)
+    for message in (second, first, second):
+        assert _apply(kept, job, message)
+    assert (kept.job(job), kept.history(job)) == before
+    assert [(row.seq, row.phase, row.late) for row in kept.history(job)] == [(1, "accepted", False), (2, "staging", False)]
+
+
+def test_repeated_result_is_kept_once(kept: CoordinatorStore) -> None:
+    """Only the first result counts; it waits in `finalizing` until its files are there, and others are kept as late."""
+    job = _add(kept)
+    result = _result("succeeded", 1)
+    for message in (result, result, _result("failed", 2)):
+        _conclude(kept, job, message)
+    view = kept.job(job)
+    assert view is not None
+    assert (view.phase, view.outcome, view.result) == ("finalizing", None, result.data)
+    assert sorted((row.seq, row.outcome, row.late) for row in kept.history(job)) == [(1, "succeeded", False), (2, "failed", True)]
+
+
+def test_late_status_changes_nothing(kept: CoordinatorStore) -> None:
+    """A gap is reported and the newer status taken; the older one that comes then is kept as late and the job stays where it is."""
+    job = _add(kept)
+    assert _apply(kept, job, _status("accepted", 1))
+    assert not _apply(kept, job, _status("running", 4, attempt=2))
+    view = kept.job(job)
+    assert not _apply(kept, job, _status("staging", 2))
+    assert not _apply(kept, job, _status("ready", 3))
+    assert kept.job(job) == view
+    assert view is not None
+    assert (view.phase, view.seq, view.attempt) == ("running", 4, 2)
+    assert sorted((row.seq, row.late) for row in kept.history(job)) == [(1, False), (2, True), (3, True), (4, False)]
+    assert _apply(kept, job, _status("paused", 5, attempt=2))
+
+
+def test_first_status_that_is_missing_is_a_gap(kept: CoordinatorStore) -> None:
+    """The first message about a job has number 1; if another one comes first, something was lost."""
+    assert not _apply(kept, _add(kept), _status("staging", 2))
+
+
+@given(order=st.permutations(range(1, 8)), again=st.lists(st.integers(1, 7), max_size=6), seed=st.integers(0, 99))
+def test_any_order_ends_in_the_newest_status(order: list[int], again: list[int], seed: int) -> None:
+    """However statuses are reordered and repeated, the job ends where the newest one says, each is in the history once, and the
+    number of the job never goes back. A status is reported as in order exactly if it is the next one, or known already."""
+    phases: list[Phase] = ["accepted", "staging", "ready", "running", "ready", "running", "paused"]
+    messages = {seq: _status(phase, seq) for seq, phase in enumerate(phases, start=1)}
+    arriving = [*order, *again]
+    random.Random(seed).shuffle(arriving)
+    with TemporaryDirectory() as directory, closing(CoordinatorStore(Path(directory) / "c.sqlite")) as store:
+        job = _add(store)
+        heard: set[int] = set()
+        highest = 0
+        for seq in arriving:
+            assert _apply(store, job, messages[seq]) == (seq in heard or seq == highest + 1)
+            heard.add(seq)
+            highest = max(highest, seq)
+            view = store.job(job)
+            assert view is not None
+            assert (view.seq, view.phase) == (highest, phases[highest - 1])
+        assert sorted(row.seq or 0 for row in store.history(job)) == list(range(1, 8))
+
+
+def test_ended_job_never_changes(kept: CoordinatorStore) -> None:
+    """Neither a newer status nor a result moves a job that has ended; both are kept as late."""
+    job = _add(kept)
+    _apply(kept, job, _status("accepted", 1))
+    kept.end(job, "expired", "expired", "no answer")
+    before = kept.job(job)
+    _apply(kept, job, _status("running", 2))
+    _apply(kept, job, _status("ended", None, attempt=None))
+    _conclude(kept, job, _result("succeeded", 3))
+    assert kept.job(job) == before
+    assert before is not None
+    assert (before.phase, before.outcome, before.result) == ("ended", "expired", None)
+    assert [row.late for row in kept.history(job)] == [False, True, True, True]
+    assert kept.open_jobs() == []
+
+
+def test_jobs_survive_a_restart_of_the_coordinator(tmp_path: Path) -> None:
+    """Jobs, history, requests to cancel and nodes are the same after the file is opened again."""
+    path = tmp_path / "coordinator.sqlite"
+    with closing(CoordinatorStore(path)) as store:
+        job, other = _add(store), _add(store)
+        store.offered(other)
+        store.ask_cancel(job)
+        _apply(store, job, _status("accepted", 1))
+        _conclude(store, job, _result("canceled", 2))
+        store.set_state("n", NodeState("ready", 5, 1))
+        before = store.job(job), store.jobs(9), store.history(job), store.nodes()
+    with closing(CoordinatorStore(path)) as store:
+        assert (store.job(job), store.jobs(9), store.history(job), store.nodes()) == before
+        assert [view.id for view in store.jobs(9)] == [other, job]
+        assert [(view.id, view.phase, view.cancel) for view in store.open_jobs()] == [(job, "finalizing", True), (other, "offered", False)]
+
+
+@pytest.mark.parametrize(
+    ("state", "taken"),
+    [
+        (NodeState("lost", 4, 9), False),
+        (NodeState("lost", 5, 1), False),
+        (NodeState("lost", 5, 2), True),
+        (NodeState("draining", 5, 3), True),
+        (NodeState("ready", 6, 1), True),
+    ],
+)
+def test_state_of_an_earlier_connection_is_ignored(state: NodeState, taken: bool, kept: CoordinatorStore) -> None:
+    """The last will of a connection that a newer one has replaced says nothing about the node."""
+    assert kept.set_state("n", NodeState("ready", 5, 2))
+    before = kept.node("n")
+    assert kept.set_state("n", state) == taken
+    after = kept.node("n")
+    assert before is not None
+    assert after is not None
+    if taken:
+        assert (after.state, after.boot, after.conn) == (state.state, state.boot, state.conn)
+    else:
+        assert after == before
+
+
+def test_node_before_its_first_state(kept: CoordinatorStore) -> None:
+    """What a node can do may come before its presence, which then counts whatever its numbers; it is not present until then."""
+    limits = NodeLimits(2**30, 2**20, 16)
+    info = NodeInfo("0.1.0", "3.11", "some device", "cpu", None, ["tiny"], limits, {})
+    kept.set_info("n", info)
+    node = kept.node("n")
+    assert node is not None
+    assert (node.state, node.present, node.info) == ("init", False, info)
+    assert kept.set_state("n", NodeState("ready", 1, 1))
+    none = Reading(None, "no sensor")
+    heartbeat = Heartbeat(Resources(none, none, 1, 1, 1, None, Reading(3.5), none, none), 0, None)
+    kept.set_heartbeat("n", heartbeat)
+    node = kept.node("n")
+    assert node is not None
+    assert (node.present, node.info, node.heartbeat) == (True, info, heartbeat)
