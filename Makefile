@@ -1,5 +1,5 @@
 # make test      install what is missing into .venv and run the tests (at most 15 minutes on 2 cores)
-# make demo      train the shipped tiny model on domains it has not seen; writes build/demo/report.json
+# make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
 # make check     lint and types
 # make test-all  the tests and the second Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
@@ -30,8 +30,9 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A file of tests stays on one core: its tests share what is slow to make. Each trainer computes on one thread.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: test
 	tests/second_python.sh

@@ -48,7 +48,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_agent.job import Dataset, Job
-from edge_agent.messages import Ack, Cancel, File, Hello, JobResult, JobStatus, NodeState, Offer, decode, encode, new_id
+from edge_agent.messages import Ack, Cancel, File, Hello, JobResult, JobStatus, Message, NodeState, Offer, decode, encode, new_id
 from edge_agent.topics import coordinator_subscriptions, down, split
 from profiles.device import device_name
 
@@ -211,7 +211,7 @@ class StandIn:
         kind = KINDS.get(parts[-1])
         if kind is None or not message.payload:
             return
-        decoded = decode(message.payload, kind)
+        decoded: Message[Any] = decode(bytes(message.payload), kind)
         if kind is not NodeState:
             self.publish(Ack(), "ack", decoded.id)
         self._heard.put(Heard(at, parts[2] if parts[1] == "job" else None, decoded.data))
@@ -365,7 +365,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
         digits, unit = MEASURES[name].digits, row["unit"]
         median_, low, high = (f"{row[key]:.{digits}f} {unit}" for key in ("median", "min", "max"))
         target = f"below {row['target']:g} {unit}" if "target" in row else ""
-        table.add_row(row["what"], median_, low, high, target, {True: "yes", False: "NO"}.get(row.get("holds"), ""))
+        table.add_row(row["what"], median_, low, high, target, {None: "", True: "yes", False: "NO"}[row.get("holds")])
     Console(width=140).print(table)
 
 

@@ -108,10 +108,12 @@ class Agent:
                 return
             try:
                 self._handle(event)
+                event = NOTHING
                 self._tick(time.monotonic())
             except (OSError, sqlite3.Error, DiskFull) as error:
                 log.error("storage_error error=%r", error)  # a full or failing disk; the store has rolled back
-                self._events.put(event)
+                if event is not NOTHING:
+                    self._events.put(event)
                 time.sleep(TICK_S)
             except Exception:  # a defect of ours must not end the jobs of others, nor come back with the same message for ever
                 log.exception("event_failed event=%s", type(event).__name__)

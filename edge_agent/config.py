@@ -16,7 +16,7 @@ from edge_agent.job import Positive, Strict
 from edge_agent.sizes import parse_size
 from edge_agent.topics import COORDINATOR
 
-Name = Annotated[str, Meta(pattern="^[a-z0-9-]{1,64}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
 AGENT_CONFIG = Path("/etc/edge-agent/agent.toml")
 COORDINATOR_CONFIG = Path("/etc/edge-agent/coordinator.toml")
 Seconds = Annotated[float, Meta(gt=0)]
@@ -60,7 +60,10 @@ class Broker(Strict, frozen=True):
         if self.password_file is None:
             return None
         check_private(self.password_file, "broker.password_file")
-        return self.password_file.read_text(encoding="utf-8").strip()
+        try:
+            return self.password_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigInvalid(self.password_file, f"broker.password_file: {error}") from None
 
 
 class Timers(Strict, frozen=True):
@@ -132,7 +135,7 @@ def read_config(path: Path, kind: type[C]) -> C:
 
 def _read_value(base: Path, kind: type, value: object) -> object:
     """Read what TOML has no type for."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"Expected `{kind.__name__.lower()}`, got {value!r}")
     try:
         read: Path | Size = base / Path(value).expanduser() if kind is Path else Size(parse_size(value))

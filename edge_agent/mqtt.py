@@ -7,6 +7,7 @@ connection; what must not be lost is in the store. A received message is acknowl
 from __future__ import annotations
 
 import logging
+import os
 import random
 import ssl
 import threading
@@ -274,12 +275,20 @@ def _tls_context(broker: Broker) -> ssl.SSLContext | None:
     tls = broker.tls
     if tls is None:
         return None
+    for name in ("ca_file", "certificate_file", "key_file"):
+        file: Path | None = getattr(tls, name)
+        if file is not None and not os.access(file, os.R_OK):
+            raise ConfigInvalid(file, f"broker.tls.{name}: it is missing or cannot be read")
+    if tls.key_file is not None:
+        check_private(tls.key_file, "broker.tls.key_file")
     try:
         context = ssl.create_default_context(cafile=tls.ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if tls.certificate_file is not None and tls.key_file is not None:
-            check_private(tls.key_file, "broker.tls.key_file")
-            context.load_cert_chain(tls.certificate_file, tls.key_file)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigInvalid(tls.certificate_file or tls.ca_file or Path("broker.tls"), str(error)) from None
+        raise ConfigInvalid(tls.ca_file or Path("broker.tls"), f"broker.tls.ca_file: {error}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if tls.certificate_file is not None:
+        try:
+            context.load_cert_chain(tls.certificate_file, tls.key_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigInvalid(tls.certificate_file, f"broker.tls.certificate_file and key_file: {error}") from None
     return context

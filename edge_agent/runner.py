@@ -143,13 +143,17 @@ class Trainer:
             return Ending(None, again=True)
         if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
             return Ending("failed", "oom_host", "the kernel ended the trainer for want of memory; lower the budget or stop other work")
-        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        how = f"by signal {_signal_name(-code)}" if code < 0 else f"with exit code {code}"
         return Ending(None, "crash_loop", f"the trainer ended {how}: {self._last_words()}", again=True)
 
     def _last_words(self) -> str:
         """The end of what it wrote to standard error."""
         text = self._log_file.read_bytes()[-LOG_BYTES:].decode(errors="replace").strip()
         return text.splitlines()[-1][-400:] if text else "it said nothing"
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else str(number)
 
 
 def known_reason(code: str | None) -> Reason:

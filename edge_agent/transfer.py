@@ -121,6 +121,9 @@ class Incoming:
     def tick(self, now: float | None = None) -> bool:
         """Ask for the next window if the last one has come, or again if it stays away. True once the file is in the store."""
         now = time.monotonic() if now is None else now
+        if self._store.has(self.sha256):  # it has come on another way
+            self.discard()
+            return True
         if not self.missing_blocks:
             return self._finish()
         if self._asked and now < self._next_at:
@@ -138,7 +141,7 @@ class Incoming:
 
     def receive(self, number: int, block: bytes) -> bool:
         """Keep a block; a foreign or repeated one changes nothing. True once the file is in the store. Raises DiskFull."""
-        if number >= self._count or self._map[number] or len(block) != self._length(number):
+        if number >= self._count or self._map[number] or len(block) != self._length(number) or not self._part.exists():
             return False
         try:
             with self._part.open("r+b") as file:

@@ -10,6 +10,7 @@ import msgspec
 import psutil
 import pynvml
 
+SHORTEST_INTERVAL_S = 0.1
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -59,11 +60,20 @@ class _Host:
 
     def __init__(self) -> None:
         psutil.cpu_percent(None)
+        self._asked_at = time.monotonic()
         self._energy: tuple[float, int] | None = None
 
     def read(self) -> _Readings:
         memory = psutil.virtual_memory()
-        return Reading(memory.available), Reading(memory.total), Reading(psutil.cpu_percent(None)), _host_temperature(), self._power()
+        return Reading(memory.available), Reading(memory.total), self._utilisation(), _host_temperature(), self._power()
+
+    def _utilisation(self) -> Reading:
+        """Share of all cores since the last sample; shorter than a few ticks of the kernel's clock it would read 0."""
+        now = time.monotonic()
+        if now - self._asked_at < SHORTEST_INTERVAL_S:
+            return Reading(None, "no interval yet")
+        self._asked_at = now
+        return Reading(psutil.cpu_percent(None))
 
     def _power(self) -> Reading:
         """Mean watts of the first package since the last sample, from its RAPL counter."""
@@ -74,7 +84,7 @@ class _Host:
         except (OSError, ValueError) as error:
             return Reading(None, f"the RAPL counter cannot be read: {type(error).__name__}")
         before, self._energy = self._energy, now
-        if before is None or now[0] - before[0] < 0.05 or now[1] < before[1]:
+        if before is None or now[0] - before[0] < SHORTEST_INTERVAL_S or now[1] < before[1]:
             return Reading(None, "no interval yet")
         return Reading((now[1] - before[1]) / 1e6 / (now[0] - before[0]))
 

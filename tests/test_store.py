@@ -148,6 +148,15 @@ def test_transition_of_an_unknown_job(phase: Phase, store: Store) -> None:
     assert store.waiting(ALL) == []
 
 
+def test_job_is_not_moved_to_its_end(store: Store) -> None:
+    """An end has an outcome: without one nothing changes."""
+    job = _at(store, "running")
+    kept = _row(store, job), store.waiting(ALL)
+    with pytest.raises(ValueError, match="an outcome belongs"):
+        store.move(job, "ended")
+    assert (_row(store, job), store.waiting(ALL)) == kept
+
+
 def test_start_is_counted_before_it_is_told(store: Store) -> None:
     """The message that a trainer starts carries the number of that start; an interruption is counted as a crash only if it is one."""
     job = _at(store, "ready")
@@ -250,13 +259,19 @@ def test_cancel_of_an_unknown_job(store: Store) -> None:
 
 
 def test_forget_only_what_has_ended(store: Store) -> None:
-    """A job that is open, or unknown, is not forgotten."""
-    job = _accept(store)
+    """A job that is open, or unknown, is not forgotten; one that has ended goes with what was still to be said of it."""
+    job, other = _accept(store), _accept(store)
+    kept = store.waiting(ALL)
     assert not store.forget(job)
     assert not store.forget(new_id())
+    assert store.waiting(ALL) == kept
     store.end(job, SUCCEEDED)
+    assert [row.id for row in store.jobs()] == [job, other]
     assert store.forget(job)
     assert store.job(job) is None
+    assert [row.id for row in store.jobs()] == [other]
+    assert _told(store, job) == []
+    assert len(_told(store, other)) == 1
 
 
 def test_last_trainer_is_the_one_that_started_last(store: Store) -> None:
@@ -401,7 +416,8 @@ def _add(store: CoordinatorStore) -> str:
 
 
 def _status(phase: Phase, seq: int | None, *, attempt: int | None = 1) -> Message[JobStatus]:
-    return decode(encode(JobStatus(DIGEST, phase), "edge1/f/n", seq=seq, attempt=attempt), JobStatus)
+    status = JobStatus(DIGEST, phase, "rejected" if phase == "ended" else None)
+    return decode(encode(status, "edge1/f/n", seq=seq, attempt=attempt), JobStatus)
 
 
 def _result(outcome: Any, seq: int | None) -> Message[JobResult]:

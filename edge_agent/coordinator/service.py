@@ -152,17 +152,19 @@ class Service:
                 return
             try:
                 self._handle(event)
+                event = NOTHING
                 self._tick(time.monotonic())
             except Exception as error:
                 self._failed(event, error)
 
     def _failed(self, event: object, error: Exception) -> None:
         """No failure ends the service."""
-        if isinstance(event, Call) and not event.future.done():
+        if isinstance(event, Call):
             event.future.set_exception(error)
         elif isinstance(error, OSError | sqlite3.Error | DiskFull):  # a full or failing disk; the store has rolled back
             log.error("storage_error error=%r", error)
-            self._events.put(event)
+            if event is not NOTHING:
+                self._events.put(event)
             time.sleep(TICK_S)
         else:  # a defect of ours: the same message must not come back for ever
             log.error("event_failed event=%s", type(event).__name__, exc_info=error)
