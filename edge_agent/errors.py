@@ -254,6 +254,16 @@ class ConfigInvalid(EdgeAgentError):
         super().__init__(f"{path}: {problem}; see docs/config.md")
 
 
+class PackageMissing(EdgeAgentError):
+    """A command needs packages of an extra that is not installed."""
+
+    code = "package_missing"
+    exit_code = 13
+
+    def __init__(self, package: str | None) -> None:
+        super().__init__(f"the Python package {package!r} is not installed; run `pip install 'edge-agent[coordinator]'`")
+
+
 class StateUnusable(EdgeAgentError):
     """The state directory of an agent or coordinator cannot be used."""
 

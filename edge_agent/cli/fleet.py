@@ -23,7 +23,7 @@ from edge_agent.cli.shared import (
 )
 from edge_agent.config import AGENT_CONFIG, COORDINATOR_CONFIG, CoordinatorConfig, read_config
 from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, summary
-from edge_agent.errors import ConfigInvalid, EdgeAgentError, JobEnded
+from edge_agent.errors import EdgeAgentError, JobEnded
 from edge_agent.job_building import build_job
 from edge_agent.sizes import parse_size
 
@@ -46,12 +46,9 @@ def coordinator(config: CoordinatorConfigOption = COORDINATOR_CONFIG) -> None:
     """Be the coordinator: offer jobs to nodes, keep their results, answer the commands below, until SIGTERM or Ctrl-C."""
     with explained(False):
         from edge_agent import logs
+        from edge_agent.coordinator.http import serve
+        from edge_agent.coordinator.service import Service
 
-        try:
-            from edge_agent.coordinator.http import serve
-            from edge_agent.coordinator.service import Service
-        except ModuleNotFoundError as error:
-            raise ConfigInvalid(config, f"{error}; install the coordinator's packages: pip install 'edge-agent[coordinator]'") from None
         logs.set_up()
         read = read_config(config, CoordinatorConfig)
         service = Service(read)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from edge_agent.console import printable
-from edge_agent.errors import EdgeAgentError
+from edge_agent.errors import EdgeAgentError, PackageMissing
 
 EXIT_CODES = """
 Exit codes: 0 success, 1 internal error, 2 wrong usage, 3 dataset, 4 job or directory, 5 model or adapter, 6 does not fit the
@@ -22,6 +22,9 @@ budget or the free memory, 7 out of memory, 8 disk full, 9 loss not finite, 10 t
 11 no such device, 12 stopped on request, 13 configuration or state directory of a daemon, 14 coordinator away or unwilling,
 130 interrupted (run again to go on).
 """
+
+COORDINATOR_PACKAGES = {"litestar", "uvicorn", "httpx", "amqtt"}
+"""Of the extra `coordinator`: a node does without."""
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="A model directory, or the id of a model in the local Hugging Face cache.")
@@ -55,6 +58,10 @@ def explained(as_json: bool) -> Iterator[None]:
     except (typer.Exit, typer.BadParameter):
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in COORDINATOR_PACKAGES:
+            missing = PackageMissing(error.name)
+            _print_error(missing.code, str(missing), as_json)
+            raise typer.Exit(missing.exit_code) from None
         _print_error(EdgeAgentError.code, f"{type(error).__name__}: {error}", as_json)
         Console(stderr=True).print_exception()
         raise typer.Exit(EdgeAgentError.exit_code) from None
