@@ -11,21 +11,19 @@ import os
 import platform
 import random
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from edge_agent import logs
 from edge_agent.config import AGENT_CONFIG, AgentConfig, read_config
 from edge_agent.delivery import Outbox, Uplink
-from edge_agent.errors import DiskFull, EdgeAgentError, MessageInvalid
+from edge_agent.errors import EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
 from edge_agent.jobs import Jobs
 from edge_agent.messages import (
@@ -50,6 +48,7 @@ from edge_agent.messages import (
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.runner import TrainerEnded, TrainerEvent
+from edge_agent.serving import END, serve
 from edge_agent.store import Store
 from edge_agent.topics import COORDINATOR, node_subscriptions, split, up
 from profiles.device import detect_device, device_name, device_profile
@@ -57,7 +56,6 @@ from profiles.sensors import Sensors
 
 log = logging.getLogger(__name__)
 
-NOTHING = object()
 TICK_S = 1.0
 HEARTBEAT_IDLE_S, HEARTBEAT_BUSY_S, HEARTBEAT_JITTER = 60.0, 30.0, 0.2
 HELLO_S = 300.0
@@ -87,38 +85,21 @@ class Agent:
     def run(self) -> None:
         """Start up, serve until SIGTERM or SIGINT, shut down."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._events.put(None))
+            signal.signal(number, lambda *_: self._events.put(END))
         self._jobs.recover()
         self._link.start()
         log.info("agent_started node=%s boot=%d device=%s pid=%d", self._config.node, self._store.boot, self._device.kind, os.getpid())
         try:
-            self._serve()
+            serve(self._events, self._handle, self._tick, self._drop, TICK_S)
         finally:
             self._jobs.shut_down()
             self._link.close((self._uplink.topic("state"), self._uplink.message(self._state("offline"))))
             self._store.close()
             log.info("agent_stopped node=%s", self._config.node)
 
-    def _serve(self) -> None:
-        while True:
-            event: object = NOTHING
-            with suppress(Empty):
-                event = self._events.get(timeout=TICK_S)
-            if event is None:
-                return
-            try:
-                self._handle(event)
-                event = NOTHING
-                self._tick(time.monotonic())
-            except (OSError, sqlite3.Error, DiskFull) as error:
-                log.error("storage_error error=%r", error)  # a full or failing disk; the store has rolled back
-                if event is not NOTHING:
-                    self._events.put(event)
-                time.sleep(TICK_S)
-            except Exception:  # a defect of ours must not end the jobs of others, nor come back with the same message for ever
-                log.exception("event_failed event=%s", type(event).__name__)
-                if isinstance(event, Received):
-                    self._link.acknowledge(event)
+    def _drop(self, event: object) -> None:
+        if isinstance(event, Received):
+            self._link.acknowledge(event)
 
     def _handle(self, event: object) -> None:
         match event:

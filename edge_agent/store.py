@@ -6,16 +6,13 @@ transaction, on disk before the call returns (WAL, synchronous=FULL).
 
 from __future__ import annotations
 
-import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from edge_agent.errors import StateUnusable
+from edge_agent.database import open_database, transaction
 from edge_agent.messages import JobResult, JobStatus, Outcome, Phase, Reason, encode, new_id
 from edge_agent.topics import up
 
@@ -77,6 +74,7 @@ DELETE_JOB = "DELETE FROM jobs WHERE id = ? AND phase = 'ended'"
 DELETE_MESSAGES = "DELETE FROM outbox WHERE job = ?"
 INSERT_MESSAGE = "INSERT INTO outbox (id, job, topic, payload) VALUES (?, ?, ?, ?)"
 DELETE_MESSAGE = "DELETE FROM outbox WHERE id = ?"
+WAITING_FOR_JOB = "SELECT 1 FROM outbox WHERE job = ?"
 WAITING_MESSAGES = "SELECT id, topic, payload FROM outbox ORDER BY number LIMIT ?"
 
 
@@ -114,28 +112,11 @@ class Store:
 
     def __init__(self, path: Path, fleet: str, node: str) -> None:
         self._fleet, self._node, self._source = fleet, node, f"edge1/{fleet}/{node}"
-        try:
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(SCHEMA)
-            self.boot: int = self._db.execute(COUNT_BOOT, (int(time.time()),)).fetchone()[0]
-        except sqlite3.Error as error:
-            raise StateUnusable(path, f"{error}; restore or remove the file") from None
-        self._db.row_factory = sqlite3.Row
+        self._db = open_database(path, SCHEMA)
+        self.boot: int = self._db.execute(COUNT_BOOT, (int(time.time()),)).fetchone()[0]
 
     def close(self) -> None:
         self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
     @property
     def draining(self) -> bool:
@@ -165,19 +146,19 @@ class Store:
 
     def accept(self, job: str, digest: str, offer: bytes, priority: int) -> None:
         """Keep a new job and the message that it was accepted. A job that is there already changes nothing."""
-        with self._transaction():
+        with transaction(self._db):
             if self._db.execute(INSERT_JOB, (job, digest, offer, priority, time.time())).rowcount:
                 self._tell(job, JobStatus(digest, "accepted"))
 
     def reject(self, job: str, digest: str | None, reason: Reason, text: str) -> None:
         """Keep the message that an offer was rejected, and nothing else of it."""
         status = JobStatus(digest, "ended", "rejected", reason, text[:1024])
-        with self._transaction():
+        with transaction(self._db):
             self._write(job, "status", status, seq=None, attempt=None)
 
     def move(self, job: str, phase: Phase, *, start: bool = False, crashed: bool = False) -> JobRow:
         """Move a job to a phase that is not its end, and keep the message that tells it."""
-        with self._transaction():
+        with transaction(self._db):
             row = self._checked(job, phase)
             self._db.execute(MOVE_JOB, (phase, job))
             if start:
@@ -192,19 +173,21 @@ class Store:
 
     def end(self, job: str, result: JobResult) -> None:
         """End a job and keep its result, in one transaction."""
-        with self._transaction():
+        with transaction(self._db):
             self._checked(job, "ended")
             self._end(job, result)
 
     def cancel_unknown(self, job: str) -> None:
         """Keep the end of a job that is canceled before its offer came, so that a late offer does not start it."""
-        with self._transaction():
+        with transaction(self._db):
             self._db.execute(INSERT_JOB, (job, "", b"", 0, time.time()))
             self._end(job, JobResult(None, "canceled", "canceled", "it was canceled before its offer came"))
 
     def tell_again(self, row: JobRow) -> None:
-        """Keep a message with the current view of a job once more."""
-        with self._transaction():
+        """Keep a message with the current view of a job once more, unless what was said last is still to be acknowledged."""
+        with transaction(self._db):
+            if self._db.execute(WAITING_FOR_JOB, (row.id,)).fetchone():
+                return
             if row.result is not None:
                 self._tell(row.id, msgspec.json.decode(row.result, type=JobResult))
             else:
@@ -223,7 +206,7 @@ class Store:
 
     def forget(self, job: str) -> bool:
         """Delete a job that has ended, and what was still to be said of it; False where it has not ended, or is unknown."""
-        with self._transaction():
+        with transaction(self._db):
             deleted = bool(self._db.execute(DELETE_JOB, (job,)).rowcount)
             if deleted:
                 self._db.execute(DELETE_MESSAGES, (job,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sqlite3
 import time
@@ -140,3 +141,17 @@ def test_coordinator_killed_in_mid_job(fleet: Fleet, undisturbed: bytes) -> None
     wait_for("the trainer to end", lambda: not fleet.trainers())
     fleet.start_coordinator()
     _check_end(fleet, job, undisturbed)
+
+
+def test_a_node_that_lost_its_disk_runs_its_jobs_anew(fleet: Fleet, undisturbed: bytes) -> None:
+    """The state directory of the node is deleted in mid-job: the job is offered again, runs from its start, and ends once."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 2)
+    fleet.stop("agent", signal.SIGKILL)
+    wait_for("the child to end", lambda: not fleet.trainers())
+    shutil.rmtree(fleet.directory / "node")
+    fleet.start_agent()
+    _check_end(fleet, job, undisturbed)
+    result = fleet.client.result(fleet.client.job(job))
+    assert result is not None
+    assert not result.resumed

@@ -12,7 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up: a module may import from its own layer's folder and from layers below it.
 LAYERS = (
-    ("edge_agent.errors", "edge_agent.files", "edge_agent.prompts", "edge_agent.sizes", "edge_agent.topics", "edge_agent.logs"),
+    (
+        "edge_agent.errors",
+        "edge_agent.files",
+        "edge_agent.prompts",
+        "edge_agent.sizes",
+        "edge_agent.topics",
+        "edge_agent.logs",
+        "edge_agent.database",
+        "edge_agent.serving",
+    ),
     ("profiles", "edge_agent.verify", "edge_agent.job", "edge_agent.config"),
     ("edge_agent.critic", "edge_agent.dataset", "quantization"),
     ("edge_agent.report", "edge_agent.saliency"),
@@ -98,7 +107,7 @@ def test_daemon_side_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("module", sorted(_modules()))
 def test_nothing_swallows_every_exception(module: str) -> None:
-    """`except Exception` stands at the top of the trainer, of the two daemons' loops, and of the command line."""
+    """`except Exception` stands at the top of the trainer, of the daemons' loop and of a request to it, and of the command line."""
     text = _modules()[module].read_text(encoding="utf-8")
-    tops = {"edge_agent.training.run", "edge_agent.cli.shared", "edge_agent.agent", "edge_agent.coordinator.service"}
+    tops = {"edge_agent.training.run", "edge_agent.cli.shared", "edge_agent.serving", "edge_agent.coordinator.service"}
     assert text.count("except Exception") == (module in tops)

@@ -226,15 +226,26 @@ def test_job_is_unacknowledged_until_its_end_is_known(store: Store) -> None:
 
 
 def test_tell_again_tells_the_present(store: Store) -> None:
-    """The current view is one message more with the next number: a status while the job is open, its result afterwards."""
+    """The current view is one message more, a status while the job is open and its result afterwards; but none beside one that still
+    waits for its acknowledgement."""
     job = _at(store, "running")
+    waiting = len(_told(store, job))
     store.tell_again(_row(store, job))
-    assert _place(_told(store, job)[-1]) == ("running", None)
+    assert len(_told(store, job)) == waiting
+    _acknowledge_all(store)
+    store.tell_again(_row(store, job))
+    assert [_place(m) for m in _told(store, job)] == [("running", None)]
     store.end(job, SUCCEEDED)
+    _acknowledge_all(store)
     store.tell_again(_row(store, job))
-    told = _told(store, job)
-    assert told[-1].data == told[-2].data == SUCCEEDED
-    assert [m.seq for m in told] == list(range(1, len(told) + 1))
+    [told] = _told(store, job)
+    assert told.data == SUCCEEDED
+    assert told.seq == waiting + 3
+
+
+def _acknowledge_all(store: Store) -> None:
+    for message in store.waiting(100):
+        store.acknowledged(message.id)
 
 
 def test_open_jobs_by_priority_then_arrival(store: Store) -> None:

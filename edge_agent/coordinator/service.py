@@ -6,26 +6,23 @@ One thread decides everything, as in the agent; requests of the HTTP API are cal
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
-import msgspec
-
 from edge_agent.config import CoordinatorConfig
+from edge_agent.coordinator.audience import Audience, Listener
+from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.store import CoordinatorStore, JobView
-from edge_agent.errors import DiskFull, MessageInvalid, Refused, human_bytes
+from edge_agent.errors import MessageInvalid, Refused, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
 from edge_agent.messages import (
-    MAX_INLINE_BYTES,
     Ack,
     Cancel,
     CoordinatorState,
@@ -47,15 +44,14 @@ from edge_agent.messages import (
     new_id,
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
+from edge_agent.serving import END, serve
 from edge_agent.topics import coordinator_state, coordinator_subscriptions, down, split
-from edge_agent.transfer import FileStore, Incoming
+from edge_agent.transfer import FileStore
 
 log = logging.getLogger(__name__)
 
-NOTHING = object()
 TICK_S = 0.5
 OFFER_RETRY_S, LONGEST_OFFER_RETRY_S = 5.0, 120.0
-WATCH_TTL_S = 10.0
 REPORT_PAUSE_S = 10.0
 """A node is asked for its view at most this often."""
 
@@ -69,6 +65,13 @@ class Call:
     run: Callable[[], Any]
     future: Future[Any]
 
+    def answer(self) -> None:
+        """Run it, and hand over what it returns or raises."""
+        try:
+            self.future.set_result(self.run())
+        except Exception as error:
+            self.future.set_exception(error)
+
 
 @dataclass
 class Retry:
@@ -79,18 +82,6 @@ class Retry:
 
     def sent(self, now: float) -> None:
         self.due, self.pause_s = now + self.pause_s, min(2 * self.pause_s, LONGEST_OFFER_RETRY_S)
-
-
-@dataclass
-class Awaited:
-    """A job whose result has come and whose artifacts are on their way; `message` is acknowledged when they are here."""
-
-    message: str
-    incoming: dict[str, Incoming] = field(default_factory=dict)
-
-
-Listener = Callable[[JobProgress | None], None]
-"""Hears the progress of a job; None: its state has changed."""
 
 
 class Service:
@@ -112,11 +103,9 @@ class Service:
             self._birth,
         )
         self._offers: dict[str, Retry] = {}
-        self._awaited: dict[str, Awaited] = {}
         self._reports: dict[str, float] = {}
-        self._listeners: dict[str, list[Listener]] = {}
-        self._watches: dict[str, float] = {}
-        self._last_progress: dict[str, JobProgress] = {}
+        self._audience = Audience(self._ask_progress)
+        self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
     def start(self) -> None:
@@ -126,7 +115,7 @@ class Service:
 
     def stop(self) -> None:
         """End the thread, tell the fleet, and close."""
-        self._events.put(None)
+        self._events.put(END)
         self._thread.join()
         topic = coordinator_state(self._config.fleet, self._config.instance)
         self._link.close((topic, self._message(CoordinatorState(False, self._store.epoch))))
@@ -144,47 +133,24 @@ class Service:
         self._events.put(Call(run, Future()))
 
     def _serve(self) -> None:
-        while True:
-            event: object = NOTHING
-            with suppress(Empty):
-                event = self._events.get(timeout=TICK_S)
-            if event is None:
-                return
-            try:
-                self._handle(event)
-                event = NOTHING
-                self._tick(time.monotonic())
-            except Exception as error:
-                self._failed(event, error)
+        serve(self._events, self._handle, self._tick, self._drop, TICK_S)
 
-    def _failed(self, event: object, error: Exception) -> None:
-        """No failure ends the service."""
-        if isinstance(event, Call):
-            event.future.set_exception(error)
-        elif isinstance(error, OSError | sqlite3.Error | DiskFull):  # a full or failing disk; the store has rolled back
-            log.error("storage_error error=%r", error)
-            if event is not NOTHING:
-                self._events.put(event)
-            time.sleep(TICK_S)
-        else:  # a defect of ours: the same message must not come back for ever
-            log.error("event_failed event=%s", type(event).__name__, exc_info=error)
-            if isinstance(event, Received):
-                self._link.acknowledge(event)
+    def _drop(self, event: object) -> None:
+        if isinstance(event, Received):
+            self._link.acknowledge(event)
 
     def _handle(self, event: object) -> None:
         match event:
             case Received():
                 self._receive(event)
-            case Call(run, future):
-                future.set_result(run())
+            case Call():
+                event.answer()
             case Connected(protocol):
                 log.info("connected host=%s port=%d protocol=%s", self._config.broker.host, self._config.broker.port, protocol)
                 topic = coordinator_state(self._config.fleet, self._config.instance)
                 self._link.publish(topic, self._message(CoordinatorState(True, self._store.epoch)), qos=1, retain=True)
                 self._offers.clear()
-                for awaited in self._awaited.values():
-                    for incoming in awaited.incoming.values():
-                        incoming.ask_again()
+                self._exchange.link_is_new()
             case Disconnected(why):
                 log.warning("disconnected why=%r", why)
 
@@ -226,9 +192,9 @@ class Service:
             case ["job", job, "result"] if is_ulid(job):
                 self._result(node, job, payload)
             case ["file", sha256, "request"]:
-                self._send_blocks(node, sha256, decode(payload, FileRequest).data)
+                self._exchange.send_blocks(node, sha256, decode(payload, FileRequest).data)
             case ["file", sha256, "block", number] if number.isdecimal():
-                self._receive_block(node, sha256, int(number), payload)
+                self._exchange.receive_block(node, sha256, int(number), payload)
             case _:
                 log.warning("topic_unknown node=%s topic=%s", node, "/".join(parts))
 
@@ -240,6 +206,9 @@ class Service:
         for view in self._store.open_jobs():
             if view.node == node:
                 self._offers.pop(view.id, None)
+                # The same offer again: a node that has the job says where it stands, one that has lost its disk takes it anew.
+                if state.state == "ready" and view.phase not in ("created", "offered") and not view.cancel:
+                    self._send(node, self._exchange.fill(view.offer), "job", view.id, "offer")
 
     def _own(self, node: str, job: str) -> JobView | None:
         """The job, if it is this node's: no node speaks of another's."""
@@ -269,9 +238,7 @@ class Service:
     def _progress(self, node: str, job: str, progress: JobProgress) -> None:
         view = self._store.job(job)
         if view is not None and view.node == node and view.phase != "ended":
-            self._last_progress[job] = progress
-            for listener in self._listeners.get(job, []):
-                listener(progress)
+            self._audience.progress(job, progress)
 
     def _result(self, node: str, job: str, payload: bytes) -> None:
         message = decode(payload, JobResult)
@@ -281,54 +248,15 @@ class Service:
             return
         self._store.apply_result(view, message)
         self._changed(job)
-        awaited = self._awaited.setdefault(job, Awaited(message.id))
-        awaited.message = message.id
-        self._collect(job)
+        self._exchange.collect(view, message.id)
 
-    # artifacts and datasets
-
-    def _collect(self, job: str) -> None:
-        """Fetch what is missing of a job's artifacts; with the last one the job ends and its result is acknowledged."""
-        view, awaited = self._store.job(job), self._awaited[job]
-        if view is None or view.result is None:
-            return
-        for artifact in view.artifacts if view.phase != "ended" else ():
-            if artifact.size_bytes > self._config.artifact_limit:
-                log.error("artifact_left_on_node job=%s name=%s bytes=%d", job, artifact.name, artifact.size_bytes)
-                continue
-            if not self.files.has(artifact.sha256) and artifact.sha256 not in awaited.incoming:
-                awaited.incoming[artifact.sha256] = self._incoming(view.node, File(artifact.sha256, artifact.size_bytes))
-        for sha256, incoming in list(awaited.incoming.items()):
-            if incoming.tick():
-                del awaited.incoming[sha256]
-        if not awaited.incoming:
-            if view.phase != "ended":
-                self._store.end(job, view.result.outcome, view.result.reason, view.result.text)
-                log.info("job_ended job=%s node=%s outcome=%s reason=%s", job, view.node, view.result.outcome, view.result.reason)
-            self._send(view.node, Ack(), "ack", awaited.message)
-            del self._awaited[job]
-            self._changed(job)
-
-    def _incoming(self, node: str, file: File) -> Incoming:
-        def ask(request: FileRequest) -> bool:
-            return self._send(node, request, "file", file.sha256, "request", qos=0)
-
-        return Incoming(self.files, file.sha256, file.size_bytes, self._link.payload_limit, ask)
-
-    def _receive_block(self, node: str, sha256: str, number: int, block: bytes) -> None:
-        for job, awaited in list(self._awaited.items()):
-            incoming = awaited.incoming.get(sha256)
-            view = self._store.job(job) if incoming else None
-            if incoming and view and view.node == node and incoming.receive(number, block):
-                del awaited.incoming[sha256]
-                self._collect(job)
-
-    def _send_blocks(self, node: str, sha256: str, request: FileRequest) -> None:
-        """Send blocks of a file that one of the node's open jobs needs; no other file goes to it."""
-        wanted = [v for v in self._store.open_jobs() if v.node == node]
-        if any(sha256 in (v.offer.dataset.sha256, v.offer.evaluation and v.offer.evaluation.sha256) for v in wanted):
-            for number, block in self.files.read_blocks(sha256, request):
-                self._link.publish(down(self._config.fleet, node, "file", sha256, "block", number), block)
+    def _collected(self, view: JobView, message: str) -> None:
+        """All artifacts of a job are here: it has ended, and its node may know."""
+        if view.phase != "ended" and view.result is not None:
+            self._store.end(view.id, view.result.outcome, view.result.reason, view.result.text)
+            log.info("job_ended job=%s node=%s outcome=%s reason=%s", view.id, view.node, view.result.outcome, view.result.reason)
+        self._send(view.node, Ack(), "ack", message)
+        self._changed(view.id)
 
     # offers
 
@@ -338,12 +266,8 @@ class Service:
         for view in self._store.open_jobs():
             if view.phase in ("created", "offered") or view.cancel:
                 self._ask_node(view, now)
-        for job in list(self._awaited):
-            self._collect(job)
-        for job, due in list(self._watches.items()):
-            if now >= due:
-                self._watches[job] = now + WATCH_TTL_S / 2
-                self._watch(job)
+        self._exchange.tick()
+        self._audience.tick(now)
 
     def _ask_node(self, view: JobView, now: float) -> None:
         """Offer a job, or ask for its end, until the node answers."""
@@ -358,24 +282,11 @@ class Service:
             return
         if view.cancel and self._send(view.node, Cancel(), "job", view.id, "cancel"):
             retry.sent(now)
-        elif not view.cancel and self._send(view.node, self._with_files(view.offer), "job", view.id, "offer"):
+        elif not view.cancel and self._send(view.node, self._exchange.fill(view.offer), "job", view.id, "offer"):
             retry.sent(now)
             if view.phase == "created":
                 self._store.offered(view.id)
                 self._changed(view.id)
-
-    def _with_files(self, offer: Offer) -> Offer:
-        """Put the files that are small enough into the offer."""
-        room = min(MAX_INLINE_BYTES, self._link.payload_limit // 2)  # as base64 they take a third more, beside the job
-
-        def fill(file: File) -> File:
-            nonlocal room
-            if file.size_bytes > room or not self.files.has(file.sha256):
-                return file
-            room -= file.size_bytes
-            return msgspec.structs.replace(file, inline=self.files.path(file.sha256).read_bytes())
-
-        return msgspec.structs.replace(offer, dataset=fill(offer.dataset), evaluation=offer.evaluation and fill(offer.evaluation))
 
     # requests; `call` runs them in the coordinator's thread
 
@@ -436,27 +347,16 @@ class Service:
 
     def listen(self, job: str, listener: Listener) -> None:
         """Hear the progress of a job; its node tells it more often while somebody does."""
-        self._listeners.setdefault(self.job(job).id, []).append(listener)
-        self._watches.setdefault(job, 0.0)
-        if job in self._last_progress:
-            listener(self._last_progress[job])
+        self._audience.join(self.job(job).id, listener)
 
     def stop_listening(self, job: str, listener: Listener) -> None:
-        listeners = self._listeners.get(job, [])
-        if listener in listeners:
-            listeners.remove(listener)
-        if not listeners:
-            self._listeners.pop(job, None)
-            self._watches.pop(job, None)
+        self._audience.leave(job, listener)
 
-    def _watch(self, job: str) -> None:
+    def _ask_progress(self, job: str, watch: Watch) -> None:
         view = self._store.job(job)
         if view is not None and view.phase != "ended":
-            self._send(view.node, Watch(WATCH_TTL_S), "job", job, "watch", qos=0)
+            self._send(view.node, watch, "job", job, "watch", qos=0)
 
     def _changed(self, job: str) -> None:
-        for listener in self._listeners.get(job, []):
-            listener(None)
         view = self._store.job(job)
-        if view is not None and view.phase == "ended":
-            self._last_progress.pop(job, None)
+        self._audience.changed(job, view is not None and view.phase == "ended")

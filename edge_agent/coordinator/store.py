@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from edge_agent.errors import StateUnusable
+from edge_agent.database import open_database, transaction
 from edge_agent.messages import Artifact, Heartbeat, JobResult, JobStatus, Message, NodeInfo, NodeState, Offer, Outcome, Phase, Reason
 
 SCHEMA = """
@@ -26,7 +24,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     phase TEXT NOT NULL,                 -- created, offered, then the phases of the agent
     outcome TEXT, reason TEXT, text TEXT,
     attempt INTEGER NOT NULL DEFAULT 0,
-    seq INTEGER NOT NULL DEFAULT 0,      -- highest number of a message about this job
+    boot INTEGER NOT NULL DEFAULT 0,     -- the start of the agent that the newest message about this job came from
+    seq INTEGER NOT NULL DEFAULT 0,      -- and its number
     cancel INTEGER NOT NULL DEFAULT 0,   -- whether somebody has asked for its end
     result BLOB                          -- JSON of the JobResult, once it has come
 );
@@ -56,8 +55,9 @@ GET_JOB = "SELECT * FROM jobs WHERE id = ?"
 ALL_JOBS = "SELECT * FROM jobs ORDER BY created DESC, rowid DESC LIMIT ?"
 OPEN_JOBS = "SELECT * FROM jobs WHERE phase != 'ended' ORDER BY created, rowid"
 SET_PHASE = "UPDATE jobs SET phase = ?, changed = ? WHERE id = ?"
-SET_STATUS = "UPDATE jobs SET phase = ?, outcome = ?, reason = ?, text = ?, attempt = ?, seq = ?, changed = ? WHERE id = ?"
-SET_RESULT = "UPDATE jobs SET phase = 'finalizing', result = ?, attempt = ?, seq = ?, changed = ? WHERE id = ?"
+SET_STATUS = """UPDATE jobs SET phase = ?, outcome = ?, reason = ?, text = ?, attempt = ?, boot = ?, seq = ?, changed = ?, result = NULL
+WHERE id = ?"""
+SET_RESULT = "UPDATE jobs SET phase = 'finalizing', result = ?, attempt = ?, boot = ?, seq = ?, changed = ? WHERE id = ?"
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, reason = ?, text = ?, changed = ? WHERE id = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = ? WHERE id = ?"
 KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
@@ -88,6 +88,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     reason: Reason | None
     text: str | None
     attempt: int
+    boot: int
     seq: int
     cancel: bool
     result: JobResult | None
@@ -130,28 +131,11 @@ class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(SCHEMA)
-            self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
-        except sqlite3.Error as error:
-            raise StateUnusable(path, f"{error}; restore or remove the file") from None
-        self._db.row_factory = sqlite3.Row
+        self._db = open_database(path, SCHEMA)
+        self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
 
     def close(self) -> None:
         self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
     # jobs
 
@@ -184,24 +168,25 @@ class CoordinatorStore:
         self._db.execute(END_JOB, (outcome, reason, text, time.time(), job))
 
     def apply_status(self, view: JobView, message: Message[JobStatus]) -> bool:
-        """Keep a status; it changes the job if it is new and the job has not ended. False where it leaves a gap or is late."""
-        status = message.data
-        late = view.phase == "ended" or (message.seq is not None and message.seq <= view.seq)
-        with self._transaction():
+        """Keep a status; it changes the job if it is newer than what is known and the job has not ended. False where one is missing."""
+        status, place = message.data, _place(message, view)
+        late = view.phase == "ended" or place <= (view.boot, view.seq)
+        with transaction(self._db):
             if not self._keep(view.id, message, status.phase, late):
                 return True
             if not late:
-                place = (message.attempt or view.attempt, message.seq or view.seq, time.time(), view.id)
-                self._db.execute(SET_STATUS, (status.phase, status.outcome, status.reason, status.text, *place))
-        return message.seq is None or message.seq == view.seq + 1
+                attempt = message.attempt or view.attempt
+                told = (status.phase, status.outcome, status.reason, status.text, attempt, *place, time.time(), view.id)
+                self._db.execute(SET_STATUS, told)
+        return message.seq is None or message.seq == view.seq + 1 or (message.seq == 1 and place[0] > view.boot)
 
     def apply_result(self, view: JobView, message: Message[JobResult]) -> None:
         """Keep the end of a job; it becomes the job's own when every artifact is here."""
         late = view.result is not None or view.phase == "ended"
-        with self._transaction():
+        with transaction(self._db):
             if self._keep(view.id, message, "ended", late) and not late:
-                place = (message.attempt or view.attempt, message.seq or view.seq, time.time(), view.id)
-                self._db.execute(SET_RESULT, (msgspec.json.encode(message.data), *place))
+                told = (msgspec.json.encode(message.data), message.attempt or view.attempt, *_place(message, view), time.time(), view.id)
+                self._db.execute(SET_RESULT, told)
 
     def _keep(self, job: str, message: Message[Any], phase: Phase, late: bool) -> bool:
         """Write a message into the history; False where it is there already."""
@@ -234,6 +219,14 @@ class CoordinatorStore:
 
     def set_heartbeat(self, node: str, heartbeat: Heartbeat) -> None:
         self._db.execute(SET_HEARTBEAT, (msgspec.json.encode(heartbeat), time.time(), node))
+
+
+def _place(message: Message[Any], view: JobView) -> tuple[int, int]:
+    """Where a message stands among those about its job: a later start of the agent is newer, and so is a higher number.
+
+    An agent that has lost its disk numbers from 1 again. A rejection has no number: it is the newest of its start.
+    """
+    return message.boot or view.boot, message.seq or view.seq + 1
 
 
 def _job(row: sqlite3.Row) -> JobView:

@@ -1,0 +1,112 @@
+"""Files between the coordinator and nodes: datasets inside an offer or in blocks, and the artifacts of jobs that have ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from edge_agent.coordinator.store import CoordinatorStore, JobView
+from edge_agent.messages import MAX_INLINE_BYTES, Artifact, File, FileRequest, Offer
+from edge_agent.mqtt import Link
+from edge_agent.topics import down
+from edge_agent.transfer import FileStore, Incoming
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Awaited:
+    """A result whose artifacts are on their way; its message is acknowledged when they are here."""
+
+    node: str
+    message: str
+    incoming: dict[str, Incoming] = field(default_factory=dict)
+
+
+class Exchange:
+    """Transfers of one coordinator. `send` publishes a message to a node, `collected` hears of each job whose artifacts are here."""
+
+    def __init__(
+        self,
+        store: CoordinatorStore,
+        files: FileStore,
+        link: Link,
+        fleet: str,
+        artifact_limit: int,
+        send: Callable[..., bool],
+        collected: Callable[[JobView, str], None],
+    ) -> None:
+        self._store, self._files, self._link, self._fleet = store, files, link, fleet
+        self._artifact_limit, self._send, self._collected = artifact_limit, send, collected
+        self._awaited: dict[str, Awaited] = {}
+
+    def fill(self, offer: Offer) -> Offer:
+        """Return the offer with those files inside that are small enough."""
+        room = min(MAX_INLINE_BYTES, self._link.payload_limit // 2)  # as base64 they take a third more, beside the job
+
+        def put(file: File) -> File:
+            nonlocal room
+            if file.size_bytes > room or not self._files.has(file.sha256):
+                return file
+            room -= file.size_bytes
+            return msgspec.structs.replace(file, inline=self._files.path(file.sha256).read_bytes())
+
+        return msgspec.structs.replace(offer, dataset=put(offer.dataset), evaluation=offer.evaluation and put(offer.evaluation))
+
+    def send_blocks(self, node: str, sha256: str, request: FileRequest) -> None:
+        """Send blocks of a file that one of the node's open jobs needs; no other file goes to it."""
+        offers = [view.offer for view in self._store.open_jobs() if view.node == node]
+        if any(sha256 in (offer.dataset.sha256, offer.evaluation and offer.evaluation.sha256) for offer in offers):
+            for number, block in self._files.read_blocks(sha256, request):
+                self._link.publish(down(self._fleet, node, "file", sha256, "block", number), block)
+
+    def collect(self, view: JobView, message: str) -> None:
+        """Begin, or go on, to fetch the artifacts of a job's result, which came in a message."""
+        awaited = self._awaited.setdefault(view.id, Awaited(view.node, message))
+        awaited.message = message
+        self._advance(view.id)
+
+    def receive_block(self, node: str, sha256: str, number: int, block: bytes) -> None:
+        """Keep a block that was asked for; blocks that nobody awaits from this node are dropped."""
+        for job, awaited in list(self._awaited.items()):
+            if awaited.node == node and (incoming := awaited.incoming.get(sha256)) and incoming.receive(number, block):
+                self._advance(job)
+
+    def tick(self) -> None:
+        for job in list(self._awaited):
+            self._advance(job)
+
+    def link_is_new(self) -> None:
+        for awaited in self._awaited.values():
+            for incoming in awaited.incoming.values():
+                incoming.ask_again()
+
+    def _advance(self, job: str) -> None:
+        """Ask for what is missing; with the last artifact the job is collected."""
+        view, awaited = self._store.job(job), self._awaited[job]
+        wanted = self._wanted(view) if view is not None and view.phase != "ended" else []
+        for artifact in wanted:
+            if artifact.sha256 not in awaited.incoming:
+                awaited.incoming[artifact.sha256] = self._incoming(awaited.node, artifact)
+        open_transfers = {sha256: i for sha256, i in awaited.incoming.items() if not i.tick()}
+        awaited.incoming = open_transfers
+        if not open_transfers:
+            del self._awaited[job]
+            if view is not None:
+                self._collected(view, awaited.message)
+
+    def _wanted(self, view: JobView) -> list[Artifact]:
+        missing = [a for a in view.artifacts if not self._files.has(a.sha256)]
+        for artifact in missing:
+            if artifact.size_bytes > self._artifact_limit:
+                log.error("artifact_left_on_node job=%s name=%s bytes=%d", view.id, artifact.name, artifact.size_bytes)
+        return [a for a in missing if a.size_bytes <= self._artifact_limit]
+
+    def _incoming(self, node: str, artifact: Artifact) -> Incoming:
+        def ask(request: FileRequest) -> bool:
+            return self._send(node, request, "file", artifact.sha256, "request", qos=0)
+
+        return Incoming(self._files, artifact.sha256, artifact.size_bytes, self._link.payload_limit, ask)
