@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -76,10 +78,13 @@ def lock_file(path: Path) -> IO[str] | None:
 
 
 def lock_state(directory: Path) -> IO[str]:
-    """Make a state directory that only its owner can read, and take it for this process. Raises StateUnusable."""
+    """Make a state directory that only its owner can enter, and take it for this process. Raises StateUnusable."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        directory.chmod(0o700)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        if directory.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise StateUnusable(directory, f"others than its owner can enter it; run `chmod 700 {directory}`, or give another one")
         lock = lock_file(directory / "process.lock")
     except OSError as error:
         raise StateUnusable(directory, f"{error.strerror}; give another state_directory or mend its permissions") from None

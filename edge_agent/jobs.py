@@ -209,7 +209,7 @@ class Jobs:
             lock.close()
             self._interrupted(row, f"the trainer cannot be started: {error}")
             return
-        self._store.set_trainer(row.id, self.trainer.pid, self.trainer.created)
+        self._store.set_trainer(row.id, self.trainer.pid, self.trainer.start_ticks)
         log.info("trainer_started job=%s attempt=%d pid=%d", row.id, row.attempt, self.trainer.pid)
 
     def _wait_for_orphan(self) -> None:

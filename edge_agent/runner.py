@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 import msgspec
-import psutil
 
 from edge_agent.messages import Outcome, Reason, StageDone
 from edge_agent.report import Event
@@ -86,12 +84,9 @@ class Trainer:
         return self._process.pid
 
     @property
-    def created(self) -> float:
-        """Start of the process in seconds since 1970, as the kernel tells it."""
-        try:
-            return float(psutil.Process(self.pid).create_time())
-        except psutil.NoSuchProcess:
-            return 0.0
+    def start_ticks(self) -> int:
+        """Start of the process in ticks since the machine's own; 0 where it is gone."""
+        return start_ticks(self.pid) or 0
 
     def hear(self, event: Event) -> None:
         """Keep what an event says."""
@@ -128,7 +123,9 @@ class Trainer:
             for line in lines:
                 with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # a line that was cut off by a signal
                     self._events.put(TrainerEvent(self.job, msgspec.json.decode(line, type=Event)))
-        self._events.put(TrainerEnded(self.job, self._process.wait()))
+        code = self._process.wait()
+        self._process.stdin.close()  # type: ignore[union-attr]
+        self._events.put(TrainerEnded(self.job, code))
 
     def ending(self, code: int) -> Ending:
         """Read the exit status and the last words of the process."""
@@ -164,15 +161,20 @@ def known_reason(code: str | None) -> Reason:
         return "internal"
 
 
-def end_orphan(pid: int, started: float, kill: Callable[[psutil.Process], None] = psutil.Process.kill) -> bool:
-    """Kill the trainer of an earlier daemon by its id and start time; False where there is no such process any more."""
+def start_ticks(pid: int) -> int | None:
+    """Return the start of a process in ticks since the machine's own, which no change of the clock moves; None where there is none."""
     try:
-        process = psutil.Process(pid)
-        if abs(process.create_time() - started) > 0.05:
-            return False
-        kill(process)
-    except psutil.NoSuchProcess:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def end_orphan(pid: int, started: int) -> bool:
+    """Kill the trainer of an earlier daemon by its id and start ticks; False where there is no such process any more."""
+    if start_ticks(pid) != started:
         return False
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
     return True
 
 

@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     crashes INTEGER NOT NULL DEFAULT 0,  -- starts that ended without a result and without a request to stop
     cancel INTEGER NOT NULL DEFAULT 0,   -- whether a cancel has been asked for
     seq INTEGER NOT NULL DEFAULT 0,      -- messages written about this job
-    pid INTEGER, pid_started REAL        -- the trainer that was started last
+    pid INTEGER, pid_ticks INTEGER       -- the trainer that was started last, in one row only
 );
 CREATE TABLE IF NOT EXISTS outbox (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -65,8 +65,9 @@ MOVE_JOB = "UPDATE jobs SET phase = ? WHERE id = ?"
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, result = ? WHERE id = ?"
 COUNT_START = "UPDATE jobs SET attempt = attempt + 1 WHERE id = ?"
 COUNT_CRASH = "UPDATE jobs SET crashes = crashes + 1 WHERE id = ?"
-SET_TRAINER = "UPDATE jobs SET pid = ?, pid_started = ? WHERE id = ?"
-LAST_TRAINER = "SELECT pid, pid_started FROM jobs WHERE pid IS NOT NULL ORDER BY pid_started DESC LIMIT 1"
+NO_TRAINER = "UPDATE jobs SET pid = NULL, pid_ticks = NULL WHERE pid IS NOT NULL"
+SET_TRAINER = "UPDATE jobs SET pid = ?, pid_ticks = ? WHERE id = ?"
+LAST_TRAINER = "SELECT pid, pid_ticks FROM jobs WHERE pid IS NOT NULL"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1 WHERE id = ?"
 COUNT_MESSAGE = "UPDATE jobs SET seq = seq + 1 WHERE id = ? RETURNING seq, attempt"
 ALL_JOBS = "SELECT * FROM jobs ORDER BY arrived, id"
@@ -95,7 +96,7 @@ class JobRow:
     cancel: bool
     seq: int
     pid: int | None
-    pid_started: float | None
+    pid_ticks: int | None
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,13 @@ class Store:
     def ask_cancel(self, job: str) -> None:
         self._db.execute(ASK_CANCEL, (job,))
 
-    def set_trainer(self, job: str, pid: int, started: float) -> None:
-        """Remember the process of a job's trainer by its id and its start in seconds since 1970."""
-        self._db.execute(SET_TRAINER, (pid, started, job))
+    def set_trainer(self, job: str, pid: int, ticks: int) -> None:
+        """Remember the process of a job's trainer by its id and its start in ticks since the machine's own."""
+        with transaction(self._db):
+            self._db.execute(NO_TRAINER)
+            self._db.execute(SET_TRAINER, (pid, ticks, job))
 
-    def last_trainer(self) -> tuple[int, float] | None:
+    def last_trainer(self) -> tuple[int, int] | None:
         row = self._db.execute(LAST_TRAINER).fetchone()
         return (row[0], row[1]) if row else None
 

@@ -19,6 +19,7 @@ from edge_agent.messages import BLOCK_BYTES, WINDOW_BLOCKS, FileRequest
 
 SHA256 = re.compile("[0-9a-f]{64}")
 RETRY_S, LONGEST_RETRY_S = 2.0, 60.0
+MOST_MISMATCHES = 10
 
 
 class FileStore:
@@ -99,19 +100,25 @@ class Incoming:
         self.sha256, self._store, self._size_bytes, self._ask = sha256, store, size_bytes, ask
         self._block_bytes = min(BLOCK_BYTES, block_bytes)
         self._count = -(-size_bytes // self._block_bytes)
-        # Parts of another block size do not fit this map.
+        for other in store.incoming.glob(f"{sha256}.*"):  # parts of another block size do not fit this map
+            if not other.name.startswith(f"{sha256}.{self._block_bytes}."):
+                other.unlink()
         self._part = store.incoming / f"{sha256}.{self._block_bytes}.part"
         self._map_file = self._part.with_suffix(".map")
         self._map = self._read_map()
         self._asked: set[int] = set()
-        self._next_at, self._retry_s = 0.0, RETRY_S
+        self._next_at, self._retry_s, self._mismatches = 0.0, RETRY_S, 0
 
     def _read_map(self) -> bytearray:
         if self._part.exists() and self._map_file.exists():
             found = bytearray(self._map_file.read_bytes())
             if len(found) == self._count:
                 return found
+        return self._new_map()
+
+    def _new_map(self) -> bytearray:
         self._part.write_bytes(b"")
+        self._map_file.write_bytes(bytes(self._count))
         return bytearray(self._count)
 
     @property
@@ -119,14 +126,22 @@ class Incoming:
         return self._count - sum(self._map)
 
     def tick(self, now: float | None = None) -> bool:
-        """Ask for the next window if the last one has come, or again if it stays away. True once the file is in the store."""
+        """Ask for the next window if the last one has come, or again if it stays away. True once the file is in the store.
+
+        Raises DatasetChecksum where the other side sends another file again and again.
+        """
         now = time.monotonic() if now is None else now
         if self._store.has(self.sha256):  # it has come on another way
             self.discard()
             return True
+        if self._mismatches >= MOST_MISMATCHES:
+            self.discard()
+            raise DatasetChecksum("what came in blocks", self.sha256, "another each time")
+        if not self._part.exists():
+            self._map, self._asked = self._new_map(), set()
         if not self.missing_blocks:
-            return self._finish()
-        if self._asked and now < self._next_at:
+            return self._finish(now)
+        if (self._asked or self._mismatches) and now < self._next_at:
             return False
         if self._asked:
             self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
@@ -137,7 +152,7 @@ class Incoming:
 
     def ask_again(self) -> None:
         """The link is new: what was asked for on the old one is not awaited any more."""
-        self._asked, self._retry_s = set(), RETRY_S
+        self._asked, self._retry_s, self._next_at = set(), RETRY_S, 0.0
 
     def receive(self, number: int, block: bytes) -> bool:
         """Keep a block; a foreign or repeated one changes nothing. True once the file is in the store. Raises DiskFull."""
@@ -147,8 +162,10 @@ class Incoming:
             with self._part.open("r+b") as file:
                 file.seek(number * self._block_bytes)
                 file.write(block)
+            with self._map_file.open("r+b") as file:
+                file.seek(number)
+                file.write(b"\1")
             self._map[number] = 1
-            self._map_file.write_bytes(self._map)
         except OSError as error:
             if error.errno in NO_SPACE:
                 raise DiskFull(str(self._part), self._size_bytes) from error
@@ -160,12 +177,12 @@ class Incoming:
     def _length(self, number: int) -> int:
         return min(self._block_bytes, self._size_bytes - number * self._block_bytes)
 
-    def _finish(self) -> bool:
-        self._map_file.unlink(missing_ok=True)
+    def _finish(self, now: float) -> bool:
         if self._store.take(self._part, self.sha256):
+            self._map_file.unlink(missing_ok=True)
             return True
-        self._part.write_bytes(b"")
-        self._map, self._asked = bytearray(self._count), set()
+        self._map, self._asked = self._new_map(), set()
+        self._mismatches, self._next_at = self._mismatches + 1, now + RETRY_S
         return False
 
     def discard(self) -> None:

@@ -335,12 +335,20 @@ def test_daemon_without_a_file(tmp_path: Path, cli: Cli) -> None:
 
 def test_daemon_with_a_broken_database(tmp_path: Path, cli: Cli) -> None:
     """A state that is no database is not overwritten: the daemon ends with 13 and names it."""
-    (tmp_path / "state").mkdir()
+    (tmp_path / "state").mkdir(mode=0o700)
     database = tmp_path / "state" / "agent.sqlite"
     database.write_text("somebody's notes, more than a header long\n" * 10)
     before = database.read_bytes()
     assert _never_starts(cli, _agent_file(tmp_path)).startswith(f"error state: state directory {database}: file is not a database")
     assert database.read_bytes() == before
+
+
+def test_daemon_whose_state_others_can_enter(tmp_path: Path, cli: Cli) -> None:
+    """A directory that was open to others before is not made the agent's own by surprise: it is refused and left as it is."""
+    (tmp_path / "state").mkdir(mode=0o755)
+    assert "chmod 700" in _never_starts(cli, _agent_file(tmp_path))
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o755
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 def test_daemon_whose_state_directory_is_a_file(tmp_path: Path, cli: Cli) -> None:

@@ -339,13 +339,13 @@ def test_device_is_taken_for_as_long_as_the_trainer_lives(bench: Bench) -> None:
 def test_orphan_is_known_by_its_start(bench: Bench) -> None:
     """The recorded process is killed; another one that has got the same id since is not, and one that is gone is no error."""
     trainer = bench.start("time.sleep(60)")
-    assert trainer.created > 0
-    for other in (trainer.created - 1, trainer.created + 1):
+    assert trainer.start_ticks > 0
+    for other in (trainer.start_ticks - 1, trainer.start_ticks + 1):
         assert not end_orphan(trainer.pid, other)
     assert not trainer.wait(0.05)
-    assert end_orphan(trainer.pid, trainer.created)
+    assert end_orphan(trainer.pid, trainer.start_ticks)
     assert bench.end(trainer)[0] == -signal.SIGKILL
-    assert not end_orphan(trainer.pid, trainer.created)
+    assert not end_orphan(trainer.pid, trainer.start_ticks)
 
 
 # the lock

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from edge_agent.errors import DatasetChecksum, DiskFull, Refused
 from edge_agent.files import link_file, write_directory, write_file
 from edge_agent.messages import BLOCK_BYTES, WINDOW_BLOCKS, FileRequest, decode, encode
-from edge_agent.transfer import LONGEST_RETRY_S, RETRY_S, FileStore, Incoming
+from edge_agent.transfer import LONGEST_RETRY_S, MOST_MISMATCHES, RETRY_S, FileStore, Incoming
 
 BLOCK = 1024
 ROUNDS = 5_000
@@ -298,8 +298,26 @@ def test_damaged_part_is_thrown_away(root: Path) -> None:
     ends.requests.clear()
     assert not ends.receiver.has(ends.sha256)
     assert ends.incoming.missing_blocks == 3
+    assert not ends.incoming.tick()
+    assert ends.requests == [], "after a pause"
+    ends.incoming.ask_again()
     assert ends.exchange() == [0, 1, 2]
     assert ends.arrived()
+
+
+def test_another_file_again_and_again_is_an_error(root: Path) -> None:
+    """A sender whose file never has the digest that it names is given up, and what has come of it is deleted."""
+    ends = Ends(root, _bytes(2 * BLOCK))
+    wrong = bytes(2 * BLOCK)
+    now = time.monotonic()
+    for _ in range(MOST_MISMATCHES):
+        now += LONGEST_RETRY_S
+        assert not ends.incoming.tick(now)
+        for number in (0, 1):
+            assert not ends.incoming.receive(number, wrong[number * BLOCK : (number + 1) * BLOCK])
+    with pytest.raises(DatasetChecksum):
+        ends.incoming.tick(now)
+    assert list(ends.receiver.incoming.iterdir()) == []
 
 
 def test_discarded_transfer_leaves_nothing(root: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from edge_agent.coordinator.store import CoordinatorStore, JobView
+from edge_agent.errors import DatasetChecksum
 from edge_agent.messages import MAX_INLINE_BYTES, Artifact, File, FileRequest, Offer
 from edge_agent.mqtt import Link
 from edge_agent.topics import down
@@ -24,6 +25,7 @@ class Awaited:
     node: str
     message: str
     incoming: dict[str, Incoming] = field(default_factory=dict)
+    given_up: set[str] = field(default_factory=set)
 
 
 class Exchange:
@@ -89,14 +91,24 @@ class Exchange:
         view, awaited = self._store.job(job), self._awaited[job]
         wanted = self._wanted(view) if view is not None and view.phase != "ended" else []
         for artifact in wanted:
-            if artifact.sha256 not in awaited.incoming:
+            if artifact.sha256 not in awaited.incoming and artifact.sha256 not in awaited.given_up:
                 awaited.incoming[artifact.sha256] = self._incoming(awaited.node, artifact)
-        open_transfers = {sha256: i for sha256, i in awaited.incoming.items() if not i.tick()}
-        awaited.incoming = open_transfers
-        if not open_transfers:
+        for sha256 in list(awaited.incoming):
+            self._ask(job, awaited, sha256)
+        if not awaited.incoming:
             del self._awaited[job]
             if view is not None:
                 self._collected(view, awaited.message)
+
+    def _ask(self, job: str, awaited: Awaited, sha256: str) -> None:
+        """Go on with one transfer; one that has come or can never come is awaited no more."""
+        try:
+            if awaited.incoming[sha256].tick():
+                del awaited.incoming[sha256]
+        except DatasetChecksum as error:
+            log.error("artifact_broken job=%s error=%s", job, error)
+            del awaited.incoming[sha256]
+            awaited.given_up.add(sha256)
 
     def _wanted(self, view: JobView) -> list[Artifact]:
         missing = [a for a in view.artifacts if not self._files.has(a.sha256)]
