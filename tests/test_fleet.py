@@ -29,33 +29,35 @@ def fleet() -> Iterator[Fleet]:
         assert running.trainers_at_once == 1
 
 
-def _reference(directory: Path, cli: Cli, data: Path, questions: Path, tiny_model: Path) -> bytes:
-    """The adapter of the same job without a fleet."""
-    out = directory / "reference"
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, cli: Cli, tiny_model: Path) -> Path:
+    """A directory with a job's files, data.jsonl and questions.jsonl, and its run without a fleet, in job/."""
+    base = tmp_path_factory.mktemp("local")
+    data, questions = write_domain(base / "data.jsonl", "chain", 40, 5), write_domain(base / "questions.jsonl", "chain", 400, 77)
     files = ("--model", tiny_model, "--data", data, "--eval-data", questions)
-    ran = cli("train", *files, "--budget", "1GiB", "--out", out, *SETTINGS, "--json")
+    ran = cli("train", *files, "--budget", "1GiB", "--out", base / "job", *SETTINGS, "--json")
     assert ran.code == 0, ran.out + ran.err
-    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    return base
 
 
 @pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
-def test_a_job_travels_and_comes_back(broker: str, request: pytest.FixtureRequest, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
+def test_a_job_travels_and_comes_back(broker: str, request: pytest.FixtureRequest, tmp_path: Path, cli: Cli, local: Path) -> None:
     """By its commands alone: submitted with a dataset inline and questions in blocks, watched, fetched; the adapter is that of a local
     run bit for bit. Over Mosquitto in MQTT 5 with TLS and passwords, and over amqtt, which speaks 3.1.1 only."""
     if broker == "amqtt":
         with Fleet(amqtt=True) as fleet:
-            _travel(fleet, tmp_path, cli, tiny_model)
+            _travel(fleet, tmp_path, cli, local)
             assert "protocol=3.1.1" in fleet.log("agent")
             assert fleet.check_messages() > 20
     else:
         fleet = request.getfixturevalue("fleet")
-        _travel(fleet, tmp_path, cli, tiny_model)
+        _travel(fleet, tmp_path, cli, local)
         assert "protocol=5" in fleet.log("agent")
 
 
-def _travel(fleet: Fleet, directory: Path, cli: Cli, tiny_model: Path) -> None:
+def _travel(fleet: Fleet, directory: Path, cli: Cli, local: Path) -> None:
     config = ("--config", fleet.config("coordinator"))
-    data, questions = fleet.data(), write_domain(directory / "questions.jsonl", "chain", 400, 77)
+    data, questions = local / "data.jsonl", local / "questions.jsonl"
     assert questions.stat().st_size > 64 * 1024, "it must be too long to travel inside the offer"
     listed = cli("nodes", *config)
     assert NODE in listed.out
@@ -75,7 +77,7 @@ def _travel(fleet: Fleet, directory: Path, cli: Cli, tiny_model: Path) -> None:
     result = json.loads((directory / "fetched" / "result.json").read_text())
     assert result["accuracy"]["after"]["n"] == 10
     adapter = (directory / "fetched" / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert adapter == _reference(directory, cli, data, questions, tiny_model)
+    assert adapter == (local / "job" / "adapter" / "adapter_model.safetensors").read_bytes()
     phases = [m["data"]["phase"] for m in fleet.heard("job", job, "status")]
     assert [p for i, p in enumerate(phases) if p not in phases[:i]] == ["accepted", "staging", "ready", "running", "finalizing"]
     results = fleet.heard("job", job, "result")
