@@ -191,33 +191,34 @@ def _places(result: Result, directory: Path) -> Table:
 
 def nodes_table(nodes: list[NodeView]) -> Table:
     """Return a row for each node."""
-    table = Table(Column("node", no_wrap=True), "state", "device", "budget", "models", "job", "waiting", "device now", "seen")
+    table = Table(Column("node", no_wrap=True), "state", "device", "budget", "models", "works on", "now", "seen", box=None, padding=(0, 2))
     for node in nodes:
         info, beat = node.info, node.heartbeat
+        waiting = f", {beat.queue} wait" if beat and beat.queue else ""
         table.add_row(
             node.id, Text(node.state, style="green" if node.present else "red"), printable(info.device) if info else "-",
             human_bytes(info.limits.budget_bytes) if info else "-", printable(", ".join(info.models)) if info else "-",
-            (beat.job if beat else None) or "-", str(beat.queue) if beat else "-",
-            ", ".join(format_resources(beat.resources)) if beat else "-", _ago(node.seen),
+            ((beat.job if beat else None) or "-") + waiting, ", ".join(format_resources(beat.resources)) if beat else "-", _age(node.seen),
         )  # fmt: skip
     return table
 
 
 def jobs_table(jobs: list[JobView]) -> Table:
     """Return a row for each job."""
-    table = Table(Column("job", no_wrap=True), "node", "model", "method", "state", "accuracy", "peak", "created")
+    table = Table(
+        Column("job", no_wrap=True), "node", "run", Column("state", no_wrap=True), "accuracy", Column("age", no_wrap=True), box=None,
+        padding=(0, 1),
+    )  # fmt: skip
     for job in jobs:
         good = job.outcome in (None, "succeeded")
-        state = (job.outcome or job.phase) + (f" ({job.reason})" if job.reason else "")
         measured = job.result.accuracy if job.result else None
         both = (measured.before, measured.after) if measured else (None, None)
-        accuracy = " → ".join(f"{100 * a.value:.1f} %" for a in both if a) or "-"
-        peak = human_bytes(job.result.peak_bytes) if job.result and job.result.peak_bytes else "-"
-        method = str(job.offer.job.method.__struct_config__.tag)
-        table.add_row(
-            job.id, job.node, printable(job.offer.job.model), method, Text(state, style="" if good else "red"), accuracy, peak,
-            _ago(job.created),
-        )  # fmt: skip
+        accuracy = " → ".join(f"{100 * a.value:.1f}" for a in both if a)
+        run = f"{printable(job.offer.job.model)} {job.offer.job.method.__struct_config__.tag}"
+        state = Text(job.outcome or job.phase, style="" if good else "red")
+        if job.reason not in (None, job.outcome):
+            state.append(f" {job.reason}")
+        table.add_row(job.id, job.node, run, state, f"{accuracy} %" if accuracy else "-", _age(job.created))
     return table
 
 
@@ -229,12 +230,12 @@ def checks_table(checks: list[Check]) -> Table:
     return table
 
 
-def _ago(then: float) -> str:
+def _age(then: float) -> str:
     seconds = max(0.0, time.time() - then)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def plan_table(plan: Plan) -> Group:
