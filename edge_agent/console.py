@@ -206,7 +206,7 @@ def nodes_table(nodes: list[NodeView]) -> Table:
 def jobs_table(jobs: list[JobView]) -> Table:
     """Return a row for each job."""
     table = Table(
-        Column("job", no_wrap=True), "node", "run", Column("state", no_wrap=True), "accuracy", Column("age", no_wrap=True), box=None,
+        Column("job", no_wrap=True), "node", "run", "state", Column("accuracy", no_wrap=True), Column("age", no_wrap=True), box=None,
         padding=(0, 1),
     )  # fmt: skip
     for job in jobs:
