@@ -50,7 +50,7 @@ from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.runner import TrainerEnded, TrainerEvent
 from edge_agent.serving import END, serve
 from edge_agent.store import Store
-from edge_agent.topics import COORDINATOR, node_subscriptions, split, up
+from edge_agent.topics import COORDINATOR, block_number, node_subscriptions, split, up
 from profiles.device import detect_device, device_name, device_profile
 from profiles.sensors import Sensors
 
@@ -88,6 +88,9 @@ class Agent:
             signal.signal(number, lambda *_: self._events.put(END))
         self._jobs.recover()
         self._link.start()
+        for name, path in self._config.models.items():
+            if not (path / "config.json").is_file():
+                log.warning("model_not_there name=%s path=%s", name, path)
         log.info("agent_started node=%s boot=%d device=%s pid=%d", self._config.node, self._store.boot, self._device.kind, os.getpid())
         try:
             serve(self._events, self._handle, self._tick, self._drop, TICK_S)
@@ -116,9 +119,13 @@ class Agent:
                 log.warning("disconnected why=%r", why)
 
     def _tick(self, now: float) -> None:
-        self._jobs.tick()
-        if not self._link.connected:
-            return
+        try:
+            self._jobs.tick()
+        finally:  # whatever is wrong with a job, the node still speaks
+            if self._link.connected:
+                self._speak(now)
+
+    def _speak(self, now: float) -> None:
         self._outbox.tick()
         self._tell_progress(now)
         if now >= self._heartbeat_at:
@@ -132,7 +139,9 @@ class Agent:
         """Act on a message, then acknowledge it to the broker: what it asks for is in the store by then."""
         who, parts = split(message.topic)
         try:
-            if who != COORDINATOR:
+            if message.retained and who != COORDINATOR:
+                log.warning("retained_ignored topic=%s", message.topic)  # an order of the past
+            elif who != COORDINATOR:
                 self._receive_down(parts[1:], message.payload)
             elif message.payload and decode(message.payload, CoordinatorState).data.online:  # it may have come while we were here
                 self._heartbeat_at = self._hello_at = 0.0
@@ -157,8 +166,8 @@ class Agent:
                 self._outbox.acknowledged(message)
             case ["file", sha256, "request"]:
                 self._jobs.send_blocks(sha256, decode(payload, FileRequest).data)
-            case ["file", sha256, "block", number] if number.isdecimal():
-                self._jobs.receive_block(sha256, int(number), payload)
+            case ["file", sha256, "block", text] if (number := block_number(text)) is not None:
+                self._jobs.receive_block(sha256, number, payload)
             case ["command", name]:
                 self._command(name, payload)
             case _:

@@ -51,6 +51,8 @@ class Broker(Strict, frozen=True):
     username: str | None = None
     password_file: Path | None = None
     """Holds the password alone; only its owner may read it."""
+    packet_limit: Size = Size(128 * 1024)
+    """Largest packet that the broker takes, where it does not say so itself."""
     keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 30
     tls: Tls | None = None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_agent.errors import StateUnusable
+from edge_agent.errors import DiskFull, StateUnusable
 
 
 def open_database(path: Path, schema: str) -> sqlite3.Connection:
@@ -19,6 +19,8 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         db.executescript(schema)
     except sqlite3.Error as error:
+        if "is full" in str(error):
+            raise DiskFull(str(path)) from None
         raise StateUnusable(path, f"{error}; restore or remove the file") from None
     db.row_factory = sqlite3.Row
     return db

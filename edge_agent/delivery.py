@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from edge_agent.messages import encode
 from edge_agent.mqtt import Link
@@ -10,6 +11,8 @@ from edge_agent.store import Store
 from edge_agent.topics import up
 
 IN_FLIGHT = 8
+MOST_WAITING = 1000
+"""Messages that are looked at in one go."""
 RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
 
 
@@ -45,20 +48,33 @@ class Uplink:
         return self._link.payload_limit
 
 
+@dataclass(frozen=True)
+class Try:
+    """When a message was sent last, and how long its acknowledgement is awaited before it is sent again."""
+
+    sent_at: float
+    pause_s: float
+
+
 class Outbox:
     """Sends the stored messages, the oldest first and a few at a time, each again with growing pauses until it is acknowledged."""
 
     def __init__(self, store: Store, link: Link) -> None:
         self._store, self._link = store, link
-        self._tries: dict[str, tuple[int, float]] = {}
+        self._tries: dict[str, Try] = {}
 
     def tick(self) -> None:
-        """Send what is due."""
+        """Send what is due. A message that nobody ever acknowledges holds up the others for a few seconds only."""
         now = time.monotonic()
-        for message in self._store.waiting(IN_FLIGHT):
-            tries, due = self._tries.get(message.id, (0, 0.0))
-            if now >= due and self._link.publish(message.topic, message.payload, qos=1):
-                self._tries[message.id] = tries + 1, now + min(RETRY_S * 2.0 ** min(tries, 10), LONGEST_RETRY_S)
+        room = IN_FLIGHT - sum(now - t.sent_at < RETRY_S for t in self._tries.values())
+        for message in self._store.waiting(MOST_WAITING) if room > 0 else ():
+            earlier = self._tries.get(message.id)
+            if earlier and now < earlier.sent_at + earlier.pause_s:
+                continue
+            if room == 0 or not self._link.publish(message.topic, message.payload, qos=1):
+                return
+            self._tries[message.id] = Try(now, min(2 * earlier.pause_s, LONGEST_RETRY_S) if earlier else RETRY_S)
+            room -= 1
 
     def acknowledged(self, message: str) -> None:
         """The coordinator has stored a message."""

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from edge_agent.prompts import Prompts
 
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 
@@ -112,7 +112,7 @@ class Sampling(Strict, frozen=True):
 class Evaluation(Strict, frozen=True):
     """What is measured before and after, on questions that are never trained on."""
 
-    questions: Annotated[int, Meta(ge=0)] = 300
+    questions: Annotated[int, Meta(ge=0, le=1_000_000)] = 300
     """At most this many held-out questions."""
     held_out: Fraction = 0.2
     """Share of the dataset to hold out where no evaluation file and no `limit` leaves rows over."""
@@ -129,7 +129,7 @@ class Job(Strict, frozen=True, kw_only=True):
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
     """A local directory, or the id of a model in the local Hugging Face cache."""
     dataset: Dataset
-    budget_bytes: Annotated[int, Meta(ge=1)]
+    budget_bytes: Annotated[int, Meta(ge=1, le=2**53 - 1)]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     method: NlftOptions | SftOptions = NlftOptions()
     prompts: Literal["worked", "plain"] | Prompts = "worked"

@@ -22,7 +22,7 @@ def build_job(model: str, data: Path, evaluation: Path | None, fields: Mapping[s
     """
     for path in (data, evaluation):
         if path is not None and not path.is_file():
-            raise DatasetEmpty(str(path), "does not exist")
+            raise DatasetEmpty(str(path), "does not exist, or is no file")
     digests = {"sha256": file_sha256(data), "evaluation_sha256": file_sha256(evaluation) if evaluation else None}
     document: dict[str, Any] = {"model": model, "dataset": digests}
     given = [(name, value) for name, value in fields.items() if value is not None]

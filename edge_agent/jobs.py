@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sqlite3
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,9 +16,8 @@ import msgspec
 from edge_agent.admission import Rejected, check_offer
 from edge_agent.config import AgentConfig
 from edge_agent.delivery import Uplink
-from edge_agent.errors import EdgeAgentError
+from edge_agent.errors import DiskFull, EdgeAgentError, ModelMissing
 from edge_agent.files import lock_file
-from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.messages import Artifact, ArtifactName, File, FileRequest, JobResult, Offer, Outcome, Reason, decode
 from edge_agent.runner import Ending, Trainer, TrainerEnded, end_orphan, known_reason
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 ORPHAN_S = 10.0
 """The trainer of a daemon that died ends by itself within 8 s; later it is killed."""
+SUSPENDED_S = 5.0
+"""Between two looks at the jobs, which are a second apart otherwise."""
 RUN_GRACE_S = 120.0
 """The trainer keeps `max_run_s` itself, from its first stage on; the agent ends it this much later."""
 
@@ -41,6 +43,7 @@ class Jobs:
         self._files = FileStore(config.state_directory / "files")
         self._incoming: dict[str, Incoming] = {}
         self._orphan_since: float | None = None
+        self._ticked_at = time.monotonic()
         self.trainer: Trainer | None = None
 
     # what the agent calls
@@ -53,11 +56,10 @@ class Jobs:
 
     def offer(self, job: str, payload: bytes) -> None:
         """Take or reject an offer; either answer is in the store when this returns."""
-        digest = None
+        digest, row = None, self._store.job(job)
         try:
             offer = decode(payload, Offer).data
             digest = offer.job.digest
-            row = self._store.job(job)
             if row is not None and row.digest not in ("", digest):
                 raise Rejected("conflict", "a job with this id and another document is here; submit it under a new id")
             if row is not None:
@@ -68,6 +70,10 @@ class Jobs:
                 if file.inline is not None:
                     self._files.put(file.inline, file.sha256)
         except (Rejected, EdgeAgentError) as error:
+            if row is not None and digest is None:  # what cannot be read must not end the job that is here
+                log.warning("offer_unreadable job=%s text=%r", job, str(error))
+                self._store.tell_again(row)
+                return
             reason = error.reason if isinstance(error, Rejected) else known_reason(error.code)
             self._store.reject(job, digest, reason, str(error))
             log.info("job_rejected job=%s reason=%s text=%r", job, reason, str(error))
@@ -120,6 +126,10 @@ class Jobs:
 
     def tick(self) -> None:
         """Move every job as far as it can go now."""
+        now = time.monotonic()
+        if self.trainer is not None and now - self._ticked_at > SUSPENDED_S:
+            self.trainer.heard = now  # this process was suspended: what the trainer said meanwhile is still to be read
+        self._ticked_at = now
         for row in self._store.open_jobs():
             if row.phase in ("accepted", "staging"):
                 self._stage(row)
@@ -143,9 +153,12 @@ class Jobs:
         if not trainer.wait(self._config.timers.stop_s):
             trainer.kill()
             trainer.wait(self._config.timers.stop_s)
-        row = self._store.job(trainer.job)
-        if row is not None and row.phase == "running":
-            self._store.move(row.id, "ready")
+        try:
+            row = self._store.job(trainer.job)
+            if row is not None and row.phase == "running":
+                self._store.move(row.id, "ready")
+        except (OSError, sqlite3.Error, DiskFull) as error:
+            log.error("storage_error error=%r", error)  # the next agent finds it running, and goes on with it
 
     # files
 
@@ -183,8 +196,11 @@ class Jobs:
 
     def _lay_down(self, job: str, offer: Offer) -> None:
         """Write the job's directory. The name of the model becomes its place on this node, and `auto` this node's device."""
+        model = self._config.models.get(offer.job.model)
+        if model is None:
+            raise ModelMissing(offer.job.model, "it was taken out of this node's configuration")
         device = self._config.device if offer.job.device == "auto" else offer.job.device
-        local = msgspec.structs.replace(offer.job, model=str(self._config.models[offer.job.model]), device=device)
+        local = msgspec.structs.replace(offer.job, model=str(model), device=device)
         dataset, *evaluation = (self._files.path(f.sha256) for f in _files(offer))
         JobDirectory(self._directory(job)).create(local, dataset, evaluation[0] if evaluation else None)
 
@@ -204,7 +220,8 @@ class Jobs:
         self._orphan_since = None
         row = self._store.move(row.id, "running", start=True)
         try:
-            self.trainer = Trainer(row.id, self._directory(row.id), lock, self._config.threads, self._events)
+            max_run_s = msgspec.json.decode(row.offer, type=Offer).job.max_run_s
+            self.trainer = Trainer(row.id, self._directory(row.id), lock, max_run_s, self._config.threads, self._events)
         except OSError as error:
             lock.close()
             self._interrupted(row, f"the trainer cannot be started: {error}")
@@ -228,11 +245,8 @@ class Jobs:
                 trainer.kill()
         elif now - trainer.heard > timers.stall_s:
             trainer.kill(Ending("timed_out", "timeout_stall", f"the trainer gave no sign for {timers.stall_s:,.0f} s and was killed"))
-        elif now - trainer.started > (limit_s := self._job(trainer.job).max_run_s) + RUN_GRACE_S:
+        elif now - trainer.started > (limit_s := trainer.max_run_s) + RUN_GRACE_S:
             trainer.kill(Ending("timed_out", "timeout_run", f"the run passed its limit of {limit_s:,.0f} s and was killed"))
-
-    def _job(self, job: str) -> Job:
-        return JobDirectory(self._directory(job)).read_job()
 
     def trainer_ended(self, event: TrainerEnded) -> None:
         """Read how the trainer ended and move its job on. May be called again if the disk failed."""

@@ -41,8 +41,8 @@ ANSWER_S = 5.0
 FRESH_BOOT_S = 60.0
 PACKET_SHARE = 0.8
 """Part of the broker's packet limit that is used, to leave room for headers."""
-SMALLEST_PACKET_LIMIT = 128 * 1024
-"""Taken where a broker does not say its limit: that of the strictest in use."""
+LONGEST_PACKET_BYTES = 16 * 2**20
+"""The broker is asked to drop longer ones (MQTT 5): paho would take them into memory whole. Those below get an answer."""
 MAX_IN_FLIGHT = 8
 """QoS 1 messages on their way at once: below the Receive Maximum of every broker in use (10 to 100), which paho does not heed."""
 NO_VERSION_5 = "the broker does not answer in MQTT 5"
@@ -72,6 +72,7 @@ class Received:
     client: paho.Client = field(repr=False)
     number: int = 0
     qos: int = 0
+    retained: bool = False
 
 
 LinkEvent = Connected | Disconnected | Received
@@ -98,7 +99,7 @@ class Link:
         self._client: paho.Client | None = None
         self._version: Literal["5", "3.1.1"] = "3.1.1" if broker.protocol == "3.1.1" else "5"
         self._subscribed = False
-        self._limit = SMALLEST_PACKET_LIMIT
+        self._limit: int = broker.packet_limit
         self._password, self._tls = broker.password, _tls_context(broker)
         self._thread = threading.Thread(target=self._serve, name="mqtt", daemon=True)
 
@@ -213,7 +214,7 @@ class _Connection:
         self.answered = self.subscribed = False
         self.refused: str | None = None
         self._broker, self._version, self._subscriptions = broker, version, subscriptions
-        self._on_subscribed, self._events, self._packet_limit = on_subscribed, events, SMALLEST_PACKET_LIMIT
+        self._on_subscribed, self._events, self._packet_limit = on_subscribed, events, int(broker.packet_limit)
         five = version == "5"
         self.client = client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id, clean_session=None if five else False,
@@ -232,6 +233,7 @@ class _Connection:
         if self._version == "5":
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = SESSION_S
+            properties.MaximumPacketSize = LONGEST_PACKET_BYTES
             self.client.connect(host, port, keepalive_s, clean_start=False, properties=properties)
         else:
             self.client.connect(host, port, keepalive_s)
@@ -250,7 +252,7 @@ class _Connection:
             self.refused = str(reason)
             return
         self.answered = True
-        self._packet_limit = int(getattr(properties, "MaximumPacketSize", SMALLEST_PACKET_LIMIT))
+        self._packet_limit = int(getattr(properties, "MaximumPacketSize", self._broker.packet_limit))
         client.subscribe([(topic, 1) for topic in self._subscriptions])
 
     def _granted(self, client: paho.Client, _u: Any, _m: int, reasons: list[ReasonCode], _p: Any) -> None:
@@ -267,7 +269,7 @@ class _Connection:
             self.refused = str(reason)
 
     def _message(self, client: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
-        self._events.put(Received(message.topic, bytes(message.payload), client, message.mid, message.qos))
+        self._events.put(Received(message.topic, bytes(message.payload), client, message.mid, message.qos, message.retain))
 
 
 def _tls_context(broker: Broker) -> ssl.SSLContext | None:

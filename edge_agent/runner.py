@@ -59,9 +59,9 @@ class Ending:
 class Trainer:
     """A running child process. Its events and its end go to `events`."""
 
-    def __init__(self, job: str, directory: Path, lock: IO[str], threads: int | None, events: SimpleQueue[Any]) -> None:
+    def __init__(self, job: str, directory: Path, lock: IO[str], max_run_s: float, threads: int | None, events: SimpleQueue[Any]) -> None:
         """Start it. `lock` is the locked file of the device; the child alone holds it from here on."""
-        self.job, self.started = job, time.monotonic()
+        self.job, self.max_run_s, self.started = job, max_run_s, time.monotonic()
         self.last_event: Event | None = None
         self.failed: Event | None = None
         self.finished: list[StageDone] = []

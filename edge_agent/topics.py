@@ -39,6 +39,11 @@ def coordinator_subscriptions(fleet: str) -> list[str]:
     return [up(fleet, "+", "#")]
 
 
+def block_number(text: str) -> int | None:
+    """Return the number of a block in a topic, or None for what is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else None
+
+
 def split(topic: str) -> tuple[str, list[str]]:
     """Return who a topic is about (a node's id, or `coordinator`) and its parts after the fleet's and that id."""
     _, _, who, *parts = topic.split("/")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from edge_agent.dataset import file_sha256
-from edge_agent.errors import NO_SPACE, DatasetChecksum, DiskFull, Refused
+from edge_agent.errors import NO_SPACE, DatasetChecksum, DiskFull, Refused, StateUnusable
 from edge_agent.files import link_file, write_file
 from edge_agent.messages import BLOCK_BYTES, WINDOW_BLOCKS, FileRequest
 
@@ -27,8 +27,11 @@ class FileStore:
 
     def __init__(self, root: Path) -> None:
         self._root, self.incoming = root / "sha256", root / "incoming"
-        for directory in (self._root, self.incoming):
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            for directory in (self._root, self.incoming):
+                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StateUnusable(root, error.strerror or type(error).__name__) from None
 
     def path(self, sha256: str) -> Path:
         """Return the place of a file. Raises Refused for a name that is no sha256: it may come from outside."""
@@ -86,10 +89,11 @@ class FileStore:
         if not self.has(sha256):
             return
         with self.path(sha256).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             for number in request.blocks:
-                file.seek(number * request.block_bytes)
-                if block := file.read(request.block_bytes):
-                    yield number, block
+                if number * request.block_bytes < size:
+                    file.seek(number * request.block_bytes)
+                    yield number, file.read(request.block_bytes)
 
 
 class Incoming:

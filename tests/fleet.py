@@ -37,7 +37,7 @@ from edge_agent.asyncapi import schema_of
 from edge_agent.coordinator.client import Client
 from edge_agent.coordinator.store import JobView
 from edge_agent.job_building import build_job
-from edge_agent.messages import encode
+from edge_agent.messages import Ack, encode
 from edge_agent.topics import down
 
 NODE = "node-1"
@@ -260,9 +260,18 @@ class Fleet:
 
     def publish(self, data: object, *parts: object) -> None:
         """Speak as a coordinator would."""
-        payload = data if isinstance(data, bytes) else encode(data, "test")
+        self.speak(down("default", NODE, *parts), data if isinstance(data, bytes) else encode(data, "test"))
+
+    def speak(self, topic: str, payload: bytes, retain: bool = False) -> None:
+        """Publish anything anywhere; it is not held against the contract."""
         self._spoken.add(payload)
-        self.ear.publish(down("default", NODE, *parts), payload, 1).wait_for_publish(10)
+        self.ear.publish(topic, payload, 1, retain).wait_for_publish(10)
+
+    def acknowledge(self, job: str) -> None:
+        """Acknowledge all that the node has said of a job, as the coordinator does for its own jobs."""
+        for kind in ("status", "result"):
+            for message in {m["id"] for m in self.heard("job", job, kind)}:
+                self.publish(Ack(), "ack", message)
 
     def heard(self, *parts: str) -> list[Any]:
         """Messages of the node whose topic ends with these parts, decoded."""

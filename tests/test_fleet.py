@@ -15,7 +15,8 @@ from fleet import NODE, QUICK, Fleet, wait_for
 
 from edge_agent.errors import EdgeAgentError
 from edge_agent.job_building import build_job
-from edge_agent.messages import Cancel, Drain, File, Forget, Offer, Report, Resume, new_id
+from edge_agent.messages import Cancel, Drain, File, FileRequest, Forget, Offer, Report, Resume, encode, new_id
+from edge_agent.topics import down, up
 
 SETTINGS = [part for name, value in QUICK.items() for part in ("--set", f"{name}={json.dumps(value)}")]
 
@@ -98,6 +99,7 @@ def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:
         fleet.publish(offer, "job", job, "offer")
     first = wait_for("the result", lambda: fleet.heard("job", job, "result"))[0]
     assert first["data"]["outcome"] == "succeeded"
+    fleet.acknowledge(job)
     fleet.publish(offer, "job", job, "offer")
     wait_for("the result once more", lambda: len({m["id"] for m in fleet.heard("job", job, "result")}) == 2)
     assert all(m["data"] == first["data"] for m in fleet.heard("job", job, "result"))
@@ -117,8 +119,6 @@ def _offer(data: Path, updates: int = 2, **changes: object) -> Offer:
 
 def _encoded(data: Path, old: str, new: str) -> bytes:
     """A valid offer with one change in its text."""
-    from edge_agent.messages import encode
-
     text = encode(_offer(data), "test").decode()
     assert text.count(old) >= 1
     return text.replace(old, new, 1).encode()
@@ -175,6 +175,32 @@ def test_bad_messages_are_answered_and_others_go_on(fleet: Fleet, tmp_path: Path
     assert "event_failed" not in fleet.log("agent")
 
 
+def test_garbage_does_not_end_a_job_that_runs(fleet: Fleet) -> None:
+    """An unreadable offer under the id of a running job, a retained order, an absurd request for blocks: the job ends as it would."""
+    data = fleet.data("disturbed", 20, 11)
+    job = fleet.submit(data, schedule__updates=3)
+    wait_for("running", lambda: fleet.client.job(job.id).phase == "running")
+    fleet.publish(b'{"bad": 1}', "job", job.id, "offer")
+    absurd = encode(FileRequest(2**20, [2**42]), "test")
+    fleet.speak(up("default", NODE, "file", job.offer.dataset.sha256, "request"), absurd)
+    fleet.speak(down("default", NODE, "job", job.id, "cancel"), encode(Cancel(), "test"), retain=True)
+    fleet.speak(up("default", NODE, "file", job.offer.dataset.sha256, "block", "9" * 5000), b"x")
+    assert fleet.ended(job.id).outcome == "succeeded"
+    for name in ("agent", "coordinator"):
+        assert "event_failed" not in fleet.log(name)
+        assert "storage_error" not in fleet.log(name)
+
+
+def test_large_datasets_are_taken(fleet: Fleet, tmp_path: Path) -> None:
+    """A dataset of 12 MB is uploaded and offered; it is below the limit of 256 MiB."""
+    large = tmp_path / "large.jsonl"
+    large.write_text("".join(json.dumps({"question": f"{k}? " + "x" * 120_000, "answer": "#### 1"}) + "\n" for k in range(100)))
+    view = fleet.submit(large)
+    wait_for("staged", lambda: fleet.client.job(view.id).phase not in ("created", "offered", "accepted", "staging"))
+    assert (fleet.directory / "node" / "jobs" / view.id / "dataset.jsonl").stat().st_size == large.stat().st_size
+    assert fleet.ended(view.id).reason == "record_too_long"
+
+
 def test_a_job_is_canceled_wherever_it_is(fleet: Fleet, cli: Cli) -> None:
     """One that runs, one that waits and one whose offer never came: each ends once as canceled, and nothing runs on."""
     data = fleet.data("canceled", 30, 6)
@@ -210,6 +236,7 @@ def test_a_draining_node_takes_no_jobs(fleet: Fleet) -> None:
     taken = new_id()
     fleet.publish(_offer(data, 400), "job", taken, "offer")
     wait_for("running", lambda: "running" in [m["data"]["phase"] for m in fleet.heard("job", taken, "status")])
+    fleet.acknowledge(taken)
     before = len({m["id"] for m in fleet.heard("job", taken, "status")})
     fleet.publish(Report(), "command", "report")
     wait_for("one more status", lambda: len({m["id"] for m in fleet.heard("job", taken, "status")}) > before)
@@ -279,7 +306,8 @@ def test_requests_that_make_no_sense_are_refused(fleet: Fleet, cli: Cli) -> None
         ("submit", "--node", NODE, "--model", "huge", *asked),
         ("submit", "--node", NODE, "--model", "tiny", "--data", data, "--budget", "1TiB", *config),
         ("watch", "01m7y2essw0kb8w4wz6xbny0v3", *config),
-        ("fetch", "..", *config),
+        ("watch", "#", *config),
+        ("fetch", "../nodes", *config),
         ("cancel", "nothing", *config),
     ):
         ran = cli(*arguments)

@@ -139,9 +139,13 @@ def watch(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG
     """Show a job live until it has ended, then its summary. Exits as a local run of the job would."""
     with explained(as_json), _client(config) as client:
         console = Console(stderr=as_json)
-        with FleetView(console) as view:
-            for item in client.watch(job):
-                view.tell(item)
+        try:
+            with FleetView(console) as view:
+                for item in client.watch(job):
+                    view.tell(item)
+        except KeyboardInterrupt:
+            console.print(f"the job goes on; `edge-agent watch {job}` shows it again, `edge-agent cancel {job}` ends it", highlight=False)
+            raise typer.Exit(130) from None
         ended = client.job(job)
         if as_json:
             print_json(ended)

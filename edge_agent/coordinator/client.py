@@ -14,7 +14,7 @@ from edge_agent.coordinator.store import HistoryRow, JobView, NodeView
 from edge_agent.dataset import check_sha256
 from edge_agent.errors import CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, exit_code_of
 from edge_agent.job import Job
-from edge_agent.messages import JobProgress
+from edge_agent.messages import JobProgress, is_ulid
 from edge_agent.report import Result
 
 T = TypeVar("T")
@@ -56,13 +56,13 @@ class Client:
         return self._ask(list[JobView], "GET", f"/jobs?limit={limit}")
 
     def job(self, job: str) -> JobView:
-        return self._ask(JobView, "GET", f"/jobs/{job}")
+        return self._ask(JobView, "GET", _place(job))
 
     def history(self, job: str) -> list[HistoryRow]:
-        return self._ask(list[HistoryRow], "GET", f"/jobs/{job}/history")
+        return self._ask(list[HistoryRow], "GET", f"{_place(job)}/history")
 
     def cancel(self, job: str) -> JobView:
-        return self._ask(JobView, "POST", f"/jobs/{job}/cancel")
+        return self._ask(JobView, "POST", f"{_place(job)}/cancel")
 
     def submit(self, node: str, job: Job, files: dict[str, Path], priority: int, expires_s: float | None) -> JobView:
         """Upload files by their sha256, then submit the job over them."""
@@ -132,7 +132,7 @@ class Client:
             time.sleep(0.5)
 
     def _events(self, job: str) -> Iterator[JobView | JobProgress]:
-        with self._http.stream("GET", f"/jobs/{job}/events") as response:
+        with self._http.stream("GET", f"{_place(job)}/events") as response:
             self._check(response)
             kind = b""
             for line in _lines(response):
@@ -145,7 +145,10 @@ class Client:
                     yield item
 
     def _ask(self, kind: type[T], method: str, path: str, **options: Any) -> T:
-        return msgspec.json.decode(self._send(method, path, **options).content, type=kind)
+        try:
+            return msgspec.json.decode(self._send(method, path, **options).content, type=kind)
+        except msgspec.ValidationError as error:
+            raise Answered("internal", f"the coordinator answers in another form, perhaps of another version: {error}") from None
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
@@ -165,6 +168,13 @@ class Client:
         except (msgspec.DecodeError, KeyError, TypeError):
             raise Answered("internal", f"the coordinator answered with status {response.status_code}") from None
         raise Answered(error["code"], error["text"])
+
+
+def _place(job: str) -> str:
+    """Return the path of a job. Raises Answered for what can be no job's id."""
+    if not is_ulid(job):
+        raise Answered("refused", f"{job[:80]!r} is no job; `edge-agent jobs` lists them")
+    return f"/jobs/{job}"
 
 
 def _lines(response: httpx.Response) -> Iterator[bytes]:

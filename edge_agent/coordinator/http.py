@@ -15,6 +15,7 @@ import uvicorn
 from litestar import Litestar, Request, Response, get, post, put
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
+from litestar.params import Parameter
 from litestar.response import File, ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 from msgspec import Meta
@@ -38,7 +39,7 @@ class Submission(Strict, frozen=True):
     node: str
     job: Job
     priority: Annotated[int, Meta(ge=0, le=9)] = 4
-    expires_s: Annotated[float, Meta(gt=0)] | None = None
+    expires_s: Annotated[float, Meta(gt=0, le=1e9)] | None = None
 
 
 def make_app(service: Service) -> Litestar:
@@ -47,6 +48,7 @@ def make_app(service: Service) -> Litestar:
         [nodes, jobs, submit, job, history, cancel, events, upload, download],
         state=State({"service": service}), exception_handlers={EdgeAgentError: _explain, HTTPException: _explain_http},
         logging_config=None,
+        openapi_config=None,
     )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def nodes(state: State) -> list[NodeView]:
 
 
 @get("/jobs", sync_to_thread=True)
-def jobs(state: State, limit: int = 100) -> list[JobView]:
+def jobs(state: State, limit: Annotated[int, Parameter(ge=1, le=10_000)] = 100) -> list[JobView]:
     """The newest jobs first."""
     service: Service = state.service
     return service.call(lambda: service.jobs(limit))
@@ -100,7 +102,7 @@ async def events(state: State, job_id: str) -> ServerSentEvent:
     return ServerSentEvent(_events(service, job_id))
 
 
-@put("/files/{sha256:str}")
+@put("/files/{sha256:str}", request_max_body_size=None)
 async def upload(state: State, sha256: str, request: Request[Any, Any, Any]) -> None:
     """Keep a file under its sha256."""
     await _receive_file(state.service, sha256, request)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 from edge_agent.config import CoordinatorConfig
 from edge_agent.coordinator.audience import Audience, Listener
 from edge_agent.coordinator.exchange import Exchange
-from edge_agent.coordinator.store import CoordinatorStore, JobView
+from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
 from edge_agent.errors import MessageInvalid, Refused, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
@@ -45,7 +46,7 @@ from edge_agent.messages import (
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.serving import END, serve
-from edge_agent.topics import coordinator_state, coordinator_subscriptions, down, split
+from edge_agent.topics import block_number, coordinator_state, coordinator_subscriptions, down, split
 from edge_agent.transfer import FileStore
 
 log = logging.getLogger(__name__)
@@ -193,8 +194,8 @@ class Service:
                 self._result(node, job, payload)
             case ["file", sha256, "request"]:
                 self._exchange.send_blocks(node, sha256, decode(payload, FileRequest).data)
-            case ["file", sha256, "block", number] if number.isdecimal():
-                self._exchange.receive_block(node, sha256, int(number), payload)
+            case ["file", sha256, "block", text] if (number := block_number(text)) is not None:
+                self._exchange.receive_block(node, sha256, number, payload)
             case _:
                 log.warning("topic_unknown node=%s topic=%s", node, "/".join(parts))
 
@@ -211,7 +212,7 @@ class Service:
                     self._send(node, self._exchange.fill(view.offer), "job", view.id, "offer")
 
     def _own(self, node: str, job: str) -> JobView | None:
-        """The job, if it is this node's: no node speaks of another's."""
+        """The job, if it is this node's: no node speaks of another's. What is not stored here is not acknowledged either."""
         view = self._store.job(job)
         if view is None or view.node != node:
             log.warning("job_unknown node=%s job=%s", node, job)
@@ -221,7 +222,9 @@ class Service:
     def _status(self, node: str, job: str, payload: bytes) -> None:
         message = decode(payload, JobStatus)
         view = self._own(node, job)
-        if view is not None and message.data.digest in (None, view.digest):
+        if view is None:
+            return
+        if message.data.digest in (None, view.digest):
             if not self._store.apply_status(view, message):
                 self._ask_report(node)
             if view.phase == "ended" and message.data.phase != "ended":
@@ -244,7 +247,6 @@ class Service:
         message = decode(payload, JobResult)
         view = self._own(node, job)
         if view is None:
-            self._send(node, Ack(), "ack", message.id)
             return
         self._store.apply_result(view, message)
         self._changed(job)
@@ -263,20 +265,24 @@ class Service:
     def _tick(self, now: float) -> None:
         if not self._link.connected:
             return
+        waiting: Counter[str] = Counter()
         for view in self._store.open_jobs():
-            if view.phase in ("created", "offered") or view.cancel:
-                self._ask_node(view, now)
+            node = self._store.node(view.node)
+            waiting[view.node] += view.phase in ("offered", "accepted", "staging", "ready")
+            full = node is not None and node.info is not None and waiting[view.node] >= node.info.limits.queue
+            if view.phase == "offered" or view.cancel or (view.phase == "created" and not full):
+                self._ask_node(view, node, now)
+                waiting[view.node] += view.phase == "created"
         self._exchange.tick()
         self._audience.tick(now)
 
-    def _ask_node(self, view: JobView, now: float) -> None:
+    def _ask_node(self, view: JobView, node: NodeView | None, now: float) -> None:
         """Offer a job, or ask for its end, until the node answers."""
         expires = view.offer.expires
         if view.phase in ("created", "offered") and expires is not None and datetime.now(timezone.utc) > expires:
             self._store.end(view.id, "expired", "expired", f"no answer from node {view.node} before {expires.isoformat()}")
             self._changed(view.id)
             return
-        node = self._store.node(view.node)
         retry = self._offers.setdefault(view.id, Retry())
         if node is None or not node.present or now < retry.due:
             return

@@ -170,7 +170,8 @@ class CoordinatorStore:
     def apply_status(self, view: JobView, message: Message[JobStatus]) -> bool:
         """Keep a status; it changes the job if it is newer than what is known and the job has not ended. False where one is missing."""
         status, place = message.data, _place(message, view)
-        late = view.phase == "ended" or place <= (view.boot, view.seq)
+        taken = status.outcome == "rejected" and view.phase not in ("created", "offered")
+        late = view.phase == "ended" or taken or place <= (view.boot, view.seq)
         with transaction(self._db):
             if not self._keep(view.id, message, status.phase, late):
                 return True
