@@ -209,7 +209,7 @@ class Bench:
         (self.place / "job" / "program.py").write_text(LIBRARY + program)
         lock = lock_file(self.place / "trainer.lock")
         assert lock is not None
-        self.trainers.append(Trainer("j", self.place / "job", lock, threads, self.events))
+        self.trainers.append(Trainer("j", self.place / "job", lock, 3600.0, threads, self.events))
         assert lock.closed
         return self.trainers[-1]
 
