@@ -262,10 +262,10 @@ class Fleet:
         """Speak as a coordinator would."""
         self.speak(down("default", NODE, *parts), data if isinstance(data, bytes) else encode(data, "test"))
 
-    def speak(self, topic: str, payload: bytes, retain: bool = False) -> None:
+    def speak(self, topic: str, payload: bytes) -> None:
         """Publish anything anywhere; it is not held against the contract."""
         self._spoken.add(payload)
-        self.ear.publish(topic, payload, 1, retain).wait_for_publish(10)
+        self.ear.publish(topic, payload, 1).wait_for_publish(10)
 
     def acknowledge(self, job: str) -> None:
         """Acknowledge all that the node has said of a job, as the coordinator does for its own jobs."""
