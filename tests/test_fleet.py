@@ -176,7 +176,7 @@ def test_bad_messages_are_answered_and_others_go_on(fleet: Fleet, tmp_path: Path
 
 
 def test_garbage_does_not_end_a_job_that_runs(fleet: Fleet) -> None:
-    """An unreadable offer under the id of a running job, an absurd request for blocks, a block with an absurd number: it ends as it would."""
+    """An unreadable offer under the id of a running job, an absurd request for blocks, a block of an absurd number: it goes on."""
     data = fleet.data("disturbed", 20, 11)
     job = fleet.submit(data, schedule__updates=3)
     wait_for("running", lambda: fleet.client.job(job.id).phase == "running")
