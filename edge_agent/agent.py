@@ -119,6 +119,7 @@ class Agent:
                 log.warning("disconnected why=%r", why)
 
     def _tick(self, now: float) -> None:
+        self._link.supervise()
         try:
             self._jobs.tick()
         finally:  # whatever is wrong with a job, the node still speaks

@@ -101,19 +101,21 @@ class Link:
         self._subscribed = False
         self._limit: int = broker.packet_limit
         self._password, self._tls = broker.password, _tls_context(broker)
-        self._thread = threading.Thread(target=self._serve, name="mqtt", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        self._thread = threading.Thread(target=self._serve, name="mqtt", daemon=True)
         self._thread.start()
+
+    def supervise(self) -> None:
+        """Start the link's thread again where a defect has ended it; its traceback stands on standard error."""
+        if self._thread is not None and not self._thread.is_alive() and not self._closing.is_set():
+            log.error("link_thread_died")
+            self.start()
 
     @property
     def connected(self) -> bool:
         return self._subscribed
-
-    @property
-    def alive(self) -> bool:
-        """Whether the link's thread runs; it ends with `close` only."""
-        return self._thread.is_alive()
 
     @property
     def payload_limit(self) -> int:
@@ -146,7 +148,8 @@ class Link:
                     log.warning("last_message_not_sent topic=%s", last[0])
             client.disconnect()
         self._closing.set()
-        self._thread.join(timeout_s)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def _serve(self) -> None:
         if time.time() - psutil.boot_time() < FRESH_BOOT_S:  # a whole fleet may have got its power back

@@ -25,8 +25,7 @@ from typing import Any, TypeVar
 
 import paho.mqtt.client as paho
 import psutil
-import yaml
-from conftest import ROOT, TINY, write_domain
+from conftest import TINY, write_domain
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -262,10 +261,10 @@ class Fleet:
         """Speak as a coordinator would."""
         self.speak(down("default", NODE, *parts), data if isinstance(data, bytes) else encode(data, "test"))
 
-    def speak(self, topic: str, payload: bytes) -> None:
+    def speak(self, topic: str, payload: bytes, retain: bool = False) -> None:
         """Publish anything anywhere; it is not held against the contract."""
         self._spoken.add(payload)
-        self.ear.publish(topic, payload, 1).wait_for_publish(10)
+        self.ear.publish(topic, payload, 1, retain).wait_for_publish(10)
 
     def acknowledge(self, job: str) -> None:
         """Acknowledge all that the node has said of a job, as the coordinator does for its own jobs."""
@@ -289,10 +288,6 @@ class Fleet:
                 key = json.dumps(schema, sort_keys=True)
                 validators.setdefault(key, Draft202012Validator(schema)).validate(json.loads(payload))
         return len(self.messages)
-
-
-def committed_asyncapi() -> Any:
-    return yaml.safe_load((ROOT / "docs" / "asyncapi.yaml").read_text())
 
 
 def write_certificates(directory: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 from conftest import Cli, write_domain
 from fleet import NODE, QUICK, Fleet, wait_for
 
-from edge_agent.errors import EdgeAgentError
 from edge_agent.job_building import build_job
 from edge_agent.messages import Cancel, Drain, File, FileRequest, Forget, Offer, Report, Resume, encode, new_id
 from edge_agent.topics import up
@@ -314,4 +313,3 @@ def test_requests_that_make_no_sense_are_refused(fleet: Fleet, cli: Cli) -> None
         assert ran.err.startswith("error refused: ")
     missing = cli("jobs", "--config", fleet.directory / "missing.toml")
     assert missing.code == 13
-    assert issubclass(EdgeAgentError, Exception)

@@ -6,13 +6,20 @@ import json
 import shutil
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from conftest import Cli, write_domain
-from fleet import QUICK, Fleet, wait_for
+from fleet import NODE, QUICK, Fleet, wait_for
+
+from edge_agent.config import Broker
+from edge_agent.messages import Cancel, encode, new_id
+from edge_agent.mqtt import Link
+from edge_agent.topics import down
 
 OUTAGE_S = 30.0
 
@@ -131,6 +138,42 @@ def test_a_trainer_that_always_dies_ends_as_crash_loop() -> None:
         assert (view.outcome, view.reason) == ("failed", "crash_loop")
         assert "SIGKILL" in (view.text or "")
         assert fleet.ended(fleet.submit(fleet.data("next", 20, 7), schedule__updates=2).id).outcome == "succeeded"
+        fleet.check_messages()
+
+
+def test_orders_of_the_past_are_ignored(fleet: Fleet) -> None:
+    """A retained cancel that a node finds when it comes to a broker for the first time is not obeyed."""
+    fleet.stop("agent")
+    fleet.stop("broker")
+    fleet.start_broker()  # it remembers no session
+    wait_for("the ear", fleet.ear.is_connected)
+    job = new_id()
+    fleet.speak(down("default", NODE, "job", job, "cancel"), encode(Cancel(), "test"), retain=True)
+    fleet.start_agent()
+    wait_for("the retained order", lambda: f"retained_ignored topic=edge1/default/{NODE}/down/job/{job}/cancel" in fleet.log("agent"))
+    wait_for("the node", lambda: fleet.client.nodes()[0].heartbeat is not None)
+    assert fleet.heard("job", job, "result") == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_link_whose_thread_has_died_is_started_again(fleet: Fleet) -> None:
+    """A defect that ends the thread of a connection (here in what it asks for its last will) does not leave the process mute."""
+    asked: list[int] = []
+
+    def birth() -> None:
+        asked.append(1)
+        if len(asked) == 1:
+            raise TypeError("a defect")
+
+    events: SimpleQueue[object] = SimpleQueue()
+    link = Link(Broker(port=fleet.port), "mended", ["edge1/#"], events, birth)
+    link.start()
+    wait_for("the death of the thread", lambda: asked and not [t for t in threading.enumerate() if t.name == "mqtt"])
+    link.supervise()
+    wait_for("the connection", lambda: link.connected)
+    link.supervise()
+    assert len(asked) == 2
+    link.close()
 
 
 def test_coordinator_killed_in_mid_job(fleet: Fleet, undisturbed: bytes) -> None:

@@ -81,22 +81,9 @@ def train(
             JobDirectory(directory).create(job, data, eval_data)
         else:
             _only_directory(
-                model,
-                data,
-                out,
-                budget,
-                eval_data,
-                limit,
-                questions,
-                method,
-                epochs,
-                learning_rate,
-                lora_rank,
-                verifier,
-                seed,
-                device,
+                model, data, out, budget, eval_data, limit, questions, method, epochs, learning_rate, lora_rank, verifier, seed, device,
                 settings,
-            )
+            )  # fmt: skip
         if supervised:
             _run_supervised(JobDirectory(directory))
         else:

@@ -263,6 +263,7 @@ class Service:
     # offers
 
     def _tick(self, now: float) -> None:
+        self._link.supervise()
         if not self._link.connected:
             return
         waiting: Counter[str] = Counter()
