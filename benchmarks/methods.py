@@ -109,7 +109,8 @@ ROWS: dict[str, Row] = {
     "NLFT in float32": Row(nlft(), tuned_as="NLFT", float32=True),
 }
 SIZE_ROWS = ("SFT, standard answers", "SFT, both", "NLFT", "NLFT without standard answers")
-REFT = Row({"method.name": "reft"}, tuned_as="SFT, standard answers")
+REFT = {"ReFT": Row({"method.name": "reft"})}
+"""Takes many times as long as the rows of the table: a part of its own, tuned on the first development seed alone."""
 ABLATION: dict[str, Row] = {
     "released": Row(nlft(**RELEASED)),
     "A1: plus -log of the output in the judge context": Row(nlft(**RELEASED), control=controls.JudgeLikelihood),
@@ -149,7 +150,7 @@ class Cell:
 
     @property
     def spec(self) -> Row:
-        return REFT if self.part == "reft" else ABLATION[self.row] if self.part == "ablation" else ROWS[self.row]
+        return ABLATION[self.row] if self.part == "ablation" else (ROWS | REFT)[self.row]
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,17 +177,17 @@ def cells(part: str, done: dict[str, Outcome]) -> Iterator[Cell]:
     """Yield the cells of a part. All but tuning and ablation need the tuned rates."""
     if part == "tune":
         tuned = [name for name, row in ROWS.items() if row.tuned_as is None]
-        for domain, seed, row in ((d, s, r) for s in TUNING_SEEDS for d in DOMAINS for r in tuned):
+        rows = [(r, s) for s in TUNING_SEEDS for r in tuned] + [(r, TUNING_SEEDS[0]) for r in REFT]
+        for domain, (row, seed) in ((d, rs) for rs in rows for d in DOMAINS):
             yield from (Cell(part, row, domain, TABLE, seed, rate, TUNING_QUESTIONS) for rate in RATES)
     elif part == "ablation":
         yield from (Cell(part, r, d, TABLE, s, ABLATION_RATE, TUNING_QUESTIONS) for s in TUNING_SEEDS for d in DOMAINS for r in ABLATION)
     else:
         rates = tuned_rates(done)
-        rows = {"table": tuple(ROWS), "sizes": SIZE_ROWS, "reft": ("ReFT",)}[part]
+        rows = {"table": tuple(ROWS), "sizes": SIZE_ROWS, "reft": tuple(REFT)}[part]
         sizes, seeds = (SIZES if part == "sizes" else (TABLE,)), (REFT_SEEDS if part == "reft" else SEEDS)
         for seed, size, domain, row in ((s, n, d, r) for s in seeds for n in sizes for d in DOMAINS for r in rows):
-            tuned_as = (REFT if part == "reft" else ROWS[row]).tuned_as or row
-            yield Cell(part, row, domain, size, seed, rates[tuned_as])
+            yield Cell(part, row, domain, size, seed, rates[(ROWS | REFT)[row].tuned_as or row])
 
 
 def tuned_rates(done: dict[str, Outcome]) -> dict[str, float]:
