@@ -57,7 +57,8 @@ def context_use(model: Any, tokenizer: Any, family: str) -> dict[str, float]:
         record = Record(problem.question, problem.answer, output, judgment)
         drawn += [Target(record, output, "incorrect", ("standard", "judge")), Target(record, problem.answer, "correct", ("standard",))]
     samples = [encode_target(tokenizer, PROMPTS["worked"], t, 2048) for t in drawn]
-    scores = score(model, samples, 32, 256, False, tokenizer.pad_token_id, silent)
+    found = dict(score(model, samples, 32, 256, tokenizer.pad_token_id, silent))
+    scores = [found[i] for i in range(len(samples))]
     wrong, right = scores[0::2], scores[1::2]
 
     def mean(parts: list[torch.Tensor]) -> float:

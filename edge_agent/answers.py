@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.errors import AnswersUnusable, DatasetSchema
-from edge_agent.intervals import bootstrap_interval, pass_at_k, wilson_interval
+from edge_agent.intervals import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
 from edge_agent.job import Verifier
 from edge_agent.json_items import MAX_FILE_BYTES
 from edge_agent.report import Accuracy, Difference, Example, FreeText, Measured, Paired, PassAtK, mcnemar, sign_test
@@ -21,6 +21,7 @@ from edge_agent.splitting import same_question
 from edge_agent.verify import find_verifier
 
 NOTHING_HELD_OUT = "no question was held out: give --eval-data, or --set evaluation.held_out=0.2"
+ONE_TEXT = "a single held-out record of free text has no interval: hold out more"
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,7 +72,7 @@ def _interval(shares: Sequence[float]) -> tuple[float, float]:
     """Wilson's interval where every question has all or nothing, else by bootstrap over the questions."""
     if {*shares} <= {0.0, 1.0}:
         return wilson_interval(sum(shares) / len(shares), len(shares))
-    return bootstrap_interval(shares)
+    return mean_interval(shares, 0, 1)
 
 
 def pass_at(answers: Sequence[Answer]) -> list[PassAtK]:
@@ -86,9 +87,9 @@ def pass_at(answers: Sequence[Answer]) -> list[PassAtK]:
 
 
 def free_text(answers: Sequence[Answer]) -> FreeText | None:
-    """Return the measures of free text; None for answers with verdicts."""
+    """Return the measures of free text; None for answers with verdicts, and for a single answer, which has no interval."""
     scored = _likelihoods(answers)
-    if not scored:
+    if len(scored) < 2:
         return None
     from sacrebleu.metrics.chrf import CHRF  # on use: the daemon's side imports this module
 
@@ -109,6 +110,8 @@ def measure(before: Sequence[Answer], after: Sequence[Answer]) -> Measured:
         return Measured(
             accuracy(before), accuracy(after), _paired(before, after), pass_before=pass_at(before), pass_after=pass_at(after)
         )  # fmt: skip
+    if len(before) < 2:
+        return Measured(reason=ONE_TEXT)
     pairs = list(zip(_likelihoods(before), _likelihoods(after), strict=True))
     gains, tokens = [after - before for (before, _), (after, _) in pairs], [n for (_, n), _ in pairs]
     difference = Difference(sum(gains) / sum(tokens), *bootstrap_interval(gains, tokens))
@@ -120,7 +123,7 @@ def _paired(before: Sequence[Answer], after: Sequence[Answer]) -> Paired:
         return mcnemar([a.share == 1 for a in before], [a.share == 1 for a in after])
     changes = [a.share - b.share for b, a in zip(before, after, strict=True)]
     up, down = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-    return Paired(up, down, sign_test(up, down), sum(changes) / len(changes), *bootstrap_interval(changes))
+    return Paired(up, down, sign_test(up, down), sum(changes) / len(changes), *mean_interval(changes, -1, 1))
 
 
 def accept(measured: Measured, rule: Literal["not_worse", "better", "always"]) -> tuple[bool | None, str | None]:

@@ -115,13 +115,13 @@ class BuildConflict(EdgeAgentError):
 
 
 class DirectoryUnusable(EdgeAgentError):
-    """The job directory cannot be written."""
+    """What results should go to cannot be written."""
 
     code = "directory"
     exit_code = 4
 
     def __init__(self, directory: Path, problem: str) -> None:
-        super().__init__(f"{directory} cannot be used as a job directory ({problem}); give another --out")
+        super().__init__(f"{directory} cannot be used ({problem}); give another --out")
 
 
 class Busy(EdgeAgentError):
@@ -210,7 +210,7 @@ class OutOfMemory(EdgeAgentError):
 
     def __init__(self, stage: str, detail: str) -> None:
         super().__init__(
-            f"out of memory in stage {stage} ({detail}); the directory keeps its checkpoint: run it again with more free memory"
+            f"out of memory in stage {stage} ({detail}); run it again with more free memory: jobs and builds go on where they were"
         )
 
 

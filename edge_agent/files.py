@@ -8,10 +8,11 @@ import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
+from errno import EISDIR
 from pathlib import Path
 from typing import IO
 
-from edge_agent.errors import NO_SPACE, DiskFull, StateUnusable
+from edge_agent.errors import NO_SPACE, DirectoryUnusable, DiskFull, StateUnusable
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -26,6 +27,19 @@ def write_file(path: Path, data: bytes) -> None:
         if error.errno in NO_SPACE:
             raise DiskFull(str(path), len(data)) from error
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Make the directory of a file to write later, and raise DirectoryUnusable where it could not be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise DirectoryUnusable(path, error.strerror or type(error).__name__) from None
 
 
 def write_directory(path: Path, contents: Mapping[str, bytes]) -> None:

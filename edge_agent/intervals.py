@@ -42,13 +42,51 @@ def newcombe_interval(both: int, gained: int, lost: int, neither: int) -> tuple[
 
 
 def bootstrap_interval(sums: Sequence[float], counts: Sequence[float] | None = None) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of sum(sums) / sum(counts), resampled over the elements; counts are 1 where not given."""
+    """Return the expanded percentile bootstrap interval of sum(sums) / sum(counts), resampled over n >= 2 elements; counts default to 1.
+
+    The distances of its ends from the estimate grow by what the percentile interval lacks for small n: Student's quantile instead of the
+    normal one, and the variance's n / (n - 1) (Hesterberg 2015, The American Statistician 69, 371-386, section 3.3).
+    """
     rng = random.Random(0)
-    pairs = list(zip(sums, counts or [1.0] * len(sums), strict=True))
-    draws = (rng.choices(pairs, k=len(pairs)) for _ in range(RESAMPLES))
+    n, pairs = len(sums), list(zip(sums, counts or [1.0] * len(sums), strict=True))
+    draws = (rng.choices(pairs, k=n) for _ in range(RESAMPLES))
     values = sorted(sum(s for s, _ in drawn) / sum(c for _, c in drawn) for drawn in draws)
     tail = round(0.025 * RESAMPLES)
-    return values[tail - 1], values[-tail]
+    estimate = sum(s for s, _ in pairs) / sum(c for _, c in pairs)
+    factor = student_quantile(n - 1) / Z * math.sqrt(n / (n - 1))
+    return estimate + factor * (values[tail - 1] - estimate), estimate + factor * (values[-tail] - estimate)
+
+
+def mean_interval(values: Sequence[float], least: float, most: float) -> tuple[float, float]:
+    """Return the interval of the mean of values that lie between `least` and `most`, by bootstrap.
+
+    Where all are equal, resampling says nothing: then others that would be seen among n with a chance of 97.5 % may be as far away as the
+    bounds.
+    """
+    first, n = values[0], len(values)
+    if any(v != first for v in values):
+        low, high = bootstrap_interval(values)
+        return max(least, low), min(most, high)
+    unseen = 1 - 0.025 ** (1 / n)
+    return first - unseen * (first - least), first + unseen * (most - first)
+
+
+def student_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t: exact for 1 and 2 degrees of freedom, else by series to 0.2 % (Abramowitz and Stegun
+    26.7.5).
+    """
+    if freedom == 1:
+        return math.tan(0.475 * math.pi)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    series: tuple[float, ...] = (
+        Z,
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+        (79 * Z**9 + 776 * Z**7 + 1482 * Z**5 - 1920 * Z**3 - 945 * Z) / 92160,
+    )
+    return math.fsum(term / freedom**power for power, term in enumerate(series))
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -100,6 +100,7 @@ class EndpointJudge:
 
     def __init__(self, alias: str, endpoint: Endpoint, file: Path, beat: Callable[[int, int, int], None]) -> None:
         self._alias, self._endpoint, self._beat = alias, endpoint, beat
+        self._key = endpoint.key or "none"  # before anything is set aside for a request that could not go out
         self._journal = Journal(file, Asked)
         self.resumed = bool(self._journal.rows)
 
@@ -177,7 +178,7 @@ class EndpointJudge:
 
         hooks: dict[str, list[Callable[..., Any]]] = {"request": [traffic.on_request], "response": [traffic.on_response]}
         async with AsyncOpenAI(
-            base_url=self._endpoint.url, api_key=self._endpoint.key or "none", timeout=self._endpoint.timeout_s, max_retries=RETRIES,
+            base_url=self._endpoint.url, api_key=self._key, timeout=self._endpoint.timeout_s, max_retries=RETRIES,
             http_client=DefaultAsyncHttpxClient(event_hooks=hooks),
         ) as client:  # fmt: skip
             tasks = [asyncio.create_task(self._ask_one(client, messages)) for messages in group]

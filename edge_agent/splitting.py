@@ -40,18 +40,27 @@ def split(records: list[Record], evaluation: list[Record] | None, job: Job) -> S
     questions = sorted(groups)
     random.Random(f"split/{job.seed}").shuffle(questions)
     if evaluation is not None:
-        measured = {same_question(r.question): r for r in evaluation}
-        held_out = [r for r in measured.values() if r.reference is not None]
+        measured = {same_question(r.question) for r in evaluation}
+        held_out = measurable(evaluation)
     else:
         references = {q: r for q in questions if (r := next((r for r in groups[q] if r.reference is not None), None))}
-        measured = {q: references[q] for q in _held_out(list(references), len(questions), job)}
-        held_out = list(measured.values())
+        measured = {*(chosen := _held_out(list(references), len(questions), job))}
+        held_out = [references[q] for q in chosen]
     questions = [q for q in questions if q not in measured][: job.dataset.limit]
     kept = len(questions) - round(job.evaluation.development * len(questions))
     training, development = ([r for q in part for r in groups[q]] for part in (questions[:kept], questions[kept:]))
     if not training:
         raise DatasetEmpty("dataset.jsonl", "has no record left to train on after holding out")
     return Split(training, development, held_out[: job.evaluation.questions])
+
+
+def measurable(records: Iterable[Record]) -> list[Record]:
+    """Return the first record with a reference of each question that has one."""
+    first: dict[str, Record] = {}
+    for record in records:
+        if record.reference is not None:
+            first.setdefault(same_question(record.question), record)
+    return list(first.values())
 
 
 def _by_question(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import KEY, Server
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -73,6 +74,12 @@ def cli() -> Cli:
     return run
 
 
+def write_lines(path: Path, *lines: object) -> Path:
+    """Write lines: bytes as they are, anything else as JSON."""
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
+    return path
+
+
 def write_domain(path: Path, family: str, count: int, seed: int) -> Path:
     """Write problems of a family as a dataset."""
     from edge_agent.demo.problems import problems
@@ -80,3 +87,19 @@ def write_domain(path: Path, family: str, count: int, seed: int) -> Path:
     rows = [{"question": p.question, "answer": p.answer} for p in islice(problems(family, seed), count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    file = tmp_path / "judge.key"
+    file.touch(mode=0o600)
+    file.write_text(f"{KEY}\n")
+    return file

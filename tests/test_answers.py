@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from sacrebleu import corpus_chrf
 from typer.testing import CliRunner
 
-from edge_agent.answers import Answer, accept, accuracy, compare, measure, pass_at, read_answers
+from edge_agent.answers import ONE_TEXT, Answer, accept, accuracy, compare, free_text, measure, pass_at, read_answers
 from edge_agent.cli import app
 from edge_agent.errors import AnswersUnusable
-from edge_agent.report import mcnemar
+from edge_agent.report import Measured, mcnemar
 
 Rule = Literal["not_worse", "better", "always"]
 
@@ -126,6 +126,23 @@ def test_acceptance_of_free_text_follows_the_likelihood(change: float, rule: Rul
     verdict, why = accept(measure(_text(*before), _text(*((logp + change * n, n) for logp, n in before))), rule)
     assert verdict is accepted
     assert "nats a token" in str(why)
+
+
+@pytest.mark.parametrize("rule", ["not_worse", "better"])
+@pytest.mark.parametrize(("before", "after"), [([True, False], [True, True]), ([True, True], [True, False])])
+def test_one_or_two_questions_decide_nothing(before: list[bool], after: list[bool], rule: Rule) -> None:
+    """However they come out, an adapter is neither found better nor worse on them."""
+    for count in (1, 2):
+        pairs = measure(_verified(*[before] * count), _verified(*[after] * count))
+        assert accept(pairs, rule)[0] is (rule == "not_worse")
+
+
+def test_one_text_has_no_interval() -> None:
+    """It is not measured, and the reason says so; two have an interval that is wide."""
+    assert measure(_text((-10.0, 5)), _text((-20.0, 5))) == Measured(reason=ONE_TEXT)
+    assert free_text(_text((-10.0, 5))) is None
+    two = measure(_text((-10.0, 5), (-11.0, 5)), _text((-20.0, 5), (-25.0, 5)))
+    assert accept(two, "not_worse")[0] is True
 
 
 def test_acceptance_of_nothing_is_none() -> None:

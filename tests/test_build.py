@@ -1,342 +1,48 @@
-"""Datasets are built from questions and standard answers, by parts and within a cap: outputs, the draw among them, and their judgments.
-
-Endpoints are real servers on loopback that speak the chat completions protocol, well or badly.
-"""
+"""Datasets are built from questions and standard answers, by parts: outputs, the draw among them, and their judgments."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Thread
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from chat_server import COST, KEY, Server, endpoint, said
 from conftest import DEADLINE_S, TINY, Cli, write_domain
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_training import silent
 
-from edge_agent.admission import Rejected, check_offer
-from edge_agent.config import AgentConfig, Endpoint, Size, read_config
 from edge_agent.critic import judge_output
 from edge_agent.dataset import Record, file_sha256, is_correct, read_records
-from edge_agent.errors import BuildConflict, ConfigInvalid, JobSchema, JudgeMissing, JudgeRefused, RecordTooLong
+from edge_agent.errors import BuildConflict, DatasetEmpty, RecordTooLong
 from edge_agent.files import lock_file
 from edge_agent.job import Dataset, Evaluation, Job, Judging, NlftOptions, Sampling, Schedule
 from edge_agent.job_building import build_job, build_options
 from edge_agent.job_directory import JobDirectory
 from edge_agent.journal import Journal
-from edge_agent.judging import GIVE_UP_AFTER, JUDGMENT_CHARACTERS, RETRIES, EndpointJudge, clean_judgment
-from edge_agent.messages import File, Offer
 from edge_agent.prompts import PROMPTS
 from edge_agent.runner import Trainer, TrainerEnded
 from edge_agent.training.build import build_dataset
-from edge_agent.training.completion import JUDGMENT_TOKENS, Completion, draw, find_endpoint, judge_outputs, own_outputs, sample_outputs
+from edge_agent.training.completion import JUDGMENT_TOKENS, Completion, draw, judge_outputs, own_outputs, sample_outputs
 from edge_agent.training.contexts import prompt_ids
+from edge_agent.training.prepare import prepare_files
 from edge_agent.verify import numeric_match
 from profiles.device import device_profile
 from quantization.load import load_model, load_tokenizer
 from quantization.model_files import find_model
 
 VERDICT = partial(is_correct, verifier=numeric_match)
-KEY = "sk-test-0123456789"
-ANSWERED = {"prompt_tokens": 100, "completion_tokens": 20}
-COST = (100 * 1.0 + 20 * 10.0) / 1e6
-"""Of an answer, at the prices of `_endpoint`."""
-
 torch.set_num_threads(1)
-
-
-def _silent(*_: object) -> None:
-    pass
-
-
-# the server
-
-
-def _said(text: str | None, usage: dict[str, int] | None = ANSWERED) -> tuple[int, dict[str, str], bytes]:
-    """A chat completion that says a text."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    body = {"id": "1", "object": "chat.completion", "choices": [choice]} | ({"usage": usage} if usage else {})
-    return 200, {}, json.dumps(body).encode()
-
-
-class Server:
-    """Answers as told by `script`, one entry a request, then with a judgment that depends on the request alone."""
-
-    def __init__(self) -> None:
-        self.script: list[Any] = []
-        self.requests: list[tuple[str | None, dict[str, Any]]] = []
-        self.times: list[float] = []
-        self.free = Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append((self.headers["Authorization"], body))
-                outer.times.append(time.monotonic())
-                reply = outer.script.pop(0) if outer.script else _said("Wrong: " + _digest(body))
-                if reply == "hang":
-                    outer.free.wait(DEADLINE_S)
-                    self.close_connection = True
-                    return
-                status, headers, content = reply
-                self.send_response(status)
-                for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(content))} | headers).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        self._thread = Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self.free.set()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join(DEADLINE_S)
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(body["messages"][-1]["content"].encode()).hexdigest()[:12]
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    file = tmp_path / "judge.key"
-    file.touch(mode=0o600)
-    file.write_text(f"{KEY}\n")
-    return file
-
-
-def _endpoint(server: Server, key_file: Path | None, **more: Any) -> Endpoint:
-    given = {"input_price": 1.0, "output_price": 10.0, "spending_cap": 1.0, "timeout_s": 20.0, "max_tokens": 50, "parallel": 1} | more
-    return Endpoint(url=server.url, model="judge-1", key_file=key_file, **given)
-
-
-Ask = Callable[..., tuple[EndpointJudge, list[str | None]]]
-
-
-@pytest.fixture
-def ask(server: Server, key_file: Path, tmp_path: Path) -> Ask:
-    """Ask the server for judgments; again with the same file, as a later run would."""
-
-    def asked(count: int, beat: Callable[..., None] = _silent, **more: Any) -> tuple[EndpointJudge, list[str | None]]:
-        judge = EndpointJudge("stub", _endpoint(server, key_file, **more), tmp_path / "judgments.jsonl", beat)
-        return judge, judge.judge([[{"role": "user", "content": f"question {n}"}] for n in range(count)])
-
-    return asked
-
-
-def _spent(judge: EndpointJudge) -> float:
-    return sum(row.spent for row in judge.rows)
-
-
-# an endpoint
-
-
-def test_endpoint_is_asked_as_configured(ask: Ask, server: Server) -> None:
-    """Every request has the key, the model, the limit and its own messages; answers come in order, and cost what their usage says."""
-    judge, texts = ask(5, parallel=3)
-    assert texts == ["Wrong: " + _digest({"messages": [{"content": f"question {n}"}]}) for n in range(5)]
-    assert {key for key, _ in server.requests} == {f"Bearer {KEY}"}
-    assert all(body["model"] == "judge-1" and body["max_tokens"] == 50 and body["temperature"] == 0 for _, body in server.requests)
-    assert _spent(judge) == pytest.approx(5 * COST)
-    assert sum(row.requests for row in judge.rows) == 5
-
-
-def test_reasoning_model_gets_its_own_fields(ask: Ask, server: Server) -> None:
-    """It takes `max_completion_tokens`, and neither `max_tokens` nor a temperature."""
-    ask(1, reasoning=True)
-    [(_, body)] = server.requests
-    assert body["max_completion_tokens"] == 50
-    assert not {"max_tokens", "temperature"} & set(body)
-
-
-def test_endpoint_that_asks_for_patience_gets_it(ask: Ask, server: Server) -> None:
-    """429 is tried again after the time that Retry-After names, and 500 after a pause; neither costs anything."""
-    server.script = [(429, {"Retry-After": "1"}, b"{}"), _said("late"), (500, {}, b"oops"), _said("later")]
-    judge, texts = ask(2)
-    assert texts == ["late", "later"]
-    assert server.times[1] - server.times[0] >= 1.0
-    assert server.times[3] - server.times[2] >= 0.2
-    assert _spent(judge) == pytest.approx(2 * COST)
-    assert sum(row.requests for row in judge.rows) == 4
-
-
-def test_endpoint_that_hangs_is_asked_again(ask: Ask, server: Server) -> None:
-    """A request without an answer ends at its timeout and is repeated; it counts as the most that it may have cost."""
-    server.script = ["hang"]
-    judge, texts = ask(1, timeout_s=0.3)
-    assert texts[0] is not None
-    assert len(server.requests) == 2
-    most = (len("question 0") + 64 + 50 * 10.0) / 1e6
-    assert _spent(judge) == pytest.approx(COST + most)
-
-
-def test_run_can_be_stopped_while_an_endpoint_hangs(ask: Ask, server: Server) -> None:
-    """What is called while it waits may end the run, and does so at once."""
-
-    class Over(Exception):
-        pass
-
-    def beat(*_: object) -> None:
-        raise Over
-
-    server.script, started = ["hang"], time.monotonic()
-    with pytest.raises(Over):
-        ask(1, beat)
-    assert time.monotonic() - started < 10
-
-
-GARBAGE = [
-    (200, {}, b"<html>not what you think</html>"),
-    (200, {"Content-Type": "text/plain"}, b"\xff\xfe\x00"),
-    (200, {}, b'{"choices": [{"message": 3}]}'),
-    _said(None),
-    _said("  \n "),
-]
-
-
-def test_garbage_is_no_judgment_and_five_are_enough(ask: Ask, server: Server) -> None:
-    """An answer that is no chat completion, or says nothing, gives no judgment; after five in a row nothing more is asked."""
-    server.script = [_said("good"), *GARBAGE]
-    judge, texts = ask(9)
-    assert texts == ["good"] + [None] * 8
-    assert len(server.requests) == 1 + GIVE_UP_AFTER
-    assert [row.stopped for row in judge.rows if row.stopped] == ["5 requests in a row had no usable answer"]
-    _, again = ask(9)
-    assert again == texts
-    assert len(server.requests) == 1 + GIVE_UP_AFTER
-
-
-@pytest.mark.parametrize("status", [401, 404])
-def test_endpoint_that_takes_no_request_ends_the_run_at_once(status: int, ask: Ask, server: Server) -> None:
-    """The first refusal is an error that names alias and status, and neither the key nor what the server says; it costs nothing."""
-    server.script = [(status, {}, json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}}).encode())]
-    with pytest.raises(JudgeRefused, match=rf"'stub' refuses requests for judgments with status {status}") as raised:
-        ask(3)
-    assert len(server.requests) == 1
-    assert KEY[:8] not in "".join(traceback.format_exception(raised.value))
-    judge, texts = ask(3)
-    assert None not in texts
-    assert _spent(judge) == pytest.approx(3 * COST)
-
-
-def test_spending_stops_below_the_cap(ask: Ask, server: Server) -> None:
-    """Nothing is asked that could pass the cap with all its repetitions; later runs ask nothing either, the rest has no judgment."""
-    most = (1 + RETRIES) * (len("question 0") + 64 + 50 * 10.0) / 1e6
-    cap = 2.5 * COST + most
-    judge, texts = ask(8, spending_cap=cap)
-    assert [text is not None for text in texts] == [True] * 3 + [False] * 5
-    assert _spent(judge) <= cap
-    assert judge.rows[-1].stopped == "the spending cap is reached"
-    judge, again = ask(8, spending_cap=10 * cap)
-    assert again == texts
-    assert len(server.requests) == 3
-
-
-def test_usage_that_a_server_does_not_tell_is_not_free(ask: Ask, server: Server) -> None:
-    """An answer without `usage` counts as the most that it may have cost, so a cap holds also there."""
-    server.script = [_said("free?", None)] * 9
-    judge, texts = ask(9, spending_cap=0.005)
-    assert 0 < sum(text is not None for text in texts) < 9
-    assert 0.002 < _spent(judge) <= 0.005
-
-
-def test_spending_outlives_a_kill(ask: Ask, server: Server, tmp_path: Path) -> None:
-    """What was asked before a kill is not asked again, and what was in flight counts as spent in full."""
-    judge, texts = ask(4)
-    file = tmp_path / "judgments.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:5]) + lines[5][:9])  # two answers, and the third request was on its way
-    judge, again = ask(4)
-    assert again == texts
-    assert len(server.requests) == 4 + 2
-    assert _spent(judge) == pytest.approx(4 * COST + judge.rows[4].spent)
-
-
-def test_judgment_is_data() -> None:
-    """Control characters and line breaks are gone, the length is bounded, and nothing is None."""
-    assert clean_judgment("Step 1\x1b[31m is\r\nwrong.\x00\u202e It\tshould be 7. ") == "Step 1 [31m is wrong. It should be 7."
-    assert len(clean_judgment("word " * 10**6) or "") <= JUDGMENT_CHARACTERS
-    assert clean_judgment(" \x07\n ") is None
-
-
-# configuration and admission
-
-
-def test_judges_are_configured_and_their_keys_private(tmp_path: Path, key_file: Path) -> None:
-    """An endpoint is read with its key; a key that others can read, or a file without one, is refused."""
-    text = 'node = "n"\nstate_directory = "s"\nbudget = "1GiB"\nmodels = {}\n[judges.stub]\nurl = "http://localhost:1/v1"\nmodel = "m"\n'
-    path = tmp_path / "agent.toml"
-    path.write_text(text + 'key_file = "judge.key"\ninput_price = 1\noutput_price = 2\nspending_cap = 3\n')
-    judges = read_config(path, AgentConfig).judges
-    assert judges["stub"].key == KEY
-    judging = Judging("endpoint", "stub")
-    assert find_endpoint(judging, judges) is judges["stub"]
-    with pytest.raises(JudgeMissing, match=r"'other' is not among .* \(stub\)"):
-        find_endpoint(Judging("endpoint", "other"), judges)
-    key_file.write_text("")
-    with pytest.raises(ConfigInvalid, match="it holds no key"):
-        find_endpoint(judging, judges)
-    key_file.chmod(0o640)
-    with pytest.raises(ConfigInvalid, match="others can read it"):
-        find_endpoint(judging, judges)
-    path.write_text(text)
-    with pytest.raises(ConfigInvalid, match="missing required field `input_price`"):
-        read_config(path, AgentConfig)
-
-
-@pytest.mark.parametrize("judge", ["oracle", "endpoint", "endpoint:", "model:x", "endpoint:UP"])
-def test_judge_that_does_not_exist_is_refused(judge: str) -> None:
-    """A source is one of three, and an alias belongs to the endpoint alone."""
-    with pytest.raises(JobSchema):
-        build_options(judge, {})
-
-
-def test_node_takes_only_jobs_whose_endpoint_it_has(server: Server, tmp_path: Path) -> None:
-    """An offer that names an endpoint of the node is taken, another one is rejected as `judge_missing`."""
-    judges = {"a": _endpoint(server, None)}
-    config = AgentConfig(node="n", state_directory=tmp_path, budget=Size(2**30), models={"tiny": TINY}, judges=judges)
-
-    def offer(alias: str) -> None:
-        job = Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**30, judging=Judging("endpoint", alias))
-        check_offer(Offer(job, File("0" * 64, 9)), config, device_profile("cpu"), 0, False, datetime.now(timezone.utc))
-
-    offer("a")
-    with pytest.raises(Rejected) as rejected:
-        offer("b")
-    assert rejected.value.reason == "judge_missing"
 
 
 # parts and the draw
@@ -448,7 +154,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _completion(tiny: tuple[Any, Any], directory: Path, **more: Any) -> Completion:
     given = {
         "prompts": PROMPTS["worked"], "sampling": Sampling(outputs=2), "judging": Judging(), "endpoint": None, "is_correct": VERDICT,
-        "seed": 3, "context_tokens": 2048, "max_new_tokens": 40, "batch": 4, "progress": _silent,
+        "seed": 3, "context_tokens": 2048, "contexts": ("standard", "judge"), "max_new_tokens": 40, "batch": 4, "progress": silent,
     }  # fmt: skip
     return Completion(model=tiny[0], tokenizer=tiny[1], directory=directory, **given | more)
 
@@ -500,9 +206,9 @@ def test_judgment_of_an_endpoint_fits_the_plan(tiny: tuple[Any, Any], server: Se
     judges."""
     tokenizer = tiny[1]
     special = tokenizer.eos_token
-    server.script = [_said(f"Step 1 {special} is wrong. " + "x y z " * 150), _said(special)]
+    server.script = [said(f"Step 1 {special} is wrong. " + "x y z " * 150), said(special)]
     records = [Record("q?", "#### 7", f"#### {n}", id=str(n)) for n in (8, 9)]
-    completion = _completion(tiny, tmp_path, judging=Judging("endpoint", "stub"), endpoint=_endpoint(server, None))
+    completion = _completion(tiny, tmp_path, judging=Judging("endpoint", "stub"), endpoint=endpoint(server, None))
     judged, counts, _ = judge_outputs(completion, records)
     ids = tokenizer(judged[0].judgment)["input_ids"]
     assert 100 < len(ids) <= JUDGMENT_TOKENS
@@ -514,8 +220,28 @@ def test_judgment_of_an_endpoint_fits_the_plan(tiny: tuple[Any, Any], server: Se
 
 def test_record_that_leaves_no_room_is_named(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     """A question that fills the context with its standard answer is an error, not a cut output."""
+    records = [Record("how many? " * 60, "#### 7", id="r7")]
+    with pytest.raises(RecordTooLong, match=r"record r7.* with its standard answer and a judgment"):
+        sample_outputs(_completion(tiny, tmp_path, context_tokens=200), records)
+
+
+def test_job_that_cannot_write_its_outputs_is_refused_before_its_model_is_loaded(tmp_path: Path) -> None:
+    """By the room that the method needs: a question that is too long beside a judgment is not too long for SFT on outputs; and where a
+    method has nothing to train on, whatever would be sampled."""
+    data = tmp_path / "data.jsonl"
+    long = {"question": "many? " * 300, "answer": "so " * 400 + "#### 7", "id": "r7"}
+    data.write_text("".join(json.dumps(row) + "\n" for row in [long, {"question": "q", "answer": "#### 7"}]))
+    fields = {"budget_bytes": 2**33, "evaluation.questions": 0, "evaluation.max_new_tokens": 40, "device": "cpu"}
+
+    def prepared(*settings: str) -> Any:
+        return prepare_files(build_job(str(TINY), data, None, fields, settings), read_records(data), None)
+
     with pytest.raises(RecordTooLong, match="record r7"):
-        sample_outputs(_completion(tiny, tmp_path, context_tokens=200), [Record("how many? " * 60, "#### 7", id="r7")])
+        prepared("method.name=nlft", "evaluation.held_out=0").plan()
+    assert prepared("method.name=sft", "method.targets=outputs", "evaluation.held_out=0").plan().peak_bytes
+    for settings in (["method.name=sft", "method.targets=outputs"], ["method.name=cut"]):
+        with pytest.raises(DatasetEmpty, match="nothing to train on"):
+            prepared(*settings, "sampling.outputs=0")
 
 
 # the command
@@ -551,8 +277,8 @@ def test_killed_build_goes_on_to_the_same_dataset(questions: Path, server: Serve
     options = build_options("endpoint:stub", {
         "sampling.outputs": 2, "sampling.correct_share": 0.25, "evaluation.max_new_tokens": 40, "evaluation.batch": 2, "device": "cpu",
     })  # fmt: skip
-    judges = {"stub": _endpoint(server, key_file)}
-    whole = build_dataset(str(TINY), questions, tmp_path / "whole.jsonl", options, _silent, judges)
+    judges = {"stub": endpoint(server, key_file)}
+    whole = build_dataset(str(TINY), questions, tmp_path / "whole.jsonl", options, silent, judges)
     out = tmp_path / "killed.jsonl"
     _kill_in_sampling(_build(questions, out, config), tmp_path / "killed.jsonl.build" / "outputs.jsonl", 2)
     assert (tmp_path / "killed.jsonl.build" / "outputs.jsonl").read_bytes().count(b"\n") < 8
@@ -576,7 +302,7 @@ def test_killed_build_goes_on_to_the_same_dataset(questions: Path, server: Serve
     for place, options_there in ((out, other), (questions, options)):
         content = place.read_bytes()
         with pytest.raises(BuildConflict, match="give another --out"):
-            build_dataset(str(TINY), questions, place, options_there, _silent, judges)
+            build_dataset(str(TINY), questions, place, options_there, silent, judges)
         assert place.read_bytes() == content
 
 
@@ -586,7 +312,7 @@ def test_build_says_what_is_wrong_with_its_dataset(tmp_path: Path) -> None:
     rows = [{"question": "q1", "answer": "#### 7", "output": "3+5=8 #### 8"}, {"question": "q2", "answer": "#### 7", "id": "mine"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = build_options(None, {"sampling.outputs": 0, "sampling.correct_share": 0.5, "device": "cpu"})
-    built = build_dataset(str(TINY), data, tmp_path / "out.jsonl", options, _silent, {})
+    built = build_dataset(str(TINY), data, tmp_path / "out.jsonl", options, silent, {})
     assert built.problems == [
         "1 records have no output that is not blank (mine)", "all outputs are incorrect: correct_share could not be drawn, all are kept",
     ]  # fmt: skip
@@ -602,7 +328,7 @@ def test_build_without_a_verifier_samples_nothing(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": "a", "output": "b", "judgment": j} for n, j in enumerate(["It is rude.", None])]
     data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": "q2", "answer": "a"}]))
     options = build_options(None, {"evaluation.verifier": "none", "sampling.per_question": 1, "device": "cpu"})
-    built = build_dataset(str(TINY), data, tmp_path / "out.jsonl", options, _silent, {})
+    built = build_dataset(str(TINY), data, tmp_path / "out.jsonl", options, silent, {})
     assert (built.outputs, built.correct, built.incorrect, built.judgments.given) == (0, 1, 1, 1)
     assert built.problems[0].startswith("the verifier 'none' tells no correct outputs")
     assert [r.output for r in read_records(tmp_path / "out.jsonl")] == ["b", "b", None]
@@ -636,7 +362,7 @@ def test_job_is_judged_by_an_endpoint_of_its_node(questions: Path, server: Serve
     lock = lock_file(tmp_path / "lock")
     assert lock is not None
     events: SimpleQueue[Any] = SimpleQueue()
-    trainer = Trainer("j", directory.path, lock, 600.0, 1, events, {"stub": _endpoint(server, key_file)})
+    trainer = Trainer("j", directory.path, lock, 600.0, 1, events, {"stub": endpoint(server, key_file)})
     process = Path(f"/proc/{trainer.pid}")
     shown = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
     assert KEY.encode() not in shown
@@ -658,8 +384,6 @@ def test_job_is_judged_by_an_endpoint_of_its_node(questions: Path, server: Serve
 
 def test_judging_model_is_part_of_the_plan(questions: Path, tmp_path: Path) -> None:
     """A job whose model judges plans for the longest request with its judgment; where the critic judges, that stage takes nothing more."""
-    from edge_agent.training.prepare import prepare_files
-
     peaks = {}
     for source in ("critic", "model"):
         job = build_job(str(TINY), questions, None, {"budget_bytes": 2**33, "method.name": "nlft"}, [f"judging.source={source}"])

@@ -1,46 +1,34 @@
-"""Datasets: every form becomes the same records, every wrong line is named, the parts of a split never share a question."""
+"""Datasets: every form becomes the same records, every wrong line is named, and methods take of a record what it has."""
 
 from __future__ import annotations
 
 import json
 import tracemalloc
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from conftest import Cli
-from hypothesis import given, settings
+from conftest import write_lines
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.dataset import FORMS, Record, is_correct, read_records, read_rows, write_records
-from edge_agent.dataset_check import SHOWN, check, spread
-from edge_agent.errors import DatasetEmpty, DatasetSchema, DatasetTooLarge, EdgeAgentError, JobSchema, RecordTooLong
-from edge_agent.job import Job, NlftOptions, Regex, SftOptions
+from edge_agent.errors import DatasetEmpty, DatasetSchema, DatasetTooLarge, EdgeAgentError, RecordTooLong
+from edge_agent.job import NlftOptions, SftOptions
 from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.json_items import MAX_FILE_BYTES, MAX_RECORD_BYTES, MAX_RECORDS, json_items
 from edge_agent.prompts import PROMPTS
-from edge_agent.splitting import split
-from edge_agent.training.contexts import contexts_of, encode_target, record_ids
-from edge_agent.training.methods.method import Target
+from edge_agent.training.contexts import contexts_of, record_ids
 from edge_agent.training.methods.nlft import Nlft
 from edge_agent.training.methods.sft import Sft
 from edge_agent.training.prepare import prepare_files
 from edge_agent.training.run import run_job
-from edge_agent.training.token_lengths import longest_context, token_lengths
 from edge_agent.verify import numeric_match
 from quantization.load import load_tokenizer
 from quantization.model_files import find_model
-
-
-def _write(path: Path, *lines: object) -> Path:
-    """Write lines: bytes as they are, anything else as JSON."""
-    path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
-    return path
-
 
 # --- forms
 
@@ -64,8 +52,8 @@ FORMED = [
 @pytest.mark.parametrize(("document", "record"), FORMED)
 def test_each_form_becomes_a_record(document: dict[str, Any], record: Record, tmp_path: Path) -> None:
     """Native, GSM8K, Alpaca with and without judgment, and chats give the record that docs/dataset.md says."""
-    assert read_records(_write(tmp_path / "d.jsonl", document)) == [record]
-    assert read_records(_write(tmp_path / "d.json", b"[", document, b"]")) == [
+    assert read_records(write_lines(tmp_path / "d.jsonl", document)) == [record]
+    assert read_records(write_lines(tmp_path / "d.json", b"[", document, b"]")) == [
         msgspec.structs.replace(record, id=str(record.id).replace("line", "item"))
     ]
 
@@ -136,7 +124,7 @@ WRONG = [
 def test_what_is_wrong_is_named_with_its_place(content: bytes | dict[str, Any], where: str, says: str, tmp_path: Path) -> None:
     """A file with one wrong line is refused with the place, the field and what is wrong; nothing else ever comes out."""
     with pytest.raises(DatasetSchema) as raised:
-        read_records(_write(tmp_path / "d.jsonl", content))
+        read_records(write_lines(tmp_path / "d.jsonl", content))
     assert str(raised.value).startswith(f"d.jsonl, {where}: ")
     assert says in str(raised.value)
 
@@ -146,14 +134,14 @@ def test_a_file_has_one_form(tmp_path: Path) -> None:
     documents = (GOOD, {"instruction": "i", "output": "o"}, _chat(("user", "q"), ("assistant", "a")))
     for first in documents:
         for second in documents:
-            rows = list(read_rows(_write(tmp_path / "d.jsonl", first, second)))
+            rows = list(read_rows(write_lines(tmp_path / "d.jsonl", first, second)))
             assert [row.record is not None for row in rows] == [True, first is second]
 
 
 def test_blanks_and_line_ends_do_not_matter(tmp_path: Path) -> None:
     """CRLF, blank lines and a missing last line end change nothing but the numbers of the lines."""
     line = json.dumps(GOOD).encode()
-    records = read_records(_write(tmp_path / "d.jsonl", line + b"\r", b"", b" \t", b"\t" + line))
+    records = read_records(write_lines(tmp_path / "d.jsonl", line + b"\r", b"", b" \t", b"\t" + line))
     assert [(r.question, r.answer, r.id) for r in records] == [("q", "1", "line-1"), ("q", "1", "line-4")]
     (tmp_path / "d.jsonl").write_bytes(b" " * 200_000 + b"\r\n[\r\n" + line + b"\r\n]\r\n \r\n")
     assert [r.id for r in read_records(tmp_path / "d.jsonl")] == ["item-1"]
@@ -163,7 +151,7 @@ def test_blanks_and_line_ends_do_not_matter(tmp_path: Path) -> None:
 def test_a_file_without_records_is_empty(content: bytes, tmp_path: Path) -> None:
     """Nothing, blanks and an empty array are an empty dataset."""
     with pytest.raises(DatasetEmpty):
-        read_records(_write(tmp_path / "d.jsonl", content))
+        read_records(write_lines(tmp_path / "d.jsonl", content))
 
 
 texts = st.text(min_size=1, max_size=30).filter(str.strip)
@@ -293,237 +281,11 @@ def test_the_instruction_of_a_record_replaces_that_of_the_prompts(tokenizer: Any
         assert [PROMPTS["worked"].instruction in text for text in texts] == [False, True]
 
 
-# --- split
-
-
-def _job(**evaluation: object) -> Job:
-    limit, seed = evaluation.pop("limit", None), evaluation.pop("seed", 42)
-    dataset = {"sha256": "0" * 64, "limit": limit}
-    return msgspec.convert({"model": "m", "dataset": dataset, "budget_bytes": 1, "seed": seed, "evaluation": evaluation}, type=Job)
-
-
-# Few questions, in spellings that are one question, with and without a reference.
-spelled = st.builds(str.format, st.sampled_from(["Question {}", " question  {}\n", "ＱUESTION\t{} "]), st.integers(0, 12))
-drawn = st.lists(
-    st.builds(
-        lambda question, parts: Record(question, *parts),
-        spelled,
-        st.sampled_from([("1", None, None), ("2", "3", "no"), (None, "4", None), (None, "5", "bad"), (None, "6", "worse")]),
-    ),
-    min_size=1,
-    max_size=40,
-)
-shares = st.sampled_from([0.0, 0.1, 0.3, 0.5])
-folds = st.builds(lambda of, i: {"fold": i % of + 1, "of": of}, st.integers(2, 6), st.integers(0, 99))
-jobs = st.builds(
-    _job,
-    held_out=shares | folds,
-    development=shares,
-    questions=st.sampled_from([0, 2, 300]),
-    limit=st.none() | st.integers(1, 15),
-    seed=st.integers(0, 3),
-)
-
-
-def _key(record: Record) -> int:
-    """The number in the text of a drawn question, which all of its spellings share."""
-    return int(record.question.split()[1])
-
-
-@settings(max_examples=300)
-@given(drawn, st.none() | drawn, jobs, st.randoms(use_true_random=False))
-def test_parts_never_share_a_question(records: list[Record], evaluation: list[Record] | None, job: Job, random: Any) -> None:
-    """For any records and any job: parts are disjoint, whole questions, within their numbers, and the same in any order of the file."""
-    try:
-        parts = split(records, evaluation, job)
-    except (DatasetEmpty, JobSchema) as error:
-        shuffled = random.sample(records, len(records))
-        with pytest.raises(type(error)):
-            split(shuffled, evaluation, job)
-        return
-    training, development, held_out = ({_key(r) for r in part} for part in (parts.training, parts.development, parts.held_out))
-    assert not training & development
-    assert not (training | development) & held_out
-    assert not (training | development) & {_key(r) for r in evaluation or []}
-    assert sorted(map(repr, parts.training + parts.development)) == sorted(repr(r) for r in records if _key(r) in training | development)
-    assert len(held_out) == len(parts.held_out) <= job.evaluation.questions
-    assert all(r.reference is not None and r in (records if evaluation is None else evaluation) for r in parts.held_out)
-    assert len(training | development) <= (job.dataset.limit or len(records))
-    assert len(development) == round(job.evaluation.development * len(training | development))
-    assert split(random.sample(records, len(records)), evaluation, job) == parts
-
-
-@given(drawn, st.integers(2, 6), st.integers(0, 3))
-def test_folds_partition_the_questions(records: list[Record], of: int, seed: int) -> None:
-    """Every question that can be measured is held out in exactly one fold, and the folds differ by one question at most."""
-    measurable = {_key(r) for r in records if r.reference is not None}
-    jobs = [_job(held_out={"fold": i + 1, "of": of}, seed=seed) for i in range(of)]
-    if len(measurable) < of:
-        with pytest.raises(JobSchema, match=f"do not make {of} folds"):
-            split(records, None, jobs[0])
-        return
-    parts = [split(records, None, job).held_out for job in jobs]
-    assert sorted(_key(r) for r in chain(*parts)) == sorted(measurable)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@given(st.sampled_from([0.2, {"fold": 1, "of": 5}]))
-def test_the_seed_draws_the_split(held_out: Any) -> None:
-    """Another seed holds out other questions; the same seed the same ones."""
-    records = [Record(f"question {n}", "1") for n in range(50)]
-    drawn = [[r.question for r in split(records, None, _job(held_out=held_out, seed=seed)).held_out] for seed in (1, 1, 2)]
-    assert len(drawn[0]) == 10
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
-@pytest.mark.parametrize("held_out", [{"fold": 0, "of": 5}, {"fold": 6, "of": 5}, {"fold": 1, "of": 1}, {"fold": 1}, {"of": 2}, 1.5, "1/5"])
-def test_folds_are_strict(held_out: object) -> None:
-    """A fold that does not exist, half a fold and other types are no job."""
-    with pytest.raises(msgspec.ValidationError, match="held_out"):
-        _job(held_out=held_out)
-
-
-# --- check
-
-
-def test_check_counts_what_is_there(tmp_path: Path) -> None:
-    """Duplicates, near-duplicates, verdicts and lengths are those of a file written by hand."""
-    file = _write(
-        tmp_path / "d.jsonl",
-        {"question": "How many?", "answer": "#### 2", "output": "#### 2"},
-        {"question": "How many?", "answer": "#### 2", "output": "#### 2"},
-        {"question": "how  MANY?", "answer": "#### 2", "output": "#### 2"},
-        {"question": "How many?", "answer": "#### 2", "output": "#### 2", "judgment": "Too short."},
-        {"question": "Who?", "answer": "nobody", "instruction": "Be kind."},
-        {"question": "Why?", "answer": "#### 3", "output": "#### 4"},
-        {"question": "Where?", "output": "there", "judgment": "Vague."},
-    )
-    found, records = check(file)
-    assert len(records) == found.records == 7
-    assert (found.form, found.questions, found.duplicates, found.near_duplicates) == ("native", 4, 2, 1)
-    assert (found.with_answer, found.with_output, found.with_judgment, found.with_instruction) == (6, 6, 2, 1)
-    assert (found.outputs.correct, found.outputs.incorrect) == (4, 2)
-    named = (found.outputs.not_comparable, found.outputs.judged_but_correct, found.outputs.wrong_but_unjudged)
-    assert [finding.records for finding in named] == [["line-5"], ["line-4"], ["line-6"]]
-    assert msgspec.to_builtins(found.characters.judgment) == {"min": 6, "median": 6, "p95": 10, "max": 10}
-    assert found.error is None
-
-
-@given(st.lists(st.integers(0, 1000), min_size=1))
-def test_spread_is_of_the_values(values: list[int]) -> None:
-    """Each number is one of the values, and the share that is no longer is at least what it says."""
-    found = spread(values)
-    assert found is not None
-    assert (found.min, found.max) == (min(values), max(values))
-    for value, share in ((found.median, 0.5), (found.p95, 0.95)):
-        assert value in values
-        assert sum(v <= value for v in values) >= share * len(values)
-        assert sum(v < value for v in values) < share * len(values)
-
-
-def test_check_finds_evaluation_questions_in_the_dataset(tmp_path: Path) -> None:
-    """Equal, near-duplicate and overlapping questions are counted once each; a question with half of its words in common is not."""
-    words = [f"word{n}" for n in range(60)]
-    question = " ".join(words)
-    data = _write(tmp_path / "d.jsonl", {"question": question, "answer": "1"}, {"question": "short one", "answer": "1"})
-    evaluation = _write(
-        tmp_path / "e.jsonl",
-        *(
-            {"question": text, "answer": "1", "id": name}
-            for name, text in {
-                "equal": question,
-                "near": question.upper() + " ",
-                "overlapping": " ".join(["Other", "beginning:", *words[5:]]),
-                "half": " ".join([*words[:30], *(f"new{n}" for n in range(30))]),
-                "short": "one short",
-            }.items()
-        ),
-    )
-    leakage = check(data, evaluation=evaluation)[0].leakage
-    assert leakage is not None
-    assert (leakage.questions, leakage.equal, leakage.near_duplicates, leakage.overlapping) == (5, 1, 1, 1)
-    assert leakage.records == ["equal", "near", "overlapping"]
-
-
-def test_check_lists_every_wrong_line(tmp_path: Path, cli: Cli) -> None:
-    """Wrong lines are listed with their reasons up to 20, then counted; the exit code is that of a dataset error, table or JSON."""
-    wrong = [b'{"question": "q"}', *[b"{"] * (SHOWN + 4)]
-    file = _write(tmp_path / "d.jsonl", GOOD, *wrong, GOOD)
-    ran = cli("dataset", "check", file, "--json")
-    assert ran.code == 3
-    assert (ran.json["records"], ran.json["duplicates"], ran.json["wrong"]) == (2, 1, len(wrong))
-    assert [line["where"] for line in ran.json["wrong_lines"]] == [f"line {n}" for n in range(2, SHOWN + 2)]
-    assert ran.json["error"]["code"] == "dataset_schema"
-    assert ran.json["error"]["text"].endswith("; 24 more are wrong")
-    shown = cli("dataset", "check", file)
-    assert shown.code == 3
-    for words in ("25 wrong", "line 2 ", "neither an `answer` nor an `output`", "line 21 ", "and 5 more"):
-        assert words in shown.out
-    assert "line 22 " not in shown.out
-
-
-def test_check_shows_real_files(shared_data: Path, cli: Cli) -> None:
-    """CUT's and GSM8K's own files are shown with their form and counts, and GSM8K's test questions are not in its training file."""
-    cut = cli("dataset", "check", shared_data / "cut" / "alpaca_judged_iter1.json")
-    assert cut.code == 0, cut.out + cut.err
-    for line in ("Alpaca (instruction, input, output)", "with judgment 287", "correct outputs 713", "incorrect outputs 287"):
-        assert line in " ".join(cut.out.split())
-    gsm8k, _ = check(shared_data / "gsm8k" / "train.jsonl", evaluation=shared_data / "gsm8k" / "test.jsonl")
-    assert (gsm8k.form, gsm8k.records, gsm8k.wrong, gsm8k.outputs.not_comparable.count) == ("gsm8k", 7473, 0, 0)
-    assert gsm8k.leakage is not None
-    assert (gsm8k.leakage.questions, gsm8k.leakage.equal, gsm8k.leakage.near_duplicates) == (1319, 0, 0)
-
-
-def test_check_counts_tokens_as_a_job_does(tiny_model: Path, tokenizer: Any) -> None:
-    """The longest context is to the token what a job computes, whichever it is; a record of one token too many is found."""
-    records = [
-        Record("How many?", "#### 1", "A longer output.\n#### 2", "No.", "standard"),
-        Record("How many?", "#### 1", "#### 2", "A judgment that is longer than the answer.", "judge"),
-        Record("How many?", None, "#### 2", None, "base"),
-    ]
-    for record in records:
-        targets = [Target(record, text, "correct", contexts_of(record)) for text in (record.answer, record.output) if text]
-        assert longest_context(tokenizer, record) == max(encode_target(tokenizer, PROMPTS["worked"], t, 2048).longest for t in targets)
-    room = 2048 - longest_context(tokenizer, Record("How many?", None, "7")) + 1
-    fits = [Record("How many?", None, "7" * n, id=str(n)) for n in (room - 1, room, room + 1)]
-    refused = [r.id for r in fits if longest_context(tokenizer, r) > 2048]
-    tokens = token_lengths([*records, *fits], str(tiny_model))
-    assert tokens.too_long.records == refused
-    assert refused == [str(room + 1)]
-    for record in (r for r in fits if r.id in refused):
-        with pytest.raises(RecordTooLong):
-            encode_target(tokenizer, PROMPTS["worked"], Target(record, str(record.output), "correct"), 2048)
-    assert tokens.texts.answer is not None
-    assert tokens.texts.answer.max == len(tokenizer("#### 1")["input_ids"])
-
-
-def test_check_takes_every_verifier(tmp_path: Path, cli: Cli) -> None:
-    """By a regex, and by the judgments alone where the verifier is none; a name in brackets is shown as it is."""
-    records = [Record("q", "so [x=7]", text, judgment) for text, judgment in (("it is [x=7]", "Wrong."), ("[x=8]", None), ("none", None))]
-    file = tmp_path / "[red]d.jsonl"
-    file.write_bytes(write_records(records))
-    by_regex, by_judgment = (check(file, verifier)[0].outputs for verifier in (Regex(r"\[x=\d\]"), "none"))
-    assert (by_regex.verifier, by_regex.correct, by_regex.incorrect) == (r"regex:\[x=\d\]", 1, 2)
-    assert (by_regex.judged_but_correct.count, by_regex.wrong_but_unjudged.count, by_regex.not_comparable.count) == (1, 2, 0)
-    assert (by_judgment.verifier, by_judgment.correct, by_judgment.incorrect) == ("none", 2, 1)
-    shown = cli("dataset", "check", file, "--verifier", r"regex:\[x=\d\]", "--eval-data", file)
-    assert "Verdicts (regex)" in shown.out
-    assert "Leakage into [red]d.jsonl" in shown.out
-
-
-def test_check_refuses_what_it_cannot_use(tmp_path: Path, cli: Cli) -> None:
-    """An unknown verifier and an evaluation file that is not there are named."""
-    file = _write(tmp_path / "d.jsonl", GOOD)
-    for option, value, code in (("--verifier", "magic", 4), ("--eval-data", tmp_path / "none.jsonl", 3)):
-        ran = cli("dataset", "check", file, option, value, "--json")
-        assert (ran.code, str(value) in ran.json["error"]["text"] or "--verifier" in ran.json["error"]["text"]) == (code, True)
-
-
 # --- a job
 
 
 def _plain_alpaca(path: Path, count: int) -> Path:
-    return _write(path, *({"instruction": f"Say {n}.", "input": "", "output": f"I say {n}: {n}\n#### {n}"} for n in range(count)))
+    return write_lines(path, *({"instruction": f"Say {n}.", "input": "", "output": f"I say {n}: {n}\n#### {n}"} for n in range(count)))
 
 
 def test_plain_alpaca_trains_with_sft(tmp_path: Path, tiny_model: Path) -> None:
@@ -554,7 +316,7 @@ def test_plain_alpaca_trains_with_sft(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_a_reference_without_a_number_is_refused_before_a_model_is_loaded(tmp_path: Path, tiny_model: Path) -> None:
     """Held-out demonstrations that the verifier cannot compare with would make every answer wrong: the job names the record."""
-    data = _write(tmp_path / "d.jsonl", *({"instruction": f"Say {word}.", "output": word} for word in ("a", "b", "c", "d", "e")))
+    data = write_lines(tmp_path / "d.jsonl", *({"instruction": f"Say {word}.", "output": word} for word in ("a", "b", "c", "d", "e")))
     job = build_job(str(tiny_model), data, None, {"budget_bytes": 2**30, "method.name": "sft", "device": "cpu"}, ["method.targets=outputs"])
     with pytest.raises(EdgeAgentError, match=r"held-out questions, record line-.: its answer holds nothing that the verifier 'numeric'"):
         prepare_files(job, read_records(data), None).plan()
@@ -562,5 +324,5 @@ def test_a_reference_without_a_number_is_refused_before_a_model_is_loaded(tmp_pa
 
 def test_every_form_is_tried(tmp_path: Path) -> None:
     """The table of forms has no form that a file cannot be of."""
-    seen = {next(read_rows(_write(tmp_path / "d.jsonl", document))).form for document, _ in FORMED}
+    seen = {next(read_rows(write_lines(tmp_path / "d.jsonl", document))).form for document, _ in FORMED}
     assert seen == set(FORMS)

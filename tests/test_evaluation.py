@@ -26,6 +26,7 @@ from edge_agent.dataset import Record
 from edge_agent.delivery import Uplink
 from edge_agent.demo.problems import problems
 from edge_agent.errors import RecordTooLong
+from edge_agent.files import check_writable
 from edge_agent.job import Dataset, Evaluation, Job
 from edge_agent.jobs import Jobs
 from edge_agent.messages import File, JobResult, Offer, decode, new_id
@@ -155,6 +156,16 @@ def test_evaluate_repeats_free_text_and_compare_reads_what_it_writes(ruined: Pat
     assert ran["text"] == result["accuracy"]["text_after"]
     assert read_answers(out) == read_answers(ruined / "after.jsonl")
     assert json.loads(_run("compare", ruined, out, "--before", "--json").stdout)["measured"] == result["accuracy"]
+
+
+def test_evaluate_refuses_a_place_for_its_answers_before_it_works(tmp_path: Path) -> None:
+    """A directory, or a place below a file, is refused before the model is looked for; directories that are missing are made."""
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "answers.jsonl"):
+        ran = _run("evaluate", "--model", "none", "--data", tmp_path / "file", "--out", out, "--json")
+        assert (ran.exit_code, json.loads(ran.stdout)["error"]["code"]) == (4, "directory")
+    check_writable(tmp_path / "a" / "b" / "answers.jsonl")
+    assert [*(tmp_path / "a" / "b").iterdir()] == []
 
 
 def test_evaluate_takes_any_verifier_prompts_and_draws(ruined: Path, tiny_model: Path) -> None:

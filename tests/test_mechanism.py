@@ -25,7 +25,7 @@ from edge_agent.training.evaluate import evaluate
 from edge_agent.training.loop import Training, optimize
 from edge_agent.training.methods.nlft import Nlft
 from edge_agent.training.repair import Choices, Turn, repair_outputs, turning_point
-from edge_agent.training.scoring import reference_scores, weigh
+from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from edge_agent.verify import numeric_match
 from profiles.device import device_profile
@@ -73,7 +73,7 @@ def _accuracy(records: list[Record], tiny_model: Path, directory: Path) -> float
     samples = [encode_target(tokenizer, PROMPTS["worked"], t, 2048) for t in METHOD.targets(records, VERDICT)]
     plan = Plan("test", 8, 256, False, 64, 0, ())
     training = Training("key", SCHEDULE, SEED, plan, tokenizer, directory, METHOD, numeric_match, 120)
-    weights = weigh(METHOD, samples, reference_scores(model, METHOD, samples, plan, tokenizer.pad_token_id, _silent))
+    _, weights = weigh(model, METHOD, samples, plan, tokenizer.pad_token_id, _silent)
     optimize(model, Weighted(model, samples, weights, training), training, _silent)
     questions = [Record(p.question, p.answer) for p in islice(problems("reversed", 1000 + SEED), 200)]
     options = Evaluation(max_new_tokens=120)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import Tiny, gradients, judged_records, silent
+from tiny_training import Tiny, gradients, judged_records, plan, silent
 
 from edge_agent.job import CutOptions, DftOptions, NlftOptions, Schedule, SftOptions
 from edge_agent.training.contexts import Sample
@@ -18,6 +18,7 @@ from edge_agent.training.methods.dft import Dft
 from edge_agent.training.methods.method import Context, Method, Scores, Weights
 from edge_agent.training.methods.nlft import Nlft
 from edge_agent.training.methods.sft import Sft
+from edge_agent.training.scoring import score, weigh
 from edge_agent.training.weighted import Weighted
 
 Gradients = dict[str, torch.Tensor]
@@ -50,6 +51,22 @@ def _assert_same(found: Gradients, wanted: Gradients) -> None:
     assert any(g.abs().max() > 1e-3 for g in wanted.values())
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], **CLOSE)
+
+
+def test_clusters_are_weighed_while_hidden_states_are_there(tiny: Tiny) -> None:
+    """Weights that need hidden states equal those of every sample scored alone, and no hidden state is kept."""
+    method = Nlft(NlftOptions.released())
+    samples = tiny.samples(method, judged_records(3))
+    assert method.needs_hidden
+    with tiny.adapted(moved=MOVED) as model:
+        scores, weights = weigh(model, method, samples, plan(1), tiny.tokenizer.pad_token_id, silent)
+        for sample, found, weight in zip(samples, scores, weights, strict=True):
+            [(_, alone)] = score(model, [sample], 1, 16, tiny.tokenizer.pad_token_id, silent, hidden=True)
+            wanted = method.weights(sample.target, alone)
+            assert found.hidden_TD is None
+            assert alone.hidden_TD is not None
+            torch.testing.assert_close(weight.likelihood_T, wanted.likelihood_T, **CLOSE)
+            torch.testing.assert_close(weight.unlikelihood_T, wanted.unlikelihood_T, **CLOSE)
 
 
 def test_dft_weighs_each_token_by_its_probability_now(tiny: Tiny) -> None:

@@ -103,6 +103,22 @@ def test_loss_is_clipped_on_both_sides() -> None:
     assert [bool(g) for g in value.grad] == [False, True, False, False]
 
 
+def test_each_answer_has_the_room_of_its_question(tiny: Tiny, tmp_path: Path) -> None:
+    """A question that nearly fills the context shortens its own answer and no other."""
+    method = Reft(ReftOptions(warmup_epochs=0))
+    samples = tiny.samples(method, judged_records(3))
+    longest = max(len(s.prompts["base"]) for s in samples)
+    training = replace(tiny.training(method, tmp_path, Schedule(batch=3, updates=2)), max_new_tokens=50, context_tokens=longest + 3)
+    with tiny.adapted() as model:
+        objective = tiny.objective(model, samples, training, Reinforced)
+        objective.backward(0, silent)
+    rollout = objective.rollout
+    room = [longest + 3 - len(samples[i].prompts["base"]) for i in rollout.question_B.tolist()]
+    assert min(room) == 3
+    assert all(length <= most for length, most in zip(rollout.length_B.tolist(), room, strict=True))
+    assert max(rollout.length_B.tolist()) > 3
+
+
 def test_gradient_of_ppo_equals_the_formula(tiny: Tiny, tmp_path: Path) -> None:
     """In micro-batches and chunks, with a policy that has moved since it was sampled: gradients of adapter and value head."""
     method = Reft(ReftOptions(warmup_epochs=0))

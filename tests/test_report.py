@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.stats import binomtest
 
-from edge_agent.intervals import bootstrap_interval, newcombe_interval, pass_at_k
+from edge_agent.intervals import bootstrap_interval, mean_interval, newcombe_interval, pass_at_k, student_quantile
 from edge_agent.report import mcnemar, wilson
 
 
@@ -86,6 +86,27 @@ def test_bootstrap_interval_agrees_with_an_independent_one() -> None:
     width = ratio.high - ratio.low
     assert bootstrap_interval(list(sums), list(counts)) == pytest.approx((ratio.low, ratio.high), abs=0.1 * width)
     assert bootstrap_interval(list(sums)) == bootstrap_interval(list(sums))
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 10, 30, 1000])
+def test_student_quantile_is_that_of_scipy(freedom: int) -> None:
+    assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+
+
+@pytest.mark.parametrize(("count", "covers"), [(2, 0.8), (3, 0.88), (5, 0.9), (20, 0.92)])
+def test_interval_of_few_values_is_wide_enough(count: int, covers: float) -> None:
+    """At least so many intervals hold the mean that was drawn from; the plain percentile interval of two values holds it half the time."""
+    rng = np.random.default_rng(count)
+    intervals = [bootstrap_interval(rng.normal(0, 1, count).tolist()) for _ in range(200)]
+    assert sum(low <= 0 <= high for low, high in intervals) / 200 >= covers
+
+
+@given(st.integers(1, 6), st.sampled_from([-0.5, 0.0, 0.25, 0.5]))
+def test_equal_values_do_not_make_a_certain_mean(count: int, value: float) -> None:
+    """What has been seen once or a few times, always the same, has an interval with room for what has not been seen."""
+    low, high = mean_interval([value] * count, -1, 1)
+    assert -1 <= low < 0 < high <= 1
+    assert low < value < high
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

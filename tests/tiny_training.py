@@ -20,7 +20,7 @@ from edge_agent.training.completion import Completion
 from edge_agent.training.contexts import Sample, encode_target
 from edge_agent.training.loop import Training, optimize, trained
 from edge_agent.training.methods.method import Method, Weights
-from edge_agent.training.scoring import reference_scores, weigh
+from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from edge_agent.verify import numeric_match
 from profiles.device import device_profile
@@ -45,7 +45,8 @@ def tiny_completion(tiny_model: Path, directory: Path, batch: int) -> Completion
     return Completion(
         model=load_model(files, device_profile("cpu")), tokenizer=load_tokenizer(files), prompts=PROMPTS["worked"], sampling=Sampling(),
         judging=Judging(), endpoint=None, is_correct=partial(is_correct, verifier=numeric_match), seed=SEED,
-        context_tokens=files.context_tokens, max_new_tokens=120, batch=batch, directory=directory, progress=silent,
+        context_tokens=files.context_tokens, contexts=("standard", "judge"), max_new_tokens=120, batch=batch, directory=directory,
+        progress=silent,
     )  # fmt: skip
 
 
@@ -106,10 +107,10 @@ class Tiny:
         ]
 
     def training(self, method: Method, directory: Path, schedule: Schedule = BATCH, micro_batch: int = 4) -> Training:
-        return Training("key", schedule, SEED, plan(micro_batch), self.tokenizer, directory, method, numeric_match, 60)
+        return Training("key", schedule, SEED, plan(micro_batch), self.tokenizer, directory, method, numeric_match, 60, 2048)
 
     def weights(self, model: Any, method: Method, samples: list[Sample]) -> list[Weights]:
-        return weigh(method, samples, reference_scores(model, method, samples, plan(), self.tokenizer.pad_token_id, silent))
+        return weigh(model, method, samples, plan(), self.tokenizer.pad_token_id, silent)[1]
 
     def train(self, model: Any, samples: list[Sample], training: Training, progress: Any = silent) -> Any:
         """Run the loop on the method's objective; return where it ended, and whether it was resumed."""

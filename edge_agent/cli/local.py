@@ -35,7 +35,7 @@ from edge_agent.console import LiveView, built_table, comparison_view, measureme
 from edge_agent.dataset_check import check
 from edge_agent.dataset_view import dataset_tables
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, DatasetEmpty, DatasetSchema, EdgeAgentError, JobSchema, Stopped
-from edge_agent.files import write_file
+from edge_agent.files import check_writable, write_file
 from edge_agent.job import Evaluation, Job, Judging
 from edge_agent.job_building import build_job, build_options, named_verifier
 from edge_agent.job_directory import JobDirectory
@@ -198,6 +198,8 @@ def evaluate(
     Give the directory of a finished job to measure its adapter again on its held-out questions, or --model and --data.
     """
     with explained(as_json):
+        if out is not None:
+            check_writable(out)  # before hours of work, not after
         from edge_agent.training.measure import measure_files, measure_job
 
         if directory is not None:

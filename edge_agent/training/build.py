@@ -19,7 +19,7 @@ import torch
 from edge_agent.answers import check_answers
 from edge_agent.config import Endpoint
 from edge_agent.dataset import Record, Verify, file_sha256, is_correct, read_records, write_records
-from edge_agent.errors import BuildConflict, Busy, DeviceMissing, DirectoryUnusable, OutOfMemory
+from edge_agent.errors import BuildConflict, Busy, DeviceMissing, DirectoryUnusable
 from edge_agent.files import lock_file, write_file
 from edge_agent.job import Sampling, Sha256, Strict
 from edge_agent.job_building import BuildOptions
@@ -27,7 +27,7 @@ from edge_agent.prompts import PROMPTS
 from edge_agent.report import Built, Judgments
 from edge_agent.splitting import same_question
 from edge_agent.training.completion import Completion, draw, find_endpoint, judge_outputs, sample_outputs
-from edge_agent.training.reporter import Listener, Reporter
+from edge_agent.training.reporter import Listener, Reporter, memory_explained
 from edge_agent.verify import find_verifier
 from profiles.device import detect_device, device_profile
 from profiles.memory import fix_malloc
@@ -65,13 +65,14 @@ def build_dataset(model: str, data: Path, out: Path, options: BuildOptions, list
     recipe = Recipe(dataset_sha256=file_sha256(data), model_fingerprint=files.fingerprint, options=exact)
     fix_malloc()
     reporter = Reporter(device_profile(kind), listen, lambda: False)
-    with _taken(out, recipe) as directory, _explained(reporter):
+    with _taken(out, recipe) as directory, memory_explained(lambda: reporter.recorder.current_stage):
         with reporter.stage("load"):
             tokenizer, loaded = load_tokenizer(files), load_model(files, device_profile(kind))
         completion = Completion(
             model=loaded, tokenizer=tokenizer, prompts=PROMPTS[options.prompts], sampling=sampling, judging=options.judging,
             endpoint=endpoint, is_correct=verdict, seed=options.seed, context_tokens=files.context_tokens,
-            max_new_tokens=evaluation.max_new_tokens, batch=evaluation.batch, directory=directory, progress=reporter.progress,
+            contexts=("standard", "judge"), max_new_tokens=evaluation.max_new_tokens, batch=evaluation.batch, directory=directory,
+            progress=reporter.progress,
         )  # fmt: skip
         with reporter.stage("sample") as row:
             completed, row.resumed = sample_outputs(completion, records)
@@ -111,15 +112,6 @@ def _taken(out: Path, recipe: Recipe) -> Iterator[Path]:
         elif file.read_bytes() != wanted:
             raise BuildConflict(directory, "is of a build with another model, data or options")
         yield directory
-
-
-@contextmanager
-def _explained(reporter: Reporter) -> Iterator[None]:
-    """Turn a lack of memory into the error that says what to do."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(reporter.recorder.current_stage, str(error).splitlines()[0][:200] if str(error) else "MemoryError") from error
 
 
 def _write(out: Path, content: bytes) -> None:

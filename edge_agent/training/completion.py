@@ -27,7 +27,7 @@ from edge_agent.report import Judgments
 from edge_agent.splitting import same_question
 from edge_agent.training.contexts import prompt_ids, record_ids
 from edge_agent.training.generate import Batch, generate
-from edge_agent.training.methods.method import IsCorrect
+from edge_agent.training.methods.method import Context, IsCorrect
 
 JUDGMENT_TOKENS = 128
 """Room for a judgment that is not written yet; a longer one is cut."""
@@ -47,12 +47,18 @@ class Completion:
     is_correct: IsCorrect
     seed: int
     context_tokens: int
+    contexts: tuple[Context, ...]
+    """Those beside the base context that an output will be scored in, or may be; it has to leave room for them."""
     max_new_tokens: int
     """Longest output that is sampled."""
     batch: int
     directory: Path
     """Where what is done is kept for a later run of the same."""
     progress: Callable[[int, int, int], None]
+
+    def output_room(self, record: Record) -> int:
+        """Return the tokens of the longest output that may be sampled. Raises RecordTooLong."""
+        return min(self.max_new_tokens, output_room(self.tokenizer, self.prompts, record, self.contexts, self.context_tokens))
 
 
 def find_endpoint(judging: Judging, judges: Mapping[str, Endpoint]) -> Endpoint | None:
@@ -72,7 +78,7 @@ def sample_outputs(c: Completion, records: Sequence[Record]) -> tuple[list[Recor
     Raises RecordTooLong where a record leaves no room for an output.
     """
     bare = [r for r in records if r.output is None]
-    room = [_output_room(c, r) for r in bare for _ in range(c.sampling.outputs)]
+    room = [c.output_room(r) for r in bare for _ in range(c.sampling.outputs)]
     prompts = [record_ids(c.tokenizer, c.prompts, r) for r in bare]
     journal = Journal(c.directory / OUTPUTS, Batch)
     resumed = bool(journal.rows)
@@ -83,12 +89,17 @@ def sample_outputs(c: Completion, records: Sequence[Record]) -> tuple[list[Recor
     return own_outputs(records, c.tokenizer.batch_decode(new, skip_special_tokens=True), c.sampling.outputs), resumed
 
 
-def _output_room(c: Completion, record: Record) -> int:
-    """Tokens of the longest output that fits the context of the model with the record's standard answer or a judgment."""
-    tokens = len(record_ids(c.tokenizer, c.prompts, record, "standard")) + JUDGMENT_TOKENS
-    if tokens >= c.context_tokens:
-        raise RecordTooLong("dataset", record.id, tokens, c.context_tokens - 1, "question with its standard answer and a judgment")
-    return min(c.max_new_tokens, c.context_tokens - tokens)
+def output_room(tokenizer: Any, prompts: Prompts, record: Record, contexts: tuple[Context, ...], context_tokens: int) -> int:
+    """Return the tokens that an output still to be written may have in all contexts that it will be scored in.
+
+    Raises RecordTooLong where there is none.
+    """
+    tokens = len(record_ids(tokenizer, prompts, record, "standard" if contexts else "base"))
+    tokens += JUDGMENT_TOKENS if "judge" in contexts else 0
+    if tokens >= context_tokens:
+        beside = " with its standard answer and a judgment" if contexts else ""
+        raise RecordTooLong("dataset.jsonl", record.id, tokens + 1, context_tokens, f"question{beside} and one token more")
+    return context_tokens - tokens
 
 
 def own_outputs(records: Sequence[Record], texts: Sequence[str], count: int) -> list[Record]:

@@ -32,7 +32,7 @@ def evaluate(
     ids = [record_ids(tokenizer, prompts, r) for r in held_out]
     longest = max(ids, key=len)
     if len(longest) >= context_tokens:
-        raise RecordTooLong("evaluation questions", held_out[ids.index(longest)].id, len(longest) + 1, context_tokens, "question")
+        raise RecordTooLong("evaluation questions", held_out[ids.index(longest)].id, len(longest) + 1, context_tokens, "question and one token more")
     verify = find_verifier(evaluation.verifier)
     scored = None if verify else _references(tokenizer, held_out, ids, context_tokens)
     new = generate(
@@ -44,10 +44,10 @@ def evaluate(
     places = [slice(n * evaluation.samples, (n + 1) * evaluation.samples) for n in range(len(held_out))]
     if verify is not None:
         return [_verified(r, texts[s], sum(map(len, new[s])), verify) for r, s in zip(held_out, places, strict=True)]
-    scores = score(model, scored or [], rows, chunk, False, tokenizer.pad_token_id, lambda done, total, _: progress(done, total, 0))
+    found = dict(score(model, scored or [], rows, chunk, tokenizer.pad_token_id, lambda done, total, _: progress(done, total, 0)))
     return [
         Answer(r.question, r.reference or "", texts[s], [], sum(map(len, new[s])), x.base_logp_T.double().sum().item(), len(x.base_logp_T))
-        for r, s, x in zip(held_out, places, scores, strict=True)
+        for r, s, (_, x) in zip(held_out, places, sorted(found.items()), strict=True)
     ]
 
 

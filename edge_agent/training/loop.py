@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +42,8 @@ class Training:
     method: Method
     verifier: Verify | None = None
     max_new_tokens: int = 0
-    """Verdict on and longest of the outputs that are sampled while training."""
+    context_tokens: int = 0
+    """Verdict on the outputs that are sampled while training, the longest of them, and the model's context that they have to fit."""
     development: Sequence[Sample] = ()
     """Never trained on; their loss decides which adapter is kept, where the schedule has patience."""
 
@@ -136,11 +138,11 @@ def _update(
 def _measure_development(model: Any, training: Training, state: Progress) -> tuple[Progress, int]:
     """Return the progress with one more development loss, and the tokens that it took."""
     plan, counted = training.plan, []
-    scores = score(
-        model, [*training.development], 2 * plan.micro_batch, plan.head_chunk, False, training.tokenizer.pad_token_id,
+    found = score(
+        model, [*training.development], 2 * plan.micro_batch, plan.head_chunk, training.tokenizer.pad_token_id,
         lambda done, total, tokens: counted.append(tokens),
     )  # fmt: skip
-    loss = -torch.cat([s.base_logp_T for s in scores]).mean().item()
+    loss = -torch.cat([scores.base_logp_T for _, scores in sorted(found, key=itemgetter(0))]).mean().item()
     kept = state.updates if loss < min(state.development, default=math.inf) else state.kept
     return replace(state, development=(*state.development, loss), kept=kept), sum(counted)
 

@@ -16,9 +16,10 @@ from edge_agent.job import Evaluation
 from edge_agent.job_directory import JobDirectory
 from edge_agent.prompts import PROMPTS, Prompts
 from edge_agent.report import Accuracy, FreeText, PassAtK
-from edge_agent.splitting import same_question
+from edge_agent.splitting import measurable
 from edge_agent.training.evaluate import evaluate
 from edge_agent.training.prepare import prepare
+from edge_agent.training.reporter import memory_explained
 from profiles.device import detect_device, device_profile
 from quantization.adapter import load_adapter
 from quantization.load import load_model, load_tokenizer
@@ -56,7 +57,7 @@ def measure_files(
         evaluation = msgspec.convert(dict(options), type=Evaluation)
     except msgspec.ValidationError as error:
         raise JobSchema("options", str(error)) from None
-    held_out = list({same_question(r.question): r for r in records if r.reference is not None}.values())[: evaluation.questions]
+    held_out = measurable(records)[: evaluation.questions]
     check_answers("evaluation questions", [(r.id, r.reference) for r in held_out], evaluation.verifier)
     settings = {"batch": evaluation.batch, "seed": seed}
     return _measure(model, device, adapter, held_out, PROMPTS[prompts], evaluation, settings)
@@ -66,12 +67,13 @@ def _measure(
     name: str, device: str, adapter: Path | None, held_out: list[Record], prompts: Prompts, evaluation: Evaluation, settings: dict[str, int]
 ) -> Measurement:
     files = find_model(name)
-    tokenizer, model = load_tokenizer(files), load_model(files, device_profile(detect_device(device)))
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-    started = time.monotonic()
-    answers = evaluate(
-        model, tokenizer, held_out, prompts, evaluation, context_tokens=files.context_tokens, progress=lambda *_: None, **settings
-    )  # fmt: skip
-    seconds = time.monotonic() - started
+    with memory_explained(lambda: "evaluate"):
+        tokenizer, model = load_tokenizer(files), load_model(files, device_profile(detect_device(device)))
+        if adapter is not None:
+            model = load_adapter(model, adapter)
+        started = time.monotonic()
+        answers = evaluate(
+            model, tokenizer, held_out, prompts, evaluation, context_tokens=files.context_tokens, progress=lambda *_: None, **settings
+        )
+        seconds = time.monotonic() - started
     return Measurement(accuracy(answers), pass_at(answers), free_text(answers), sum(a.tokens for a in answers), seconds, answers)

@@ -196,8 +196,9 @@ class Reinforced:
         t, batch = self._training, self._steps[step]
         prompts = [self._samples[i].prompts["base"] for i in batch]
         new = generate(
-            self._model, t.tokenizer, prompts, max_new_tokens=t.max_new_tokens, batch=t.plan.generate_batch,
-            progress=lambda done, total, tokens: count(tokens, "sample"), temperature=1.0, seed=hash((t.seed, step)), keep_end=True,
+            self._model, t.tokenizer, prompts, max_new_tokens=[min(t.max_new_tokens, t.context_tokens - len(ids)) for ids in prompts],
+            batch=t.plan.generate_batch, progress=lambda done, total, tokens: count(tokens, "sample"), temperature=1.0,
+            seed=hash((t.seed, step)), keep_end=True,
         )  # fmt: skip
         drawn = sorted(zip(batch, new, strict=True), key=lambda d: -len(self._samples[d[0]].prompts["base"]) - len(d[1]))
         texts = t.tokenizer.batch_decode([ids for _, ids in drawn], skip_special_tokens=True)

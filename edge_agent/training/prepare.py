@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from msgspec.structs import replace
+
 from edge_agent.answers import check_answers
 from edge_agent.dataset import Record, Verify, is_correct
-from edge_agent.errors import DiskFull, JobSchema, NoRoom, RecordTooLong
+from edge_agent.errors import DatasetEmpty, DiskFull, JobSchema, NoRoom, RecordTooLong
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.prompts import PROMPTS, Prompts
 from edge_agent.splitting import split
-from edge_agent.training.completion import JUDGMENT_TOKENS
+from edge_agent.training.completion import JUDGMENT_TOKENS, output_room
 from edge_agent.training.contexts import answer_ids, contexts_of, encode_target, prompt_ids, record_ids
 from edge_agent.training.methods import METHODS
 from edge_agent.training.methods.method import IsCorrect, Method, Target
@@ -25,6 +27,7 @@ from quantization.model_files import ModelFiles, find_model
 from quantization.plan import Lengths, Plan, Shape, adapter_elements, make_plan, read_shape
 
 SPARE_DISK_BYTES = 16 * 2**20
+NO_TARGETS = "gives the method nothing to train on (no answer or output that it uses)"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,13 @@ class Prepared:
         return wants and self.verifier is not None and any(r.output is None for r in self.training)
 
     @property
+    def has_targets(self) -> bool:
+        """False where it is certain before anything is sampled that there will be nothing to train on."""
+        unjudged = "to be written" if "judge" in self.method.contexts else None
+        records = [r if r.output is None or r.answer is None else replace(r, judgment=r.judgment or unjudged) for r in self.training]
+        return self.samples_outputs or bool(self.method.targets(records, self.is_correct))
+
+    @property
     def repairs_outputs(self) -> bool:
         """True where the method repairs wrong outputs, a verifier tells them, and there are outputs."""
         some = self.samples_outputs or any(r.output is not None and r.answer is not None for r in self.training)
@@ -86,23 +96,25 @@ class Prepared:
         """
         limit, new = self.files.context_tokens, self.job.evaluation.max_new_tokens
         train = longest = answer = prompt = 0
-        self._check_answers()
+        self._check_records()
+        judges = "judge" in self.method.contexts
         for record in (*self.training, *self.development):
-            for text in filter(None, (record.answer, record.output)):
-                sample = encode_target(self.tokenizer, self.prompts, Target(record, text, "correct", contexts_of(record)), limit)
+            contexts = tuple(c for c in contexts_of(record) if c in self.method.contexts)
+            for text in filter(None, (record.answer, record.output if self.method.own_outputs == "before" else None)):
+                sample = encode_target(self.tokenizer, self.prompts, Target(record, text, "correct", contexts), limit)
                 train = max(train, len(sample.prompts["base"]) + len(sample.answer))
-                unwritten = JUDGMENT_TOKENS if record.output and record.answer and not record.judgment else 0
+                unwritten = JUDGMENT_TOKENS if judges and record.output and record.answer and not record.judgment else 0
                 longest, answer = max(longest, sample.longest + unwritten), max(answer, len(sample.answer))
                 prompt = max(prompt, len(sample.prompts["base"]))
         if self.samples_outputs or self.method.own_outputs == "during":
             train, answer = max(train, prompt + new + 1), max(answer, new + 1)
         if self.samples_outputs:
-            longest = max(longest, prompt + new + JUDGMENT_TOKENS, longest + new)
+            longest = max(longest, prompt + new + judges * JUDGMENT_TOKENS, longest + ("standard" in self.method.contexts) * new)
         longest = max(longest, train)
         for record in self.held_out:
             tokens = len(record_ids(self.tokenizer, self.prompts, record))
             if tokens >= limit:
-                raise RecordTooLong("held-out questions", record.id, tokens, limit - 1, "question")
+                raise RecordTooLong("held-out questions", record.id, tokens + 1, limit, "question and one token more")
             prompt = max(prompt, tokens)
             if self.verifier is None:
                 reference = len(answer_ids(self.tokenizer, record.reference or ""))
@@ -114,16 +126,20 @@ class Prepared:
         repair = longest + new if self.repairs_outputs else 0
         return Lengths(*(min(n, limit) for n in (train, longest, answer, prompt + new, repair, self._judging_tokens)))
 
-    def _check_answers(self) -> None:
+    def _check_records(self) -> None:
+        """Raise DatasetSchema for an answer that cannot be compared, RecordTooLong where an output to be written has no room."""
         answers = [(r.id, r.answer) for r in (*self.training, *self.development)]
         references = [(r.id, r.reference) for r in self.held_out]
         for file, texts in (("dataset.jsonl", answers), ("held-out questions", references)):
             check_answers(file, texts, self.job.evaluation.verifier)
+        for record in self.training:
+            if self.samples_outputs and record.output is None:
+                output_room(self.tokenizer, self.prompts, record, self.method.contexts, self.files.context_tokens)
 
     @property
     def _judging_tokens(self) -> int:
         """Longest request for a judgment by the model itself with the judgment; 0 where it writes none."""
-        if self.job.judging.source != "model" or not self.method.needs_judgments:
+        if self.job.judging.source != "model" or "judge" not in self.method.contexts:
             return 0
         longest = JUDGMENT_TOKENS
         for record in self.training:
@@ -154,6 +170,8 @@ def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | No
         raise JobSchema("schedule.patience", "there is no development question to measure on; set evaluation.development, such as 0.1")
     if prepared.method.own_outputs == "during" and prepared.verifier is None:
         raise JobSchema("method", "it rewards outputs by a verifier, and the job has none")
+    if not prepared.has_targets:
+        raise DatasetEmpty("dataset.jsonl", NO_TARGETS)
     return prepared
 
 

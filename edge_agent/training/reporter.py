@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from edge_agent.errors import Stopped, TimedOut
+from edge_agent.errors import OutOfMemory, Stopped, TimedOut
 from edge_agent.report import Event, EventKind
 from profiles.device import DeviceProfile
 from profiles.memory import CudaMemory, HostMemory, Memory
@@ -80,3 +80,21 @@ class Reporter:
             self.emit("stage_finished", stage=row.stage, seconds=row.seconds, memory_bytes=row.peak_bytes)
         else:
             self.emit("stage_started", stage=row.stage)
+
+
+def out_of_memory(stage: str, error: Exception) -> OutOfMemory | None:
+    """Return what a lack of memory is reported as; None for another error."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return OutOfMemory(stage, str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+    return None
+
+
+@contextmanager
+def memory_explained(stage: Callable[[], str]) -> Iterator[None]:
+    """Raise OutOfMemory, which says what to do, for a lack of memory in the stage that then runs."""
+    try:
+        yield
+    except Exception as error:
+        if lack := out_of_memory(stage(), error):
+            raise lack from error
+        raise

@@ -16,7 +16,7 @@ import torch
 from edge_agent.answers import Answer, accept, examples, measure
 from edge_agent.config import Endpoint
 from edge_agent.dataset import Record
-from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DeviceMissing, DiskFull, EdgeAgentError, OutOfMemory, Stopped
+from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DeviceMissing, DiskFull, EdgeAgentError, Stopped
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
@@ -28,10 +28,10 @@ from edge_agent.training.contexts import Sample, encode_target
 from edge_agent.training.evaluate import evaluate
 from edge_agent.training.loop import Training, optimize
 from edge_agent.training.objectives import OBJECTIVES
-from edge_agent.training.prepare import Prepared, admit, prepare
+from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, prepare
 from edge_agent.training.repair import repair_outputs, turning_point
-from edge_agent.training.reporter import Listener, Reporter, Stopping
-from edge_agent.training.scoring import reference_scores, weigh
+from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
+from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from profiles.device import detect_device, device_name, device_profile
 from profiles.memory import fix_malloc
@@ -98,7 +98,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("encode") as row:
         targets = work.method.targets(records, work.is_correct)
         if not targets:
-            raise DatasetEmpty("dataset.jsonl", "gives the method nothing to train on (no answer or output that it uses)")
+            raise DatasetEmpty("dataset.jsonl", NO_TARGETS)
         samples, development = (
             [encode_target(tokenizer, work.prompts, t, work.files.context_tokens) for t in chosen]
             for chosen in (targets, work.development_targets)
@@ -106,12 +106,11 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         row.tokens = sum(len(p) + len(s.answer) for s in samples for p in s.prompts.values())
     model = attach_adapter(model, job.lora, job.seed, job.model)
     with reporter.stage("score"):
-        scores = reference_scores(model, work.method, samples, plan, tokenizer.pad_token_id, reporter.progress)
-        weights = weigh(work.method, samples, scores)
+        scores, weights = weigh(model, work.method, samples, plan, tokenizer.pad_token_id, reporter.progress)
     with reporter.stage("train") as row:
         training = Training(
             _key(job, work, samples), job.schedule, job.seed, plan, tokenizer, directory.path, work.method, work.verifier,
-            _answer_room(work, samples), development,
+            job.evaluation.max_new_tokens, work.files.context_tokens, development,
         )  # fmt: skip
         objective = OBJECTIVES.get(type(job.method), Weighted)(model, samples, weights, training)
         state, row.resumed = optimize(model, objective, training, reporter.progress)
@@ -152,7 +151,7 @@ def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> 
             records, repairs, row.resumed = repair_outputs(c, records, turn, 2 * plan.micro_batch, plan.head_chunk)
         records = draw(records, c.is_correct, c.sampling, c.seed)
     with reporter.stage("judge") as row:
-        if work.method.needs_judgments:
+        if "judge" in work.method.contexts:
             records, judgments, row.resumed = judge_outputs(c, records)
     return records, repairs, judgments
 
@@ -181,14 +180,9 @@ def _completion(
     return Completion(
         model=model, tokenizer=work.tokenizer, prompts=work.prompts, sampling=work.job.sampling, judging=work.job.judging,
         endpoint=endpoint, is_correct=work.is_correct, seed=work.job.seed, context_tokens=work.files.context_tokens,
-        max_new_tokens=work.job.evaluation.max_new_tokens, batch=plan.generate_batch, directory=directory.path, progress=reporter.progress,
+        contexts=work.method.contexts, max_new_tokens=work.job.evaluation.max_new_tokens, batch=plan.generate_batch,
+        directory=directory.path, progress=reporter.progress,
     )  # fmt: skip
-
-
-def _answer_room(work: Prepared, samples: list[Sample]) -> int:
-    """Tokens of the longest output that fits the model's context while training."""
-    longest = max(len(s.prompts[s.target.prompt]) for s in samples)
-    return min(work.job.evaluation.max_new_tokens, work.files.context_tokens - longest)
 
 
 def _key(job: Job, work: Prepared, samples: list[Sample]) -> str:
@@ -217,9 +211,8 @@ def _result(job: Job, reporter: Reporter, state: Any) -> Result:
 def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: Exception) -> Exception:
     """Record a failure as well as the disk allows, and return the error to raise."""
     stage = reporter.recorder.current_stage
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        error = OutOfMemory(stage, str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
-    elif isinstance(error, OSError) and error.errno in NO_SPACE:
+    error = out_of_memory(stage, error) or error
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         error = DiskFull(str(directory.path))
     elif isinstance(error, Stopped):
         reporter.emit("stopped", stage=stage)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,38 +18,49 @@ from quantization.plan import Plan
 
 @torch.no_grad()
 def score(
-    model: Any, samples: list[Sample], rows: int, chunk: int, hidden: bool, pad_id: int, progress: Callable[[int, int, int], None]
-) -> list[Scores]:
-    """Return the scores of every sample, on the CPU. `rows` are scored at once; `progress` hears (done, total, tokens)."""
+    model: Any, samples: list[Sample], rows: int, chunk: int, pad_id: int, progress: Callable[[int, int, int], None], hidden: bool = False
+) -> Iterator[tuple[int, Scores]]:
+    """Yield (index, scores) of each sample once its last context is scored, on the CPU.
+
+    `rows` contexts are scored at once; `progress` hears (done, total, tokens). With `hidden`, base contexts come last, so that no hidden
+    state has to wait for another context of its sample.
+    """
     model.eval()
     logp: dict[tuple[int, Context], torch.Tensor] = {}
-    states: dict[int, torch.Tensor] = {}
     work = [(i, context) for i, sample in enumerate(samples) for context in sample.prompts]
-    work.sort(key=lambda w: -len(samples[w[0]].prompts[w[1]]) - len(samples[w[0]].answer))
+    work.sort(key=lambda w: (hidden and w[1] == "base", -len(samples[w[0]].prompts[w[1]]) - len(samples[w[0]].answer)))
+    open_ = Counter(i for i, _ in work)
     for start in range(0, len(work), rows):
         group = work[start : start + rows]
         packed = pack([(samples[i].prompts[c], samples[i].answer) for i, c in group], pad_id, model.device)
         hidden_ND = answer_hidden(model, packed)
         logp_N = answer_logp(model, hidden_ND, packed.target_ids_N, chunk).cpu()
-        for key, logp_T, hidden_TD in zip(group, logp_N.split(packed.lengths), hidden_ND.split(packed.lengths), strict=True):
-            logp[key] = logp_T
-            if hidden and key[1] == "base":
-                states[key[0]] = hidden_TD.float().cpu()
         progress(min(start + rows, len(work)), len(work), packed.tokens)
-    return [Scores(logp[i, "base"], logp.get((i, "standard")), logp.get((i, "judge")), states.get(i)) for i in range(len(samples))]
+        for (i, context), logp_T, hidden_TD in zip(group, logp_N.split(packed.lengths), hidden_ND.split(packed.lengths), strict=True):
+            logp[i, context] = logp_T
+            open_[i] -= 1
+            if not open_[i]:
+                standard, judge = logp.pop((i, "standard"), None), logp.pop((i, "judge"), None)
+                yield i, Scores(logp.pop((i, "base")), standard, judge, hidden_TD.float().cpu() if hidden else None)
 
 
-def reference_scores(model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress) -> list[Scores]:
-    """Return the scores that a method weighs the tokens of its samples by."""
+def weigh(
+    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress
+) -> tuple[list[Scores], list[Weights]]:
+    """Return the scores that a method asks for, without hidden states, and the token weights that it makes of them."""
 
     def count(done: int, total: int, tokens: int) -> None:
         progress(done, total, tokens, None, "score")
 
-    scored = [s for s in samples if s.target.contexts is not None]
-    found = iter(score(model, scored, 2 * plan.micro_batch, plan.head_chunk, method.needs_hidden, pad_id, count))
-    return [Scores(torch.full((len(s.answer),), torch.nan)) if s.target.contexts is None else next(found) for s in samples]
-
-
-def weigh(method: Method, samples: list[Sample], scores: list[Scores]) -> list[Weights]:
-    """Return the token weights of every sample."""
-    return [method.weights(sample.target, s) for sample, s in zip(samples, scores, strict=True)]
+    found: dict[int, tuple[Scores, Weights]] = {}
+    scored = [i for i, s in enumerate(samples) if s.target.contexts is not None]
+    rows, chunk = 2 * plan.micro_batch, plan.head_chunk
+    for place, scores in score(model, [samples[i] for i in scored], rows, chunk, pad_id, count, method.needs_hidden):
+        i = scored[place]
+        found[i] = replace(scores, hidden_TD=None), method.weights(samples[i].target, scores)
+    for i, sample in enumerate(samples):
+        if sample.target.contexts is None:
+            scores = Scores(torch.full((len(sample.answer),), torch.nan))
+            found[i] = scores, method.weights(sample.target, scores)
+    every = [found[i] for i in range(len(samples))]
+    return [scores for scores, _ in every], [weights for _, weights in every]

@@ -12,7 +12,7 @@ from edge_agent.training.loop import Training, check_finite, learning_rate, orde
 from edge_agent.training.methods.method import Scores, Weights
 from edge_agent.training.packing import Pack, answer_hidden, answer_logp, pack, weighted_loss
 from edge_agent.training.reporter import OnProgress
-from edge_agent.training.scoring import reference_scores, weigh
+from edge_agent.training.scoring import weigh
 
 
 class Weighted:
@@ -85,7 +85,7 @@ class Weighted:
 
     def _score(self, samples: list[Sample], progress: OnProgress) -> list[Weights]:
         method, plan, pad_id = self._training.method, self._training.plan, self._training.tokenizer.pad_token_id
-        return weigh(method, samples, reference_scores(self._model, method, samples, plan, pad_id, progress))
+        return weigh(self._model, method, samples, plan, pad_id, progress)[1]
 
     def _of_pass(self, group: list[Sample], packed: Pack, hidden_ND: torch.Tensor) -> list[Weights]:
         """Return the weights by b of the training pass itself, its dropout included; none where the method has others."""

@@ -25,7 +25,7 @@ class Cut:
 
     needs_hidden = False
     own_outputs: OwnOutputs = "before"
-    needs_judgments = True
+    contexts: tuple[Context, ...] = ("judge",)
     turning_ratio: float | None = None
     trained_in: tuple[Context, ...] = ("base", "judge")
 

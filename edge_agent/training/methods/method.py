@@ -69,8 +69,8 @@ class Method(Protocol):
     trained_in: tuple[Context, ...]
     """The contexts that its targets are trained in."""
     own_outputs: OwnOutputs
-    needs_judgments: bool
-    """Incorrect outputs are trained on by what their judgments say."""
+    contexts: tuple[Context, ...]
+    """The contexts beside the base context that it may score or train in; with "judge" among them incorrect outputs get judgments."""
 
     def targets(self, records: list[Record], is_correct: IsCorrect) -> list[Target]:
         """Choose what to train on."""

@@ -113,7 +113,7 @@ class Nlft:
     """NLFT as a method: outputs by their verdict, standard answers as correct outputs."""
 
     own_outputs: OwnOutputs = "before"
-    needs_judgments = True
+    contexts: tuple[Context, ...] = ("standard", "judge")
     trained_in: tuple[Context, ...] = ("base",)
 
     def __init__(self, options: NlftOptions) -> None:

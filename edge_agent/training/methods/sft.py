@@ -19,7 +19,7 @@ class Sft:
     """See the module's text."""
 
     needs_hidden = False
-    needs_judgments = False
+    contexts: tuple[Context, ...] = ()
     turning_ratio: float | None = None
     references: Timing = "once"
     trained_in: tuple[Context, ...] = ("base",)
