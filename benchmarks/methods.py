@@ -164,7 +164,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     rate: float
     correct: str
-    base: str
+    base: str = ""
     seconds: dict[str, float]
     """By stage; "data" is the sampling and judging that its dataset took."""
     tokens: int

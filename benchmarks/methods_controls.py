@@ -18,7 +18,8 @@ from edge_agent.prompts import PROMPTS
 from edge_agent.training.completion import Completion
 from edge_agent.training.methods.method import IsCorrect, Scores, Target, Weights
 from edge_agent.training.methods.nlft import Nlft
-from edge_agent.training.repair import Choices, repair_outputs
+from edge_agent.training.packing import AnswerScores
+from edge_agent.training.repair import repair_outputs
 from edge_agent.verify import numeric_match
 from profiles.device import DeviceProfile, device_profile
 from quantization.load import load_model, load_tokenizer
@@ -97,8 +98,8 @@ def repaired_at_random(model: Path, records: list[Record], seed: int, folder: Pa
     """Return the records with wrong outputs repaired from a token that is drawn at random, where the verifier finds that correct."""
     files, rng = find_model(str(model)), random.Random(f"random repairs/{seed}")
 
-    def anywhere(choices: Choices) -> int | None:
-        return rng.randrange(len(choices.logp_T))
+    def anywhere(scores: AnswerScores) -> int | None:
+        return rng.randrange(len(scores.logp_N))
 
     completion = Completion(
         model=load_model(files, device_profile("cpu")), tokenizer=load_tokenizer(files), prompts=PROMPTS["worked"], sampling=Sampling(),

@@ -8,26 +8,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import msgspec
+from methods import ABLATION, DOMAINS, QUESTIONS, REFT, ROWS, SIZE_ROWS, Outcome
 from scipy.stats import t as student
-
-mpl.use("svg")
-import matplotlib.pyplot as plt
 
 from edge_agent.files import write_file
 from edge_agent.training.outcome import versions
 from profiles.device import device_name
 
-if TYPE_CHECKING:
-    from methods import Outcome
-
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, PLOT = (ROOT / p for p in ("benchmarks/results/methods.json", "docs/benchmarks.md", "docs/benchmarks.svg"))
-DEFAULT = "NLFT"
-DOMAINS = ("chain", "distractor", "reversed")
+DEFAULT, WITHOUT = "NLFT", "NLFT without standard answers"
+NEVER_SEE_ANSWERS = (
+    "SFT, correct outputs", "CUT", "NLFT released", "NLFT, token weights only, without standard answers",
+    "control: all weights 1, without standard answers", "control: no wrong outputs, no standard answers",
+    "control: repaired at random tokens", "control: random unlikelihood tokens",
+)  # fmt: skip
+"""The rows whose targets are outputs only."""
 
 
 class Results(msgspec.Struct, frozen=True):
@@ -36,6 +34,8 @@ class Results(msgspec.Struct, frozen=True):
     date: str
     machine: str
     versions: dict[str, str]
+    bases: dict[str, str]
+    """The verdicts on the model before training, by domain, seed and number of questions; left out of the cells."""
     cells: list[Outcome]
 
 
@@ -63,10 +63,12 @@ def share(verdicts: str) -> float:
 def render(cells: list[Outcome]) -> None:
     """Write results, page and plot."""
     today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    results = Results(today, device_name("cpu"), versions(), sorted(cells, key=lambda c: c.key))
-    write_file(RESULTS, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    bases = {f"{c.domain}/{c.seed}/{len(c.base)}": c.base for c in cells if "float32" not in c.row}
+    bare = sorted((msgspec.structs.replace(c, base="") for c in cells), key=lambda c: c.key)
+    results = Results(today, device_name("cpu"), versions(), bases, bare)
+    write_file(RESULTS, msgspec.json.encode(results).replace(b'{"key":', b'\n{"key":') + b"\n")
     text = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables(cells).items():
+    for name, lines in tables(results).items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         head, _, rest = text.partition(start)
         if not rest:
@@ -76,15 +78,24 @@ def render(cells: list[Outcome]) -> None:
     plot(cells)
 
 
-def tables(cells: list[Outcome]) -> dict[str, list[str]]:
+def tables(results: Results) -> dict[str, list[str]]:
     """Return every table of the page by its place."""
     parts: dict[str, list[Outcome]] = defaultdict(list)
-    for cell in cells:
+    for cell in results.cells:
         parts[cell.part].append(cell)
-    made = {"table": accuracy_table(parts["table"] + parts["reft"]), "differences": difference_table(parts["table"])}
-    made |= {"cost": cost_table(parts["table"] + parts["reft"]), "sizes": size_table(parts["sizes"] + parts["table"])}
-    made |= {"ablation": accuracy_table(parts["ablation"]), "rates": rate_table(parts["tune"])}
-    return {name: lines for name, lines in made.items() if len(lines) > 2}
+    table, sizes = parts["table"] + parts["reft"], parts["sizes"] + parts["table"]
+    bases = {
+        d: [share(v) for key, v in results.bases.items() if key.startswith(f"{d}/") and key.endswith(f"/{QUESTIONS}")] for d in DOMAINS
+    }
+    return {
+        "table": accuracy_table(table, bases),
+        "differences": difference_table(table, DEFAULT, rows_of(table)),
+        "without": difference_table(table, WITHOUT, NEVER_SEE_ANSWERS),
+        "cost": cost_table(table),
+        "sizes": size_table(sizes),
+        "ablation": ablation_table(parts["ablation"]),
+        "rates": rate_table(parts["tune"]),
+    }
 
 
 def by_seed(cells: Iterable[Outcome], row: str, domain: str) -> dict[int, Outcome]:
@@ -93,41 +104,38 @@ def by_seed(cells: Iterable[Outcome], row: str, domain: str) -> dict[int, Outcom
 
 def rows_of(cells: Iterable[Outcome]) -> list[str]:
     """Rows in the order in which the benchmark lists them."""
-    from methods import ABLATION, ROWS
-
     there = {c.row for c in cells}
-    return [name for name in (*ROWS, "ReFT", *ABLATION) if name in there]
+    return [name for name in (*ROWS, *REFT, *ABLATION) if name in there]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def accuracy_table(cells: list[Outcome]) -> list[str]:
-    body = []
-    if cells:
-        bases = ({c.seed: share(c.base) for c in cells if c.domain == d and "float32" not in c.row} for d in DOMAINS)
-        body.append(["base model", *(str(interval(list(base.values()))) for base in bases)])
-    for row in rows_of(cells):
-        found = [by_seed(cells, row, d) for d in DOMAINS]
-        body.append([row, *(str(interval([share(c.correct) for c in seeds.values()])) if seeds else "" for seeds in found)])
+def accuracy_table(cells: list[Outcome], bases: dict[str, list[float]]) -> list[str]:
+    body = [[row, *(str(interval([share(c.correct) for c in by_seed(cells, row, d).values()])) for d in DOMAINS)] for row in rows_of(cells)]
+    return markdown(("", *DOMAINS), [["base model", *(str(interval(bases[d])) for d in DOMAINS)], *body])
+
+
+def ablation_table(cells: list[Outcome]) -> list[str]:
+    """Means only: an interval over two seeds says nothing."""
+    body = [[row, *(f"{mean(share(c.correct) for c in by_seed(cells, row, d).values()):.1f}" for d in DOMAINS)] for row in rows_of(cells)]
     return markdown(("", *DOMAINS), body)
 
 
-def differences(cells: list[Outcome], row: str, domain: str) -> Interval | None:
-    """Return the default minus a row, in points, over the seeds that both have, on the same questions."""
-    ours, theirs = by_seed(cells, DEFAULT, domain), by_seed(cells, row, domain)
-    shared = sorted(ours.keys() & theirs.keys())
-    return interval([share(ours[s].correct) - share(theirs[s].correct) for s in shared]) if shared else None
+def difference(cells: list[Outcome], ours: str, theirs: str, domain: str) -> str:
+    """Return one row minus another, in points, over the seeds that both have, on the same questions; blank where there is none."""
+    a, b = by_seed(cells, ours, domain), by_seed(cells, theirs, domain)
+    shared = sorted(a.keys() & b.keys())
+    if not shared:
+        return ""
+    found = interval([share(a[s].correct) - share(b[s].correct) for s in shared])
+    return f"{found}{_mark(found)}"
 
 
-def difference_table(cells: list[Outcome]) -> list[str]:
-    body = []
-    for row in rows_of(cells):
-        found = [differences(cells, row, d) for d in DOMAINS]
-        if row != DEFAULT and all(found):
-            body.append([row, *(f"{d}{_mark(d)}" for d in found if d)])
-    return markdown((f"{DEFAULT} minus", *DOMAINS), body)
+def difference_table(cells: list[Outcome], ours: str, rows: Iterable[str]) -> list[str]:
+    body = [[row, *(difference(cells, ours, row, d) for d in DOMAINS)] for row in rows if row != ours]
+    return markdown((f"{ours} minus", *DOMAINS), body)
 
 
 def _mark(d: Interval) -> str:
@@ -146,15 +154,15 @@ def cost_table(cells: list[Outcome]) -> list[str]:
 
 
 def size_table(cells: list[Outcome]) -> list[str]:
-    from methods import SIZE_ROWS
-
-    sizes = sorted({c.records for c in cells})
+    at = {n: [c for c in cells if c.records == n] for n in sorted({c.records for c in cells})}
     body = []
     for domain in DOMAINS:
         for row in SIZE_ROWS:
-            found = [by_seed([c for c in cells if c.records == n], row, domain) for n in sizes]
-            body.append([domain, row, *(str(interval([share(c.correct) for c in x.values()])) if x else "" for x in found)])
-    return markdown(("domain", "", *(f"{n} questions" for n in sizes)), body)
+            found = [by_seed(there, row, domain).values() for there in at.values()]
+            body.append([domain, row, *(str(interval([share(c.correct) for c in x])) if x else "" for x in found)])
+        others = [row for row in SIZE_ROWS if row != DEFAULT]
+        body += [[domain, f"{DEFAULT} minus {row}", *(difference(there, DEFAULT, row, domain) for there in at.values())] for row in others]
+    return markdown(("domain", "", *(f"{n} questions" for n in at)), body)
 
 
 def rate_table(cells: list[Outcome]) -> list[str]:
@@ -168,8 +176,10 @@ def rate_table(cells: list[Outcome]) -> list[str]:
 
 def plot(cells: list[Outcome]) -> None:
     """Draw accuracy over the number of questions, a panel for each domain."""
-    from methods import SIZE_ROWS
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
 
+    mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "edge-agent"
     figure, axes = plt.subplots(1, len(DOMAINS), figsize=(12, 4), sharey=True)
     for axis, domain in zip(axes, DOMAINS, strict=True):

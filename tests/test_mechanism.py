@@ -24,7 +24,8 @@ from edge_agent.training.contexts import encode_target
 from edge_agent.training.evaluate import evaluate
 from edge_agent.training.loop import Training, optimize
 from edge_agent.training.methods.nlft import Nlft
-from edge_agent.training.repair import Choices, Turn, repair_outputs, turning_point
+from edge_agent.training.packing import AnswerScores
+from edge_agent.training.repair import Turn, repair_outputs, turning_point
 from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from edge_agent.verify import numeric_match
@@ -46,11 +47,11 @@ def _silent(*_: object) -> None:
     pass
 
 
-def _anywhere(choices: Choices) -> int:
-    return random.Random(len(choices.logp_T)).randrange(len(choices.logp_T))
+def _anywhere(scores: AnswerScores) -> int:
+    return random.Random(len(scores.logp_N)).randrange(len(scores.logp_N))
 
 
-def _nowhere(choices: Choices) -> None:
+def _nowhere(scores: AnswerScores) -> None:
     return None
 
 

@@ -18,7 +18,8 @@ from edge_agent.demo.problems import judged_mistake, problems
 from edge_agent.training.completion import Completion
 from edge_agent.training.contexts import encode_target, record_ids
 from edge_agent.training.methods.method import Target
-from edge_agent.training.repair import Choices, repair_outputs, standard_choices, turning_point
+from edge_agent.training.packing import AnswerScores
+from edge_agent.training.repair import repair_outputs, standard_scores, turning_point
 
 RATIO = 0.1
 TURN = partial(turning_point, ratio=RATIO)
@@ -40,9 +41,9 @@ def test_turning_point_is_the_first_refuted_token_however_sure_the_model_was() -
     """A token turns where the standard context gives it less than the ratio of its best token there; later ones do not count."""
     logp = torch.tensor([0.5, 0.06, 0.04, 1e-6]).log()
     best = torch.tensor([0.5, 0.5, 0.5, 0.99]).log()
-    assert turning_point(Choices(logp, best, torch.zeros(4)), RATIO) == 2
-    assert turning_point(Choices(logp, best, torch.zeros(4)), 1e-5) == 3
-    assert turning_point(Choices(best, best, torch.zeros(4)), RATIO) is None
+    assert turning_point(AnswerScores(logp, best, torch.zeros(4)), RATIO) == 2
+    assert turning_point(AnswerScores(logp, best, torch.zeros(4)), 1e-5) == 3
+    assert turning_point(AnswerScores(best, best, torch.zeros(4)), RATIO) is None
 
 
 def test_repairs_keep_the_output_up_to_its_turning_point(completion: Completion, mistakes: list[Record], tmp_path: Path) -> None:
@@ -54,9 +55,9 @@ def test_repairs_keep_the_output_up_to_its_turning_point(completion: Completion,
     targets = [Target(r, r.output, "incorrect", ("standard",)) for r in mistakes]
     samples = [encode_target(completion.tokenizer, completion.prompts, t, completion.context_tokens) for t in targets]
     late = 0
-    for mistake, sample, choices in zip(mistakes, samples, standard_choices(completion, samples, 8, 256), strict=True):
+    for mistake, sample, scores in zip(mistakes, samples, standard_scores(completion, samples, 8, 256), strict=True):
         if mistake.id in repaired:
-            record, at = repaired[mistake.id], TURN(choices)
+            record, at = repaired[mistake.id], TURN(scores)
             assert completion.is_correct(record)
             assert record.judgment is None
             kept = completion.tokenizer.decode(sample.answer[:at])

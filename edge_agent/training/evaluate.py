@@ -32,7 +32,8 @@ def evaluate(
     ids = [record_ids(tokenizer, prompts, r) for r in held_out]
     longest = max(ids, key=len)
     if len(longest) >= context_tokens:
-        raise RecordTooLong("evaluation questions", held_out[ids.index(longest)].id, len(longest) + 1, context_tokens, "question and one token more")
+        record = held_out[ids.index(longest)].id
+        raise RecordTooLong("evaluation questions", record, len(longest) + 1, context_tokens, "question and one token more")
     verify = find_verifier(evaluation.verifier)
     scored = None if verify else _references(tokenizer, held_out, ids, context_tokens)
     new = generate(

@@ -52,7 +52,7 @@ def answer_hidden(model: Any, packed: Pack) -> torch.Tensor:
 
 
 class AnswerScores(NamedTuple):
-    """Log-probabilities of the answer tokens, and of the likeliest token in the place of each, in 32 bits."""
+    """Log-probabilities of the answer tokens, and of the likeliest token in the place of each, in 32 bits; of all rows, or of one."""
 
     logp_N: torch.Tensor
     best_logp_N: torch.Tensor

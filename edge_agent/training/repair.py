@@ -9,14 +9,13 @@ token there: log c_t < log max_v c_t(v) + log `turning_ratio`, whatever b is. La
 context says of them is about a text that no right answer begins with. So the output is cut there, the best token takes the place of
 y_t, and the standard context writes the rest. If the verifier finds the result correct, it is trained on as a correct output.
 
-Shapes: N answer tokens of all rows, T answer tokens of one output.
+Shapes: N answer tokens of the rows that are read at once, or of one output.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import msgspec
 import torch
@@ -28,45 +27,36 @@ from edge_agent.training.completion import Completion
 from edge_agent.training.contexts import Sample, answer_ids, encode_target, record_ids
 from edge_agent.training.generate import Batch, end_ids, generate
 from edge_agent.training.methods.method import Target
-from edge_agent.training.packing import answer_hidden, answer_scores, pack
+from edge_agent.training.packing import AnswerScores, answer_hidden, answer_scores, pack
 from edge_agent.verify import final_answer
 
 REPAIRS = "repairs.jsonl"
 
 
-class Choices(NamedTuple):
-    """The standard context on the tokens of one output: its log-probability of each, and its own best token there."""
-
-    logp_T: torch.Tensor
-    best_logp_T: torch.Tensor
-    best_id_T: torch.Tensor
+Turn = Callable[[AnswerScores], int | None]
+"""Finds the position of the turning point in an output by its scores in the standard context, if there is one."""
 
 
-Turn = Callable[[Choices], int | None]
-"""Finds the position of the turning point, if there is one."""
-
-
-def turning_point(choices: Choices, ratio: float) -> int | None:
+def turning_point(scores: AnswerScores, ratio: float) -> int | None:
     """Return the position of the first token that is less than `ratio` times as likely as the best one there, or None."""
-    refuted = (choices.logp_T < choices.best_logp_T + math.log(ratio)).nonzero()
+    refuted = (scores.logp_N < scores.best_logp_N + math.log(ratio)).nonzero()
     return int(refuted[0]) if len(refuted) else None
 
 
 @torch.no_grad()
-def standard_choices(c: Completion, samples: Sequence[Sample], rows: int, chunk: int) -> list[Choices]:
-    """Read the samples in the standard context, `rows` at once, dropout off; on the CPU. At most `chunk` x V logits exist at once."""
+def standard_scores(c: Completion, samples: Sequence[Sample], rows: int, chunk: int) -> list[AnswerScores]:
+    """Return the scores of each sample in the standard context, on the CPU. `rows` are read at once, at most `chunk` x V logits exist."""
     c.model.eval()
-    choices: dict[int, Choices] = {}
+    found: dict[int, AnswerScores] = {}
     longest_first = sorted(range(len(samples)), key=lambda i: -samples[i].longest)
     for start in range(0, len(samples), rows):
         group = longest_first[start : start + rows]
         packed = pack([(samples[i].prompts["standard"], samples[i].answer) for i in group], c.tokenizer.pad_token_id, c.model.device)
         scores = answer_scores(c.model, answer_hidden(c.model, packed), packed.target_ids_N, chunk)
-        choices |= {
-            i: Choices(*parts) for i, parts in zip(group, zip(*(s.cpu().split(packed.lengths) for s in scores), strict=True), strict=True)
-        }
+        parts = zip(*(s.cpu().split(packed.lengths) for s in scores), strict=True)
+        found |= {i: AnswerScores(*of_one) for i, of_one in zip(group, parts, strict=True)}
         c.progress(min(start + rows, len(samples)), len(samples), packed.tokens)
-    return [choices[i] for i in range(len(samples))]
+    return [found[i] for i in range(len(samples))]
 
 
 def repair_outputs(c: Completion, records: Sequence[Record], turn: Turn, rows: int, chunk: int) -> tuple[list[Record], Repairs, bool]:
@@ -78,8 +68,8 @@ def repair_outputs(c: Completion, records: Sequence[Record], turn: Turn, rows: i
     wrong = [i for i, r in enumerate(records) if r.output is not None and r.answer is not None and not c.is_correct(r)]
     targets = [Target(records[i], records[i].output or "", "incorrect", ("standard",)) for i in wrong]
     samples = [encode_target(c.tokenizer, c.prompts, target, c.context_tokens) for target in targets]
-    turns = [(choices, turn(choices)) for choices in standard_choices(c, samples, rows, chunk)]
-    begun = [None if at is None else [*s.answer[:at], int(x.best_id_T[at])] for s, (x, at) in zip(samples, turns, strict=True)]
+    turns = [(scores, turn(scores)) for scores in standard_scores(c, samples, rows, chunk)]
+    begun = [None if at is None else [*s.answer[:at], int(x.best_ids_N[at])] for s, (x, at) in zip(samples, turns, strict=True)]
     texts, resumed = _continued(c, samples, begun)
     found = {i: _repaired(c, records[i], text) for i, text in zip(wrong, texts, strict=True) if text}
     repaired = {i: record for i, record in found.items() if record is not None}

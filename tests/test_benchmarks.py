@@ -1,0 +1,37 @@
+"""What the page of the methods' benchmark shows is what the committed results say."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import methods_page
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    return msgspec.json.decode(methods_page.RESULTS.read_bytes(), type=methods_page.Results)
+
+
+def test_page_shows_the_committed_results(results: Any) -> None:
+    """Every table, to the character."""
+    page = methods_page.PAGE.read_text(encoding="utf-8")
+    for name, lines in methods_page.tables(results).items():
+        shown = page.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
+        assert shown.strip().split("\n") == lines, name
+
+
+def test_cells_of_a_seed_are_held_against_the_same_questions(results: Any) -> None:
+    """As many verdicts as questions in every cell, and every row of a table has all its seeds and domains."""
+    found: dict[tuple[str, str, int], set[tuple[str, int]]] = {}
+    for cell in results.cells:
+        assert len(cell.correct) == (500 if cell.part in ("table", "sizes", "reft") else 200)
+        found.setdefault((cell.part, cell.row, cell.records), set()).add((cell.domain, cell.seed))
+    for (part, row, _), cells in found.items():
+        seeds = {"table": 5, "sizes": 5, "ablation": 2, "tune": 1 if row == "ReFT" else 2, "reft": 3}[part]
+        assert len(cells) == 3 * seeds, (part, row)
