@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 
 from edge_agent.dataset import Verify
-from edge_agent.final_number import RETRACTED, final_number, marked_clauses, plain_text
+from edge_agent.final_number import REASON, denied, final_number, marked_clauses, plain_text
 from edge_agent.job import Regex, Verifier
 from edge_agent.patterns import last_match
 
 # `I` is a word unless it stands in brackets, and so is an `A` before a word where no marker says that an answer follows.
-_CHOICE = re.compile(r"\(([A-Z])\)|(?<![A-Za-z0-9'])([A-HJ-Z])(?![A-Za-z0-9'])")
+_CHOICE = re.compile(r"\(([A-Z])\)|(?<![A-Za-z0-9'])([A-HJ-Z])(?![A-Za-z0-9'+])")
 _ARTICLE = re.compile(r"\bA(?= (?!or\b|and\b)[a-z])")
-_REASON = re.compile(r"[.!](?=\s|$)|\b(?:because|since|as)\b")
 
 
 def numeric_match(prediction: str, answer: str) -> bool:
@@ -33,7 +32,8 @@ def exact_match(prediction: str, answer: str) -> bool:
 def choice_match(prediction: str, answer: str) -> bool:
     """True where both texts choose the same letter, `B` or `(B)`.
 
-    It is the only one after the last marker of an answer; without a marker, the only one in the last line that has any.
+    It is the only one after the last marker of an answer; without a marker, the only one in the last line that has any. A letter that is
+    denied, asked, only supposed, or taken back later is no choice.
     """
     theirs = _choice(answer)
     return theirs is not None and _choice(prediction) == theirs
@@ -43,15 +43,16 @@ def _choice(text: str) -> str | None:
     plain = plain_text(text)
     clauses = marked_clauses(plain)
     if clauses:
-        said, *more = _REASON.split(clauses[-1].text, maxsplit=1)
-        taken_back = clauses[-1].retracted or any(map(RETRACTED.match, more))
-        return None if taken_back else _only_choice(said)
-    lines = [line for line in _ARTICLE.sub("", plain).splitlines() if _CHOICE.search(line)]
-    return _only_choice(lines[-1]) if lines else None
+        return None if clauses[-1].denied else _only_choice(clauses[-1].text)
+    lines = _ARTICLE.sub("", plain).splitlines()
+    last = max((n for n, line in enumerate(lines) if _CHOICE.search(line)), default=None)
+    if last is None or denied(lines[last], "\n".join(lines[last + 1 :])):
+        return None
+    return _only_choice(lines[last])
 
 
 def _only_choice(text: str) -> str | None:
-    letters = {bracketed or alone for bracketed, alone in _CHOICE.findall(text)}
+    letters = {bracketed or alone for bracketed, alone in _CHOICE.findall(REASON.sub("", text))}
     return letters.pop() if len(letters) == 1 else None
 
 

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 Pairs = list[tuple[str, str]]
 
+
+def _not_five(*texts: str) -> Pairs:
+    """Texts with a 5 that is not their answer, or not all of it."""
+    return [(text, "5") for text in texts]
+
+
 SAME: dict[str, Pairs] = {
     "markers": [
         ("so 42 apples\n#### 42", "#### 42"),
@@ -206,6 +212,28 @@ SAME: dict[str, Pairs] = {
         ("She eats 3 and sells 4. So she has 9 left.", "9"),
         ("She eats 3. She sells 4.\nTherefore the price is 18.", "18"),
         ("She eats 3 eggs.\n16 - 3 = 13 eggs", "13"),
+    ],
+    "boxes in sentences": [
+        ("\\boxed{5}", "5"), ("x = \\boxed{5}", "5"), ("the answer is $\\boxed{5}$.", "5"), ("2 + 3 = \\boxed{5}", "5"),
+        ("\\boxed{5} apples", "5"), ("\\boxed{\\$5}", "5"), ("\\boxed{5}\\text{ cm}", "5"), ("$$\\boxed{5}$$", "5"),
+        ("$$\nx = \\boxed{5}\n$$", "5"), ("-\\boxed{5}", "-5"), ("\\boxed{x = 5}", "5"), ("\\[ \\boxed{5} \\]", "5"),
+        ("Thus, the total is \\(\\boxed{5}\\).", "5"), ("\\therefore \\boxed{5}", "5"), ("**\\boxed{5}**", "5"),
+        ("\\boxed{5} million", "5,000,000"), ("\\boxed{50}\\%", "50"), ("\\boxed{20^\\circ\\text{C}}", "20"),
+        ("Because she ate 3 of 8, she has $8 - 3 = \\boxed{5}$ eggs left.", "5"), ("x^2 = 25, so x = \\boxed{5}", "5"),
+        ("\\boxed{5}.", "5"),
+    ],
+    "no denial and no retraction": [
+        ("The answer is 5 because she did not eat it.", "5"), ("Since she does not like 2 of them, the answer is 5.", "5"),
+        ("Great! The answer is 5!", "5"), ("Let's see: 2 + 3 = 5", "5"), ("So she needs 5 more apples.", "5"),
+        ("The answer is 5. She is happy now.", "5"), ("But the answer is 5.", "5"), ("-**5**", "-5"), ("-`5`", "-5"),
+        ("#### $5$ million", "5000000"), ("#### \\(5\\) million", "5000000"), ("#### (5)", "5"), ("A: 5 years old", "5"),
+        ("The answer is -7.", "-7"), ("The answer is $\\boxed{-7}$.", "-7"), ("Final answer -7", "-7"), ("The answer is **-7**", "-7"),
+        ("The answer is **7", "7"), ("The answer is $-7$", "-7"), ("The answer is -$7", "-7"),
+    ],
+    "units in words": [
+        ("#### 5 degrees Celsius", "5 °C"), ("#### 5℃", "5^\\circ C"), ("#### 5 mph", "5 miles per hour"), ("#### 5 kph", "5 km/h"),
+        ("#### 5 p.m.", "5 pm"), ("#### 5 P. M.", "5 pm"), ("#### 5 pennies", "5 cents"), ("#### 5 megabytes", "5 MB"),
+        ("#### 5 lbs", "5"), ("#### 5 degrees", "5°"),
     ],
 }  # fmt: skip
 
@@ -567,6 +595,88 @@ OTHER: dict[str, Pairs] = {
         ("#### 12345678901234567891", "12345678901234567890"),
         ("#### 1" + ",000" * 30, "1"),
     ],
+    "boxes in expressions": _not_five(
+        "-\\boxed{5}", "- \\boxed{5}", "10 - \\boxed{5}", "\\boxed{5} million", "\\boxed{5}^2", "\\boxed{5}^{2}", "\\boxed{5}²",
+        "\\boxed{5}/2", "\\boxed{5} / 2", "not \\boxed{5}", "at least \\boxed{5}", "\\boxed{5}\\pi", "\\boxed{5}π", "3 + \\boxed{5}",
+        "$3 + \\boxed{5}$", "2 \\times \\boxed{5}", "2\\boxed{5}", "x\\boxed{5}", "\\boxed{5}x", "\\boxed{5}\\boxed{6}", "\\boxed{5} or 6",
+        "6 or \\boxed{5}", "\\boxed{5} at most", "\\boxed{5} minimum", "\\boxed{5}!", "\\boxed{5} thousand", "\\boxed{5}?",
+        "\\boxed{5} is wrong", "I doubt it is \\boxed{5}", "\\frac{\\boxed{5}}{2}", "\\frac{1}{\\boxed{5}}", "\\sqrt{\\boxed{5}}",
+        "(\\boxed{5})^2", "\\boxed{5} \\times 10^3", "\\boxed{5} - x", "$\\boxed{5}$ million", "more than $\\boxed{5}$",
+        "twice \\boxed{5}", "-$\\boxed{5}$", "-(\\boxed{5})", "-\\left(\\boxed{5}\\right)", "\\boxed{5}0", "\\boxed{5}.5",
+        "\\boxed{5} to 10", "3 to \\boxed{5}", "\\boxed{5} and a half", "\\boxed{5} quadrillion", "\\boxed{5", "\\boxed{a_{5}}",
+        "\\boxed{x_{5} > 0}", "\\boxed{5}\nThat is wrong.", "\\boxed{5}, no wait", "\\boxed{5} squared", "\\boxed{5}: 3",
+        "not **\\boxed{5}**", "10/\\boxed{5}", "\\boxed{5}\\cdot x", "\\boxed{5}K", "\\boxed{5}k", "\\boxed{5}th", "\\boxed{5}\\sqrt{2}",
+    ),
+    "signs before markup": _not_five(
+        "-**5**", "-`5`", "- **5**", "-*5*", "-__5__", "#### -**5**", "The answer is -**5**.", "-<b>5</b>", "-\"5\"", "-[5]", "-{5}",
+        "-$5$", "−**5**", "-\\textbf{5}", "-**`5`**", "10 - **5**", "2**5**", "**-**5", "#### -\\(5\\)",
+    ),
+    "bounds after the number": _not_five(
+        "5 at least", "5 at most", "5 at the very least", "5 minimum", "5 and above", "5 and up", "5 and over", "#### 5 apples at least",
+        "#### 5 maximum", "5 dollars max", "5 upwards", "5 and counting", "5 or so", "#### 5 km and beyond", "5, give or take",
+        "#### 5 or fewer", "5 and more", "#### a minimum of 5", "#### a maximum of 5", "#### minimum 5", "#### no more than about 5",
+        "#### exceeds 5", "#### higher than 5", "#### within 5", "#### at least about 5", "#### hardly 5", "#### anything but 5",
+        "#### everything except 5", "#### rather than 5", "#### far from 5", "#### other than 5", "5...", "5-", "⌊5⌋", "5 repeating",
+        "every 5", "one in 5",
+    ),
+    "denied before the marker": _not_five(
+        "I don't think the answer is 5", "I do not believe that the answer is 5.", "It is not true that the answer is 5.",
+        "It is wrong to say that the answer is 5.", "I doubt the answer is 5", "If the answer is 5, then she has two.",
+        "Suppose the answer is 5.", "Assume the answer is 5.", "Unless the answer is 5", "No way the answer is 5",
+        "There is no chance that the answer is 5", "The answer cannot be 5", "Nobody knows if the answer is 5",
+        "It is false that the answer is 5", "My first answer was 5", "The previous answer was 5", "The answer is definitely not 5",
+        "The answer isnt 5", "I dont think the answer is 5", "It is impossible that the answer is 5", "I wonder whether the answer is 5",
+        "Pretend the answer is 5", "Is it so that the answer is 5?", "It's not\u00a0that the answer is 5", "Wrong answer: 5",
+        "An incorrect final answer: 5", "I don’t think the final answer is 5", "It is unlikely that #### 5",
+        "I don't think the answer = 5", "He was mistaken that the answer is 5",
+    ),
+    "taken back": _not_five(
+        "The answer is 5. That is wrong.", "The answer is 5. I made a mistake, it is six", "The answer is 5. That's not right.",
+        "The answer is 5. This isn't correct.", "The answer is 5. Oops.", "The answer is 5. Let me recheck.", "#### 5\nI mean six",
+        "#### 5\nThat can't be right.", "#### 5\nScratch that.", "#### 5\n\nWait, six.", "The answer is 5. Hmm, I miscounted.",
+        "The answer is 5. I think I made an error.", "The answer is 5. It should be six.", "The answer is 5. It is 6.",
+        "The answer is 5. It's 6.", "The answer is 5. The answer is six.", "The answer is 5. The answer is wrong.",
+        "#### 5\nThe answer is not known.", "The answer is 5. She ate some of them. I misread this.",
+        "The answer is 5. On second thought it is six.", "The answer is 5. Nope.", "The answer is 5. Not really.",
+        "So it is 5. That is wrong.", "5\nNo, that is wrong.", "It is 5. I was mistaken.", "#### 5\nThis is incorrect.",
+        "The answer is 5. We should have been adding.", "#### 5\nJust kidding.", "The answer is 5. Never mind.", "#### 5 (wrong)",
+        "The answer is 5? No", "#### 5, I am not sure", "The answer is 5. Ignore that.", "The answer is 5, if I am right",
+        "#### 5\nDisregard this.", "The answer is 5! That is false.", "The answer is 5 because 2 + 3 = 5. That is wrong.",
+        "#### 5\n#### unknown", "5 is too small", "5 ❌", "no 5", "~~5~~", "5? No.",
+    ),
+    "functions of an unknown": _not_five(
+        "x² = 5", "x^2 = 5", "twice x = 5", "#### x^2 = 5", "half of x = 5", "2x = 5", "#### x! = 5", "√x = 5", "|x| = 5", "-x = 5",
+        "x/2 = 5", "1/x = 5", "log x = 5", "x squared = 5", "the square of x = 5", "double x = 5", "two x = 5", "x times two = 5",
+        "So x² is 5", "twice x is 5", "So x squared is 5.", "So half the number is 5.", "x - y = 5", "a + b is 5", "x³ = 5",
+        "the absolute value of x = 5", "the square root of x = 5", "10 / x. So 10 / x = 5", "x mod 3 = 5", "f(x) = 5", "e^x = 5",
+        "ln x = 5", "So x + y = 5", "the answer is x^2 = 5", "\\boxed{x^2 = 5}", "\\boxed{x^{2} = 5}", "$x^2 = 5$", "x*y = 5",
+        "three times x is 5", "#### the absolute value of 5", "**x**² = 5", "5% of x", "5 more than x", "5 less than x",
+        "5 fewer than the total", "log_2 5", "log_{2} 5", "5 choose k", "5 mod n", "5:n", "5 raised to n",
+    ),
+    "suppositions": _not_five(
+        "So if x = 5, then", "So if x = 5", "Let x = 5", "Suppose x = 5.", "So suppose x = 5", "So when x = 5, it works", "Assuming x = 5",
+        "Given x = 5", "Try x = 5", "Is x = 5?", "So unless x = 5", "Thus imagine 5",
+    ),
+    "operations": _not_five(
+        "5!", "#### 5!", "5!!", "#### 5! apples", "So it is 5 / x.", "So we get 5 / x", "5 * x", "5 x", "5x", "5 - x", "5 + x", "5/x",
+        "5(x+1)", "5 * (x + 1)", "5 divided by x", "5 times x", "5 multiplied by x", "5 / price", "So it is 5 * price.", "#### (5)^2",
+        "#### (5)/2", "#### (5)x", "#### \"5\" million", "#### `5` thousand", "#### (5) squared", "#### $5$ squared", "#### $5$^2",
+        "5 apples / x", "5^n", "5^x", "5**n", "5 to the power of n", "mod 5", "2 mod 5",
+    ),
+    "scale words": _not_five(
+        "5 quadrillion", "5 per mille", "5 per mil", "5 quintillion", "5 zillion", "5 milliard", "5 grand", "5 gross", "5 score",
+        "5 millionths", "5 ppm", "5 basis points", "5 bps", "5 mio", "5 Mrd", "5 tn", "5G", "5 hundredths", "5  million", "5 per thousand",
+        "5 million billion", "#### $5m", "#### 5 cr", "5 sextillion", "5 tenths",
+    ),
+    "units that differ": [
+        ("#### 5 degrees Celsius", "5 degrees Fahrenheit"), ("#### 5 °C", "5 °F"), ("#### 5℃", "5℉"), ("#### 5 Celsius", "5 Fahrenheit"),
+        ("#### 5 degrees C", "5 degrees F"), ("#### 5^\\circ C", "5^\\circ F"), ("#### 5°\\text{C}", "5°\\text{F}"),
+        ("#### 5 mph", "5 km/h"), ("#### 5 mph", "5 kph"), ("#### 5 miles per hour", "5 kmh"), ("#### 5 mph", "5 miles"),
+        ("#### 5 pennies", "5 dollars"), ("#### 5 pennies", "$5"), ("#### 1 penny", "1 dollar"), ("#### 5 MB", "5 GB"),
+        ("#### 5 megabytes", "5 gigabytes"), ("#### 5 KB", "5 MB"), ("#### 5 TB", "5 GB"), ("#### 5 bits", "5 bytes"),
+        ("#### 5 p.m.", "5 a.m."), ("#### 5 P.M.", "5 am"), ("#### 5p.m.", "5 a.m."), ("#### 5 lbs", "£5"), ("#### 5 dimes", "5 nickels"),
+        ("#### 5 dimes", "$5"), ("#### 5 kilos", "5 grams"),
+    ],
 }  # fmt: skip
 
 DOUBTFUL: dict[str, Pairs] = {
@@ -589,6 +699,10 @@ DOUBTFUL: dict[str, Pairs] = {
         ("#### the 5th", "5th"),
         ("#### 12:30", "12:30"),
         ("#### $5 and 50 cents", "5.5"),
+        ("\\boxed{5} of the two kids", "5"),
+        ("So if she sells 2, she has 7 - 2 = 5", "5"),
+        ("So 5 of them are not red.", "5"),
+        ("#### 5 lbs", "5 pounds"),
         ("The answer is 5. But note that she had 12.", "5"),
     ],
 }

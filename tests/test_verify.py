@@ -38,9 +38,9 @@ def test_numeric_reads_every_standard_answer_of_gsm8k(shared_data: Path) -> None
 
 
 def test_there_are_enough_adversarial_pairs() -> None:
-    """At least 300 pairs, none of them twice."""
+    """At least 800 pairs, none of them twice."""
     pairs = [pair for table in (SAME, OTHER, DOUBTFUL) for theme in table.values() for pair in theme]
-    assert len(set(pairs)) == len(pairs) >= 300
+    assert len(set(pairs)) == len(pairs) >= 800
 
 
 @pytest.mark.parametrize("theme", SAME)
@@ -125,14 +125,15 @@ def test_numeric_is_symmetric_on_fragments(parts: list[str]) -> None:
     "text",
     [
         "\n" * 200_000, "####" * 60_000, "1" * 250_000, "1," * 100_000, "1 " * 100_000, "- $ " * 60_000, "the answer is " * 15_000,
-        "#### 1 " * 30_000, "=" * 200_000, "#### 1=" + "1+" * 100_000, "answer to " * 20_000, "\\boxed{{" * 30_000, "<<" * 100_000,
+        "#### 1 2 " * 20_000, "=" * 200_000, "#### 1=" + "1+" * 100_000, "answer to " * 20_000, "\\boxed{{" * 30_000, "<<" * 100_000,
         "\\frac{" * 30_000, "1/" * 100_000, "five or " * 30_000, "½" * 100_000, "A:\n" * 60_000, "is 5. " * 40_000,
+        "*a " * 80_000, "$" * 250_000, "\\boxed{5} " * 25_000, "5 max " * 40_000, "#### a " + "6, not 5 because " * 15_000,
     ],
 )  # fmt: skip
-def test_reading_takes_time_in_proportion_to_the_text(text: str) -> None:
-    """Texts of the longest allowed length that a careless pattern would read again and again end well within the deadline."""
-    numeric_match(text, "#### 1")
-    choice_match(text, "#### B")
+def test_the_longest_texts_have_no_answer(text: str) -> None:
+    """Texts of the longest allowed length, on which a pattern that reads again and again would not end, say nothing for certain."""
+    assert final_answer(text) is None
+    assert [letter for letter in "AB" if choice_match(text, f"#### {letter}")] == []
 
 
 def test_exact_ignores_case_and_blanks() -> None:
@@ -155,11 +156,71 @@ def test_exact_ignores_case_and_blanks() -> None:
         ("A or B", None),
         ("I think so", None),
         ("The answer is B. No, A.", None),
+        ("The answer is B.", "B"),
+        ("(B)", "B"),
+        ("**B**", "B"),
+        ("B) because it is not red", "B"),
+        ("B", "B"),
+        ("\\boxed{B}", "B"),
+        ("$\\boxed{\\text{B}}$", "B"),
+        ("The answer is **(B)**.", "B"),
+        ("B. because A is wrong", "B"),
+        ("The answer is B because A is wrong.", "B"),
+        ("Answer: B. Paris", "B"),
+        ("But the answer is B!", "B"),
+        ("The correct answer is (B)", "B"),
+        ("The answer is not A.\nThe answer is B.", "B"),
+        ("Answer: B) Paris, as it is not in Spain", "B"),
+        ("The answer is not B.", None),
+        ("The answer is B? No", None),
+        ("B is wrong", None),
+        ("anything but B", None),
+        ("#### B\nI mean C", None),
+        ("It isn't B", None),
+        ("The answer isn't B.", None),
+        ("I don't think the answer is B", None),
+        ("The answer is B. That is wrong.", None),
+        ("not B", None),
+        ("Not (B)", None),
+        ("B?", None),
+        ("B is incorrect.", None),
+        ("B is not correct", None),
+        ("B cannot be right", None),
+        ("everything except B", None),
+        ("all but B", None),
+        ("It can't be B", None),
+        ("If the answer is B", None),
+        ("The answer is B, if I am right", None),
+        ("\\boxed{B} is wrong", None),
+        ("not \\boxed{B}", None),
+        ("It is not true that the answer is B.", None),
+        ("The answer is B. Wait, C.", None),
+        ("#### B\nOops, C", None),
+        ("B\nThat is wrong.", None),
+        ("(B) is false", None),
+        ("Suppose the answer is B.", None),
+        ("Answer: B or C", None),
+        ("B is eliminated", None),
+        ("rule out B", None),
+        ("The answer is B. I made a mistake.", None),
+        ("Is it B?", None),
+        ("It is unlikely to be B", None),
+        ("neither B", None),
+        ("B was my first answer", None),
+        ("#### B\nThe answer is wrong.", None),
+        ("I doubt it is B", None),
+        ("The answer is B. Sorry, C", None),
+        ("No B", None),
+        ("~~B~~", None),
+        ("none of B", None),
+        ("B ❌", None),
+        ("B is too small", None),
+        ("B+", None),
         ("", None),
     ],
 )
 def test_choice_takes_the_only_letter(output: str, letter: str | None) -> None:
-    """The letter after the last marker, or of the last line with one; two letters, or the words `I` and `A`, are no choice."""
+    """The letter after the last marker, or of the last line with one. Two letters, the words `I` and `A`, and what is denied are none."""
     assert [c for c in "ABCI" if choice_match(output, f"#### ({c})")] == ([letter] if letter else [])
 
 
@@ -194,12 +255,13 @@ def test_regex_gives_a_verdict_or_refuses_the_pattern(pattern: str, text: str) -
     assert verify(text, text) in (True, False)
 
 
-def test_regex_is_linear_where_backtracking_is_not() -> None:
-    """Patterns on which a backtracking engine needs exponential time, and texts with a match at every place."""
-    for pattern in (r"(a+)+$", r"(a|a)*b", r"a.*b|a"):
-        verify = find_verifier(Regex(pattern))
-        assert verify is not None
-        verify("a" * 100_000 + "c", "a")
+@pytest.mark.parametrize("pattern", [r"(a+)+$", r"(a|a)*b", r"a.*b|a"])
+def test_regex_finds_no_last_match_where_backtracking_would_not_end(pattern: str) -> None:
+    """A backtracking engine needs exponential time for these, or has a match at every place: there is no verdict of `correct`."""
+    verify = find_verifier(Regex(pattern))
+    assert verify is not None
+    text = "a" * 100_000 + "c"
+    assert verify(text, text) is False
 
 
 @pytest.mark.parametrize(
