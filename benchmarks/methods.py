@@ -70,6 +70,8 @@ class Row:
     tuned_as: str | None = None
     """The row whose learning rate it takes; None: tuned itself."""
     float32: bool = False
+    beyond: tuple[float, ...] = ()
+    """Learning rates that are tried beside RATES, whose best was the lowest or the highest."""
 
 
 def nlft(**options: Any) -> dict[str, Any]:
@@ -82,11 +84,11 @@ TOKENS = {"standard_answers": False, "repair": False}
 
 ROWS: dict[str, Row] = {
     "SFT, standard answers": Row({"method.name": "sft", "method.targets": "answers"}),
-    "SFT, correct outputs": Row({"method.name": "sft", "method.targets": "outputs"}),
+    "SFT, correct outputs": Row({"method.name": "sft", "method.targets": "outputs"}, beyond=(6e-3,)),
     "SFT, both": Row({"method.name": "sft", "method.targets": "both"}),
     "DFT, standard answers": Row({"method.name": "dft", "method.targets": "answers"}),
-    "CUT": Row({"method.name": "cut"}),
-    "CUT, and standard answers": Row({"method.name": "cut", "method.standard_answers": True}),
+    "CUT": Row({"method.name": "cut"}, beyond=(3.5e-4,)),
+    "CUT, and standard answers": Row({"method.name": "cut", "method.standard_answers": True}, beyond=(6e-3,)),
     "NLFT released": Row(nlft(**RELEASED)),
     "NLFT released, and standard answers": Row(nlft(**RELEASED | {"standard_answers": True})),
     "NLFT": Row(nlft()),
@@ -109,7 +111,7 @@ ROWS: dict[str, Row] = {
     "NLFT in float32": Row(nlft(), tuned_as="NLFT", float32=True),
 }
 SIZE_ROWS = ("SFT, standard answers", "SFT, both", "NLFT", "NLFT without standard answers")
-REFT = {"ReFT": Row({"method.name": "reft"})}
+REFT = {"ReFT": Row({"method.name": "reft"}, beyond=(6e-3,))}
 """Takes many times as long as the rows of the table: a part of its own, tuned on the first development seed alone."""
 ABLATION: dict[str, Row] = {
     "released": Row(nlft(**RELEASED)),
@@ -179,7 +181,7 @@ def cells(part: str, done: dict[str, Outcome]) -> Iterator[Cell]:
         tuned = [name for name, row in ROWS.items() if row.tuned_as is None]
         rows = [(r, s) for s in TUNING_SEEDS for r in tuned] + [(r, TUNING_SEEDS[0]) for r in REFT]
         for domain, (row, seed) in ((d, rs) for rs in rows for d in DOMAINS):
-            yield from (Cell(part, row, domain, TABLE, seed, rate, TUNING_QUESTIONS) for rate in RATES)
+            yield from (Cell(part, row, domain, TABLE, seed, rate, TUNING_QUESTIONS) for rate in (*RATES, *(ROWS | REFT)[row].beyond))
     elif part == "ablation":
         yield from (Cell(part, r, d, TABLE, s, ABLATION_RATE, TUNING_QUESTIONS) for s in TUNING_SEEDS for d in DOMAINS for r in ABLATION)
     else:

@@ -169,8 +169,9 @@ def rate_table(cells: list[Outcome]) -> list[str]:
     rates = sorted({c.rate for c in cells})
     body = []
     for row in rows_of(cells):
-        means = [mean(share(c.correct) for c in cells if c.row == row and c.rate == rate) for rate in rates]
-        body.append([row, *(f"**{m:.1f}**" if m == max(means) else f"{m:.1f}" for m in means)])
+        shares = {rate: [share(c.correct) for c in cells if c.row == row and c.rate == rate] for rate in rates}
+        best = max(mean(s) for s in shares.values() if s)
+        body.append([row, *((f"**{mean(s):.1f}**" if mean(s) == best else f"{mean(s):.1f}") if s else "" for s in shares.values())])
     return markdown(("", *(f"{rate:g}" for rate in rates)), body)
 
 
