@@ -104,7 +104,8 @@ def repaired_at_random(model: Path, records: list[Record], seed: int, folder: Pa
     completion = Completion(
         model=load_model(files, device_profile("cpu")), tokenizer=load_tokenizer(files), prompts=PROMPTS["worked"], sampling=Sampling(),
         judging=Judging(), endpoint=None, is_correct=lambda r: is_correct(r, numeric_match), seed=seed,
-        context_tokens=files.context_tokens, max_new_tokens=120, batch=64, directory=folder, progress=lambda *_: None,
+        context_tokens=files.context_tokens, contexts=("standard", "judge"), max_new_tokens=120, batch=64, directory=folder,
+        progress=lambda *_: None,
     )  # fmt: skip
     return repair_outputs(completion, records, anywhere, 16, 256)[0]
 
