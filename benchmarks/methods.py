@@ -179,8 +179,8 @@ def cells(part: str, done: dict[str, Outcome]) -> Iterator[Cell]:
     """Yield the cells of a part. All but tuning and ablation need the tuned rates."""
     if part == "tune":
         tuned = [name for name, row in ROWS.items() if row.tuned_as is None]
-        rows = [(r, s) for s in TUNING_SEEDS for r in tuned] + [(r, TUNING_SEEDS[0]) for r in REFT]
-        for domain, (row, seed) in ((d, rs) for rs in rows for d in DOMAINS):
+        pairs = [(r, s) for s in TUNING_SEEDS for r in tuned] + [(r, TUNING_SEEDS[0]) for r in REFT]
+        for domain, (row, seed) in ((d, pair) for pair in pairs for d in DOMAINS):
             yield from (Cell(part, row, domain, TABLE, seed, rate, TUNING_QUESTIONS) for rate in (*RATES, *(ROWS | REFT)[row].beyond))
     elif part == "ablation":
         yield from (Cell(part, r, d, TABLE, s, ABLATION_RATE, TUNING_QUESTIONS) for s in TUNING_SEEDS for d in DOMAINS for r in ABLATION)
@@ -254,7 +254,7 @@ def run_cell(cell: Cell, out: Path) -> Outcome:
     directory = JobDirectory(out / "jobs" / str(os.getpid()))
     shutil.rmtree(directory.path, ignore_errors=True)
     directory.create(job, data, questions)
-    method, loader = METHODS[type(job.method)], trainer.load_model
+    method, loader = METHODS[type(job.method)], trainer.load_model  # type: ignore[attr-defined]
     try:
         if row.control:
             METHODS[type(job.method)] = row.control

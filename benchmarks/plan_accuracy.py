@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from edge_agent.dataset import Record, read_records, write_records
 from edge_agent.demo.problems import judged_mistake, problems
-from edge_agent.demo.tour import MODEL
 from edge_agent.job_building import build_job
 from edge_agent.report import Result
 from edge_agent.training.outcome import versions
@@ -41,6 +40,7 @@ from edge_agent.training.prepare import prepare_files
 from profiles.device import device_name
 from quantization.plan import ladder, stage_plans
 
+TINY = Path(__file__).parent.parent / "edge_agent" / "demo" / "tiny"
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy.json"
 SEED, HELD_OUT = 30_000, 4
 MIB = 2**20
@@ -97,7 +97,7 @@ def write_model(directory: Path, config: PretrainedConfig) -> Path:
     config.update({"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None, "max_position_embeddings": 2048})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(MODEL / name, directory)
+        shutil.copy(TINY / name, directory)
     return directory
 
 
@@ -110,7 +110,7 @@ def write_dataset(directory: Path, case: Case) -> tuple[Path, Path]:
         mistakes = [judged_mistake(p, rng) for p in group]
         texts = ([p.question for p in group], [p.answer for p in group], *zip(*mistakes, strict=True))
         records.append(Record(*("\n".join(part) for part in texts)))
-    records.sort(key=lambda r: -len(r.question + r.answer + (r.output or "")))
+    records.sort(key=lambda r: -len(r.question + (r.answer or "") + (r.output or "")))
     bare = [Record(r.question, r.answer) for r in records]
     data, held_out = directory / "data.jsonl", directory / "held-out.jsonl"
     data.write_bytes(write_records(r if n % 3 else bare[n] for n, r in enumerate(records[: case.records])))
@@ -143,22 +143,22 @@ def run(model: Path, data: Path, held_out: Path, case: Case, out: Path) -> Resul
 def rows(name: str, result: Result) -> Iterator[Row]:
     """Yield the planned stages of a run; of a stage that ran twice the higher peak."""
     peaks: dict[str, int] = {}
-    for stage in result.stages:
-        peaks[stage.stage] = max(peaks.get(stage.stage, 0), stage.peak_bytes)
+    for measured in result.stages:
+        peaks[measured.stage] = max(peaks.get(measured.stage, 0), measured.peak_bytes)
     plan, baseline = result.plan, peaks["plan"]
     if plan is None:
         raise SystemExit(f"{name}: the result has no plan")
     rung = f"{plan.rung}: {plan.micro_batch}"
     for stage in plan.stages:
-        planned, measured = stage.peak_bytes, peaks[stage.stage]
-        ratio = round((planned - baseline) / (measured - baseline), 3)
-        yield Row(name, rung, stage.stage, *(round(n / MIB, 1) for n in (planned, measured, baseline)), ratio)
+        planned, peak = stage.peak_bytes, peaks[stage.stage]
+        ratio = round((planned - baseline) / (peak - baseline), 3)
+        yield Row(name, rung, stage.stage, round(planned / MIB, 1), round(peak / MIB, 1), round(baseline / MIB, 1), ratio)
 
 
 def measure(names: list[str], directory: Path, found: list[Row]) -> None:
     for name in names:
         config = SHAPES[name]
-        model = MODEL if config is None else write_model(directory / name, config)
+        model = TINY if config is None else write_model(directory / name, config)
         for number, case in enumerate(CASES):
             result = run(model, *write_dataset(directory, case), case, directory / f"job-{name}-{number}")
             found += rows(name, result)

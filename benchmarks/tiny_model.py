@@ -20,19 +20,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edge_agent.answers import accuracy as accuracy_of
 from edge_agent.dataset import Record
 from edge_agent.demo.problems import FAMILIES, judged_mistake, problems
-from edge_agent.demo.tour import MODEL
 from edge_agent.job import Evaluation
 from edge_agent.prompts import PROMPTS
 from edge_agent.report import Accuracy
 from edge_agent.training.contexts import encode_target
 from edge_agent.training.evaluate import evaluate
-from edge_agent.training.methods.method import Target
+from edge_agent.training.methods.method import Scores, Target
 from edge_agent.training.outcome import versions
 from edge_agent.training.scoring import score
 from profiles.device import device_name, device_profile
 from quantization.load import load_model
 from quantization.model_files import find_model
 
+TINY = Path(__file__).parent.parent / "edge_agent" / "demo" / "tiny"
 SEED, QUESTIONS, PAIRS = 20_000, 500, 300
 RESULTS = Path(__file__).parent / "results" / "tiny_model.json"
 
@@ -61,20 +61,20 @@ def context_use(model: Any, tokenizer: Any, family: str) -> dict[str, float]:
     scores = [found[i] for i in range(len(samples))]
     wrong, right = scores[0::2], scores[1::2]
 
-    def mean(parts: list[torch.Tensor]) -> float:
-        return round(torch.cat(parts).mean().item(), 3)
+    def mean(parts: list[torch.Tensor | None], bases: list[Scores]) -> float:
+        return round(torch.cat([part - s.base_logp_T for part, s in zip(parts, bases, strict=True) if part is not None]).mean().item(), 3)
 
     return {
-        "wrong_output_judge_minus_base": mean([s.judge_logp_T - s.base_logp_T for s in wrong]),
-        "wrong_output_standard_minus_base": mean([s.standard_logp_T - s.base_logp_T for s in wrong]),
-        "correct_output_standard_minus_base": mean([s.standard_logp_T - s.base_logp_T for s in right]),
+        "wrong_output_judge_minus_base": mean([s.judge_logp_T for s in wrong], wrong),
+        "wrong_output_standard_minus_base": mean([s.standard_logp_T for s in wrong], wrong),
+        "correct_output_standard_minus_base": mean([s.standard_logp_T for s in right], right),
     }
 
 
 def main() -> None:
-    files = find_model(str(MODEL))
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    files = find_model(str(TINY))
+    tokenizer = AutoTokenizer.from_pretrained(str(TINY))
+    plain = AutoModelForCausalLM.from_pretrained(str(TINY), dtype=torch.float32).eval()
     nf4 = load_model(files, device_profile("cpu"))
     report = {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
