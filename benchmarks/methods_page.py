@@ -113,8 +113,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def accuracy_table(cells: list[Outcome], bases: dict[str, list[float]]) -> list[str]:
-    body = [[row, *(str(interval([share(c.correct) for c in by_seed(cells, row, d).values()])) for d in DOMAINS)] for row in rows_of(cells)]
+    body = [[row, *(accuracy(by_seed(cells, row, d)) for d in DOMAINS)] for row in rows_of(cells)]
     return markdown(("", *DOMAINS), [["base model", *(str(interval(bases[d])) for d in DOMAINS)], *body])
+
+
+def accuracy(seeds: dict[int, Outcome]) -> str:
+    """Return the mean over seeds; blank where nothing was measured."""
+    return str(interval([share(c.correct) for c in seeds.values()])) if seeds else ""
 
 
 def ablation_table(cells: list[Outcome]) -> list[str]:
@@ -158,8 +163,7 @@ def size_table(cells: list[Outcome]) -> list[str]:
     body = []
     for domain in DOMAINS:
         for row in SIZE_ROWS:
-            found = [by_seed(there, row, domain).values() for there in at.values()]
-            body.append([domain, row, *(str(interval([share(c.correct) for c in x])) if x else "" for x in found)])
+            body.append([domain, row, *(accuracy(by_seed(there, row, domain)) for there in at.values())])
         others = [row for row in SIZE_ROWS if row != DEFAULT]
         body += [[domain, f"{DEFAULT} minus {row}", *(difference(there, DEFAULT, row, domain) for there in at.values())] for row in others]
     return markdown(("domain", "", *(f"{n} questions" for n in at)), body)
