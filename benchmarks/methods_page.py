@@ -162,8 +162,7 @@ def size_table(cells: list[Outcome]) -> list[str]:
     at = {n: [c for c in cells if c.records == n] for n in sorted({c.records for c in cells})}
     body = []
     for domain in DOMAINS:
-        for row in SIZE_ROWS:
-            body.append([domain, row, *(accuracy(by_seed(there, row, domain)) for there in at.values())])
+        body += [[domain, row, *(accuracy(by_seed(there, row, domain)) for there in at.values())] for row in SIZE_ROWS]
         others = [row for row in SIZE_ROWS if row != DEFAULT]
         body += [[domain, f"{DEFAULT} minus {row}", *(difference(there, DEFAULT, row, domain) for there in at.values())] for row in others]
     return markdown(("domain", "", *(f"{n} questions" for n in at)), body)
