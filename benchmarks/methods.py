@@ -111,6 +111,8 @@ ROWS: dict[str, Row] = {
     "NLFT in float32": Row(nlft(), tuned_as="NLFT", float32=True),
 }
 SIZE_ROWS = ("SFT, standard answers", "SFT, both", "NLFT", "NLFT without standard answers")
+SCARCE, SCARCE_ROWS = 25, ("SFT, correct outputs", "control: random unlikelihood tokens")
+"""Where correct outputs are scarce, rows that train on outputs only are measured at this size too."""
 REFT = {"ReFT": Row({"method.name": "reft"}, beyond=(6e-3,))}
 """Takes many times as long as the rows of the table: a part of its own, tuned on the first development seed alone."""
 ABLATION: dict[str, Row] = {
@@ -186,10 +188,11 @@ def cells(part: str, done: dict[str, Outcome]) -> Iterator[Cell]:
         yield from (Cell(part, r, d, TABLE, s, ABLATION_RATE, TUNING_QUESTIONS) for s in TUNING_SEEDS for d in DOMAINS for r in ABLATION)
     else:
         rates = tuned_rates(done)
-        rows = {"table": tuple(ROWS), "sizes": SIZE_ROWS, "reft": tuple(REFT)}[part]
-        sizes, seeds = (SIZES if part == "sizes" else (TABLE,)), (REFT_SEEDS if part == "reft" else SEEDS)
-        for seed, size, domain, row in ((s, n, d, r) for s in seeds for n in sizes for d in DOMAINS for r in rows):
-            yield Cell(part, row, domain, size, seed, rates[(ROWS | REFT)[row].tuned_as or row])
+        sizes = SIZES if part == "sizes" else (TABLE,)
+        for seed, size, domain in ((s, n, d) for s in (REFT_SEEDS if part == "reft" else SEEDS) for n in sizes for d in DOMAINS):
+            sized = SIZE_ROWS + (SCARCE_ROWS if size == SCARCE else ())
+            for row in {"table": tuple(ROWS), "sizes": sized, "reft": tuple(REFT)}[part]:
+                yield Cell(part, row, domain, size, seed, rates[(ROWS | REFT)[row].tuned_as or row])
 
 
 def tuned_rates(done: dict[str, Outcome]) -> dict[str, float]:

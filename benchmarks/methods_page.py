@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import msgspec
-from methods import ABLATION, DOMAINS, QUESTIONS, REFT, ROWS, SIZE_ROWS, Outcome
+from methods import ABLATION, DOMAINS, QUESTIONS, REFT, ROWS, SCARCE_ROWS, SIZE_ROWS, Outcome
 from scipy.stats import t as student
 
 from edge_agent.files import write_file
@@ -162,9 +162,9 @@ def size_table(cells: list[Outcome]) -> list[str]:
     at = {n: [c for c in cells if c.records == n] for n in sorted({c.records for c in cells})}
     body = []
     for domain in DOMAINS:
-        body += [[domain, row, *(accuracy(by_seed(there, row, domain)) for there in at.values())] for row in SIZE_ROWS]
-        others = [row for row in SIZE_ROWS if row != DEFAULT]
-        body += [[domain, f"{DEFAULT} minus {row}", *(difference(there, DEFAULT, row, domain) for there in at.values())] for row in others]
+        body += [[domain, row, *(accuracy(by_seed(there, row, domain)) for there in at.values())] for row in SIZE_ROWS + SCARCE_ROWS]
+        pairs = [(DEFAULT, row) for row in SIZE_ROWS if row != DEFAULT] + [(WITHOUT, row) for row in SCARCE_ROWS]
+        body += [[domain, f"{a} minus {b}", *(difference(there, a, b, domain) for there in at.values())] for a, b in pairs]
     return markdown(("domain", "", *(f"{n} questions" for n in at)), body)
 
 
