@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from edge_agent.errors import AnswersUnusable, DatasetSchema
+from edge_agent.errors import AnswersUnusable, DatasetSchema, DirectoryUnusable
+from edge_agent.files import check_writable
 from edge_agent.intervals import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
 from edge_agent.job import Verifier
 from edge_agent.json_items import MAX_FILE_BYTES
@@ -20,7 +21,7 @@ from edge_agent.report import Accuracy, Difference, Example, FreeText, Measured,
 from edge_agent.splitting import same_question
 from edge_agent.verify import find_verifier
 
-NOTHING_HELD_OUT = "no question was held out: give --eval-data, or --set evaluation.held_out=0.2"
+NOTHING_HELD_OUT = "no question was held out: give more questions, --eval-data, or larger evaluation.held_out and evaluation.questions"
 ONE_TEXT = "a single held-out record of free text has no interval: hold out more"
 
 
@@ -38,6 +39,8 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logp: float | None = None
     """Of free text: log-probability of the whole reference."""
     reference_tokens: Annotated[int, Meta(ge=1)] | None = None
+    cut_off: int = 0
+    """How many of the outputs had not ended at `max_new_tokens`."""
 
     def __post_init__(self) -> None:
         if len(self.verdicts) not in (0, len(self.outputs)):
@@ -102,20 +105,29 @@ def _likelihoods(answers: Sequence[Answer]) -> list[tuple[float, int]]:
     return [(a.logp, a.reference_tokens) for a in answers if a.logp is not None and a.reference_tokens]
 
 
+def cut_off(answers: Sequence[Answer]) -> int:
+    """Return how many outputs were cut off."""
+    return sum(a.cut_off for a in answers)
+
+
 def measure(before: Sequence[Answer], after: Sequence[Answer]) -> Measured:
     """Compare the answers to the same questions, in the same order."""
     if not before:
         return Measured(reason=NOTHING_HELD_OUT)
     if before[0].verdicts:
         return Measured(
-            accuracy(before), accuracy(after), _paired(before, after), pass_before=pass_at(before), pass_after=pass_at(after)
+            accuracy(before), accuracy(after), _paired(before, after), pass_before=pass_at(before), pass_after=pass_at(after),
+            cut_off_before=cut_off(before), cut_off_after=cut_off(after),
         )  # fmt: skip
     if len(before) < 2:
         return Measured(reason=ONE_TEXT)
     pairs = list(zip(_likelihoods(before), _likelihoods(after), strict=True))
     gains, tokens = [after - before for (before, _), (after, _) in pairs], [n for (_, n), _ in pairs]
     difference = Difference(sum(gains) / sum(tokens), *bootstrap_interval(gains, tokens))
-    return Measured(text_before=free_text(before), text_after=free_text(after), text_difference=difference)
+    return Measured(
+        text_before=free_text(before), text_after=free_text(after), text_difference=difference,
+        cut_off_before=cut_off(before), cut_off_after=cut_off(after),
+    )  # fmt: skip
 
 
 def _paired(before: Sequence[Answer], after: Sequence[Answer]) -> Paired:
@@ -193,6 +205,16 @@ def compare(a: Path, b: Path, shared: bool, show: int) -> Comparison:
     gained = [example(*pair) for pair in pairs if pair[1].share > pair[0].share]
     lost = [example(*pair) for pair in pairs if pair[1].share < pair[0].share]
     return Comparison(len(keys), only_a, only_b, measure(before, after), gained[:show], lost[:show])
+
+
+def check_place(path: Path) -> None:
+    """Raise DirectoryUnusable where answers could not be written, or would take the place of a file of anything else."""
+    check_writable(path)
+    if path.exists() and path.stat().st_size:
+        try:
+            read_answers(path)
+        except AnswersUnusable:
+            raise DirectoryUnusable(path, "it holds something other than answers") from None
 
 
 def read_answers(path: Path) -> dict[tuple[str, str], Answer]:

@@ -132,7 +132,7 @@ def built_table(built: Built) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("dataset", Text(f"{printable(built.file)}  (sha256 {built.sha256[:12]}…)"))
     grid.add_row("questions", f"{built.questions:,}, {built.records:,} records")
-    grid.add_row("outputs", f"{built.outputs:,} sampled; {built.distinct:,} distinct ones, given ones included")
+    grid.add_row("outputs", f"{built.outputs:,} sampled, {built.cut_off:,} cut off; {built.distinct:,} distinct ones, given ones included")
     grid.add_row("kept", f"{built.correct:,} correct, {built.incorrect:,} incorrect")
     grid.add_row("judged", format_judgments(built.judgments))
     grid.add_row("took", f"{built.tokens:,} tokens in {built.seconds:.1f} s" + (", after an earlier run" if built.resumed else ""))
@@ -184,6 +184,9 @@ def _measured(measured: Measured, acceptance: str | None = None, names: tuple[st
         grid.add_row("paired", f"{paired.value:+.4f} nats a token [{paired.low:+.4f}, {paired.high:+.4f}]")
     else:
         return Panel(Text(f"not measured: {printable(measured.reason or '')}"), title=title, title_align="left")
+    if measured.cut_off_before or measured.cut_off_after:
+        counts = f"{measured.cut_off_before:,} outputs {names[0]}, {measured.cut_off_after:,} {names[1]}"
+        grid.add_row("cut off", f"{counts}, at evaluation.max_new_tokens")
     if acceptance:
         grid.add_row("adapter", acceptance)
     return Panel(grid, title=title, title_align="left")
@@ -193,7 +196,7 @@ def _acceptance(accepted: bool | None, why: str | None) -> str | None:
     return None if accepted is None else f"{'accepted' if accepted else '[bold red]not accepted[/]'}: {escape(printable(why or ''))}"
 
 
-def measurement_table(accuracy: Accuracy | None, passes: list[PassAtK], text: FreeText | None) -> Table:
+def measurement_table(accuracy: Accuracy | None, passes: list[PassAtK], text: FreeText | None, cut_off: int) -> Table:
     """Return what `edge-agent evaluate` measured, a line each."""
     grid = Table.grid(padding=(0, 2))
     if text is not None:
@@ -202,6 +205,8 @@ def measurement_table(accuracy: Accuracy | None, passes: list[PassAtK], text: Fr
         grid.add_row("accuracy", format_accuracy(accuracy))
     for row in passes:
         grid.add_row(f"pass@{row.k}", _share(row.value, row.low, row.high))
+    if cut_off:
+        grid.add_row("cut off", f"{cut_off:,} outputs; give more room with --max-new-tokens")
     return grid
 
 

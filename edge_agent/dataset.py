@@ -169,8 +169,10 @@ def read_records(path: Path) -> list[Record]:
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield every record of a file and every wrong line in its place; the first record decides the form of all.
 
-    Raises DatasetTooLarge.
+    Raises DatasetTooLarge, and DatasetEmpty where there is no file.
     """
+    if not path.is_file():
+        raise DatasetEmpty(str(path), "does not exist, or is no file")
     form: FormName | None = None
     for where, raw, problem in json_items(path):
         record = None

@@ -242,7 +242,7 @@ class TimedOut(EdgeAgentError):
     exit_code = 10
 
     def __init__(self, limit_s: float) -> None:
-        super().__init__(f"the run passed its limit of {limit_s:,.0f} s; the directory keeps its checkpoint: run it again to go on")
+        super().__init__(f"the run passed its limit of {limit_s:,g} s; the directory keeps its checkpoint: run it again to go on")
 
 
 class AdapterMismatch(EdgeAgentError):

@@ -60,6 +60,20 @@ def write_directory(path: Path, contents: Mapping[str, bytes]) -> None:
         raise
 
 
+def copy_file(path: Path, source: Path) -> None:
+    """Put a copy of `source` at `path` atomically. Raises DiskFull."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        shutil.copyfile(source, part)
+        flush(part)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.errno in NO_SPACE:
+            raise DiskFull(str(path), source.stat().st_size) from error
+        raise
+
+
 def link_file(path: Path, source: Path) -> None:
     """Put the contents of `source`, which nobody changes, at `path` atomically: as a hard link where the file system can."""
     part = path.with_name(f".{path.name}.part")

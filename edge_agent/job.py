@@ -14,6 +14,8 @@ from edge_agent.prompts import Prompts
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Power = Annotated[float, Meta(ge=0, le=100)]
+Ratio = Annotated[float, Meta(ge=0, le=1_000_000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Alias = Annotated[str, Meta(pattern="^[a-z0-9-]{1,64}$", max_length=64)]
 References = Literal["live", "epoch", "once"]
@@ -47,19 +49,19 @@ class NlftOptions(Strict, frozen=True, tag_field="name", tag="nlft"):
     references: References = "once"
     correct_threshold: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.95
     """tau: correct tokens with c > tau are scoring saliency tokens."""
-    correct_boost_power: float = 5.0
+    correct_boost_power: Power = 5.0
     """Exponent of the extra weight of scoring saliency tokens above tau."""
-    correct_cluster_power: float = 0.3
+    correct_cluster_power: Power = 0.3
     """Exponent of c/tau for tokens that clustering adds."""
-    correct_other_power: float = 0.6
+    correct_other_power: Power = 0.6
     """Exponent of c/tau for all other tokens."""
-    judge_base_ratio: float = 1.5
+    judge_base_ratio: Ratio = 1.5
     """Wrong tokens are losing saliency tokens where j/b passes this, and"""
-    judge_standard_ratio: float = 1.5
+    judge_standard_ratio: Ratio = 1.5
     """where j/c passes this, and"""
     judge_minimum: Fraction = 0.01
     """where j passes this."""
-    unlikelihood_scale: float = 2.0
+    unlikelihood_scale: Ratio = 2.0
     """Factor of sigmoid(j/b - judge_base_ratio), the weight of -log(1 - b)."""
     imitate_incorrect: bool = False
     """Give unflagged tokens of wrong outputs the likelihood weight sqrt(c), as released; False trains their saliency tokens only."""
@@ -67,7 +69,7 @@ class NlftOptions(Strict, frozen=True, tag_field="name", tag="nlft"):
     """No imitation of an output with a larger share of flagged tokens."""
     cluster: Literal["none", "like", "unlike"] = "none"
     """Neighbours that join the saliency tokens: with similar hidden states, or with dissimilar ones as released."""
-    cluster_distance: float = 0.4
+    cluster_distance: Annotated[float, Meta(ge=0, le=2)] = 0.4
     """Threshold of 1 - cos(centre, H_k)."""
     cluster_max_span: Positive | None = 32
     """Longest walk from a saliency token, in tokens; None walks without bound, as released."""

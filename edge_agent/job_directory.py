@@ -20,7 +20,7 @@ import msgspec
 
 from edge_agent.dataset import Record, check_sha256, file_sha256, read_records
 from edge_agent.errors import Busy, Conflict, DirectoryUnusable, JobSchema
-from edge_agent.files import link_file, write_file
+from edge_agent.files import copy_file, write_file
 from edge_agent.job import Job
 from edge_agent.report import Event, Result
 
@@ -61,7 +61,7 @@ class JobDirectory:
         write_file(self.path / "job.json", msgspec.json.format(msgspec.json.encode(job)) + b"\n")
         for source, name in ((dataset, "dataset.jsonl"), (evaluation, "evaluation.jsonl")):
             if source is not None:
-                link_file(self.path / name, source.resolve())
+                copy_file(self.path / name, source)
 
     def read_job(self) -> Job:
         """Return the job document. Raises JobSchema with the path of what is wrong in it."""
@@ -70,6 +70,8 @@ class JobDirectory:
             return msgspec.json.decode(file.read_bytes(), type=Job)
         except FileNotFoundError:
             raise JobSchema(str(file), "there is no such file; give a job directory, or --model, --data and --out") from None
+        except OSError as error:
+            raise JobSchema(str(file), f"it cannot be read ({error.strerror}); give a job directory") from None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise JobSchema(str(file), str(error)) from None
 

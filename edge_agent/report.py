@@ -94,6 +94,9 @@ class Measured(msgspec.Struct, frozen=True):
     text_after: FreeText | None = None
     text_difference: Difference | None = None
     """Of the log-probabilities."""
+    cut_off_before: int = 0
+    """Outputs that had not ended at `evaluation.max_new_tokens`: a final answer may be missing only for want of room."""
+    cut_off_after: int = 0
 
 
 class Judgments(msgspec.Struct, frozen=True):
@@ -135,6 +138,8 @@ class Data(msgspec.Struct, frozen=True):
     held_out: int
     correct_outputs: int
     incorrect_outputs: int
+    cut_off: int
+    """Sampled outputs that had not ended at `evaluation.max_new_tokens`; they are dropped."""
     repairs: Repairs
     judgments: Judgments
     samples: int
@@ -213,9 +218,11 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     records: int
     questions: int
     outputs: int
-    """Sampled by the model, equal and blank ones included."""
+    """Sampled by the model; equal, blank and cut-off ones included."""
+    cut_off: int
+    """Of the sampled ones those that had not ended at `evaluation.max_new_tokens`; they are dropped."""
     distinct: int
-    """Outputs that the draw was made from: those given, and the sampled ones that are different and not blank."""
+    """Outputs that the draw was made from: those given, and the sampled ones that are different, ended and not blank."""
     correct: int
     """Of the dataset's outputs."""
     incorrect: int

@@ -16,6 +16,9 @@ class SaliencyRecord(msgspec.Struct, frozen=True):
     """
 
     id: str
+    """Of the record; of a standard answer, which all records of its question have, the first one's."""
+    standard_answer: bool
+    """The answer is the record's standard answer, and not an output."""
     kind: Literal["correct", "incorrect"]
     tokens: list[str]
     base: list[float]

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import DEADLINE_S, Cli, write_domain
 
+from edge_agent.job_building import build_job
+from edge_agent.job_directory import JobDirectory
+
 QUICK = ("--questions", 4, "--set", "schedule.updates=2", "--set", "evaluation.max_new_tokens=16", "--set", "sampling.outputs=1")
 
 
@@ -79,6 +82,26 @@ def test_broken_data_mended_trains_in_the_same_directory(data: Path, tmp_path: P
     ran = cli(*_train(data, out, tiny_model))
     assert ran.code == 0, ran.out + ran.err
     assert ran.json["state"] == "succeeded"
+
+
+def test_what_is_no_job_directory_or_dataset_is_named(data: Path, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
+    """A file where a directory belongs, a directory where a file belongs, a dataset that is not there."""
+    _refused(cli, ["train", data], "job_schema", 4)
+    _refused(cli, ["plan", data], "job_schema", 4)
+    (tmp_path / "odd" / "job.json").mkdir(parents=True)
+    _refused(cli, ["train", tmp_path / "odd"], "job_schema", 4)
+    for missing in (tmp_path / "none.jsonl", tmp_path):
+        _refused(cli, ["evaluate", "--model", tiny_model, "--data", missing], "dataset_empty", 3)
+
+
+def test_a_job_has_its_own_copy_of_its_files(data: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """A dataset that is edited later, in place, changes no job."""
+    job = build_job(str(tiny_model), data, None, {"budget_bytes": 2**30}, [])
+    directory = JobDirectory(tmp_path / "job")
+    directory.create(job, data, None)
+    with data.open("ab") as file:
+        file.write(b"{}\n")
+    assert directory.read_dataset(job)[0]
 
 
 def test_the_smallest_budget_that_is_named_works(data: Path, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:

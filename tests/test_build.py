@@ -162,7 +162,7 @@ def _completion(tiny: tuple[Any, Any], directory: Path, **more: Any) -> Completi
 def test_sampling_goes_on_at_any_batch_with_the_same_outputs(tiny: tuple[Any, Any], questions: Path, tmp_path: Path) -> None:
     """Cut after any batch, or inside one, the rest is sampled and nothing before it; the records are identical."""
     records = read_records(questions)
-    whole, resumed = sample_outputs(_completion(tiny, tmp_path), records)
+    whole, _, resumed = sample_outputs(_completion(tiny, tmp_path), records)
     assert not resumed
     assert len({r.question for r in whole}) == len(records) < len(whole)
     file = tmp_path / "outputs.jsonl"
@@ -172,7 +172,7 @@ def test_sampling_goes_on_at_any_batch_with_the_same_outputs(tiny: tuple[Any, An
         lines = content.splitlines(keepends=True)
         file.write_bytes(b"".join(lines[:kept]) + b"".join(lines[kept : kept + 1])[:20])
         heard: list[int] = []
-        again, resumed = sample_outputs(_completion(tiny, tmp_path, progress=lambda done, *_, heard=heard: heard.append(done)), records)
+        again, _, resumed = sample_outputs(_completion(tiny, tmp_path, progress=lambda done, *_, heard=heard: heard.append(done)), records)
         assert again == whole
         assert resumed == (kept > 0)
         assert heard == [4 * n for n in range(kept + 1, batches + 1)]
@@ -218,10 +218,20 @@ def test_judgment_of_an_endpoint_fits_the_plan(tiny: tuple[Any, Any], server: Se
     assert counts.spent == pytest.approx(2 * COST)
 
 
+def test_cut_off_outputs_are_dropped_and_counted(tiny: tuple[Any, Any], questions: Path, tmp_path: Path) -> None:
+    """What has no end has no final answer and no end-of-sequence to train on; with room for all, nothing is cut off."""
+    records = read_records(questions)[:4]
+    short, cut_off, _ = sample_outputs(_completion(tiny, tmp_path / "short", max_new_tokens=5), records)
+    assert (short, cut_off) == (records, 8)
+    whole, cut_off, _ = sample_outputs(_completion(tiny, tmp_path / "whole", max_new_tokens=120), records)
+    assert cut_off == 0
+    assert all(r.output for r in whole)
+
+
 def test_record_that_leaves_no_room_is_named(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     """A question that fills the context with its standard answer is an error, not a cut output."""
     records = [Record("how many? " * 60, "#### 7", id="r7")]
-    with pytest.raises(RecordTooLong, match=r"record r7.* with its standard answer and a judgment"):
+    with pytest.raises(RecordTooLong, match=r"record r7.* with its standard answer or a judgment"):
         sample_outputs(_completion(tiny, tmp_path, context_tokens=200), records)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from edge_agent.dataset import Record
 from edge_agent.prompts import PROMPTS
-from edge_agent.training.contexts import Sample, encode_target
+from edge_agent.training.contexts import Sample, encode_target, record_ids
 from edge_agent.training.methods.method import Context, Target
 from edge_agent.training.packing import pack
 
@@ -128,3 +128,28 @@ def test_special_tokens_in_an_answer_are_text(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     sample = _sample(name, f"Ana {tokenizer.eos_token} has 5.")
     assert list(sample.answer).count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_in_a_prompt_are_text(name: str) -> None:
+    """A question, a standard answer or a judgment that spells control tokens forges no turn: the prompt has those of the template only."""
+    tokenizer = TOKENIZERS[name]
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    forged = "".join(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    plain, attack = (
+        Record(f"Ana has 12.{text} How many?", f"#### 19{text}", f"#### 5{text}", f"Step 1.{text}", "r") for text in ("", forged)
+    )
+    for context in CONTEXTS:
+        wanted, found = (record_ids(tokenizer, PROMPTS["worked"], r, context) for r in (plain, attack))
+        assert [i for i in found if i in control] == [i for i in wanted if i in control]
+        assert tokenizer.decode(found).count(f"Ana has 12.{forged} How many?") == 1
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_prompt_is_what_the_template_makes(name: str) -> None:
+    """Without control tokens in its texts a prompt is tokenised whole, as everyone else does who uses the model."""
+    tokenizer = TOKENIZERS[name]
+    if tokenizer.chat_template in (LLAMA, QWEN):
+        messages = PROMPTS["worked"].messages("Ana has 12 apples. How many?")
+        whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert record_ids(tokenizer, PROMPTS["worked"], Record("Ana has 12 apples. How many?", "#### 19")) == whole

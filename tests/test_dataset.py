@@ -293,7 +293,7 @@ def test_plain_alpaca_trains_with_sft(tmp_path: Path, tiny_model: Path) -> None:
     data = _plain_alpaca(tmp_path / "alpaca.jsonl", 20)
     settings = [
         "method.targets=outputs", "schedule.updates=2", "evaluation.max_new_tokens=8", "evaluation.held_out.fold=2",
-        "evaluation.held_out.of=5", "evaluation.development=0.25",
+        "evaluation.held_out.of=5", "evaluation.development=0.25", "schedule.patience=9",
     ]  # fmt: skip
     job = build_job(str(tiny_model), data, None, {"budget_bytes": 2**30, "method.name": "sft", "device": "cpu"}, settings)
     work = prepare_files(job, read_records(data), None)

@@ -17,7 +17,7 @@ from conftest import DEADLINE_S, write_domain
 from rich.console import Console
 from typer.testing import CliRunner
 
-from edge_agent.answers import Answer, read_answers
+from edge_agent.answers import Answer, measure, read_answers
 from edge_agent.cli import app
 from edge_agent.config import AgentConfig, Size
 from edge_agent.console import jobs_table
@@ -101,6 +101,14 @@ def test_a_reference_that_does_not_fit_is_refused(loaded: tuple[Any, Any], recor
         _evaluate(loaded, records[:1], FREE_TEXT, context_tokens=tokens + 8)
 
 
+def test_answers_that_are_cut_off_are_counted(loaded: tuple[Any, Any], records: list[Record]) -> None:
+    """With room for a few tokens every answer is cut off, with room for all none is."""
+    short, whole = (_evaluate(loaded, records[:3], Evaluation(max_new_tokens=n)) for n in (4, 120))
+    assert [a.cut_off for a in short] == [1, 1, 1]
+    assert [a.cut_off for a in whole] == [0, 0, 0]
+    assert (measure(whole, short).cut_off_before, measure(whole, short).cut_off_after) == (0, 3)
+
+
 def test_draws_depend_on_the_seed_only(loaded: tuple[Any, Any], records: list[Record]) -> None:
     """`samples` answers a question, each with its verdict; the same seed draws the same, another seed others."""
     options = Evaluation(samples=3, temperature=1.0, max_new_tokens=40)
@@ -164,6 +172,10 @@ def test_evaluate_refuses_a_place_for_its_answers_before_it_works(tmp_path: Path
     for out in (tmp_path, tmp_path / "file" / "answers.jsonl"):
         ran = _run("evaluate", "--model", "none", "--data", tmp_path / "file", "--out", out, "--json")
         assert (ran.exit_code, json.loads(ran.stdout)["error"]["code"]) == (4, "directory")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "q", "answer": "#### 1"}\n')
+    ran = _run("evaluate", "--model", "none", "--data", data, "--out", data, "--json")
+    assert "something other than answers" in json.loads(ran.stdout)["error"]["text"]
     check_writable(tmp_path / "a" / "b" / "answers.jsonl")
     assert [*(tmp_path / "a" / "b").iterdir()] == []
 

@@ -225,8 +225,9 @@ def test_generation_keeps_the_end_only_where_it_is_asked_to(tiny: Tiny) -> None:
     sample = tiny.samples(Reft(ReftOptions()), judged_records(1))[0]
     with tiny.adapted() as model:
         options = {"batch": 1, "progress": silent}
-        [without] = generate(model, tiny.tokenizer, [sample.prompts["base"]], max_new_tokens=120, **options)
-        [kept] = generate(model, tiny.tokenizer, [sample.prompts["base"]], max_new_tokens=120, keep_end=True, **options)
-        [cut] = generate(model, tiny.tokenizer, [sample.prompts["base"]], max_new_tokens=4, keep_end=True, **options)
+        [(without, ended)] = generate(model, tiny.tokenizer, [sample.prompts["base"]], max_new_tokens=120, **options)
+        [(kept, _)] = generate(model, tiny.tokenizer, [sample.prompts["base"]], max_new_tokens=120, keep_end=True, **options)
+        [(cut, cut_ended)] = generate(model, tiny.tokenizer, [sample.prompts["base"]], max_new_tokens=4, keep_end=True, **options)
     assert kept == [*without, tiny.tokenizer.eos_token_id]
     assert cut == without[:4]
+    assert (ended, cut_ended) == (True, False)

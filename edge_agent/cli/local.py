@@ -34,8 +34,8 @@ from edge_agent.config import AGENT_CONFIG, JUDGES_VARIABLE, AgentConfig, Endpoi
 from edge_agent.console import LiveView, built_table, comparison_view, measurement_table, plan_table, summary
 from edge_agent.dataset_check import check
 from edge_agent.dataset_view import dataset_tables
-from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, DatasetEmpty, DatasetSchema, EdgeAgentError, JobSchema, Stopped
-from edge_agent.files import check_writable, write_file
+from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, DatasetSchema, EdgeAgentError, JobSchema, Stopped
+from edge_agent.files import write_file
 from edge_agent.job import Evaluation, Job, Judging
 from edge_agent.job_building import build_job, build_options, named_verifier
 from edge_agent.job_directory import JobDirectory
@@ -186,7 +186,7 @@ def evaluate(
     prompts: Annotated[str | None, typer.Option("--prompts", help="worked (default) or plain.")] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="Answers sampled for each question (default 1); gives pass@k.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="Of the sampling; without it answers are greedy.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampling (default 42).")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the sampling (default 42).")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer (default 256).")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Questions generated at once (default 64).")] = None,
     device: DeviceOption = None,
@@ -199,7 +199,7 @@ def evaluate(
     """
     with explained(as_json):
         if out is not None:
-            check_writable(out)  # before hours of work, not after
+            answers.check_place(out)  # before hours of work, not after
         from edge_agent.training.measure import measure_files, measure_job
 
         if directory is not None:
@@ -224,7 +224,7 @@ def evaluate(
         if as_json:
             print_json(measured)
         else:
-            Console().print(measurement_table(measured.accuracy, measured.pass_at, measured.text), highlight=False)
+            Console().print(measurement_table(measured.accuracy, measured.pass_at, measured.text, measured.cut_off), highlight=False)
             Console().print(f"[dim]{measured.tokens:,} tokens in {measured.seconds:.1f} s[/]", highlight=False)
 
 
@@ -263,9 +263,6 @@ def dataset_check(
 ) -> None:
     """Read a dataset strictly and say what is in it, and which lines are wrong and why."""
     with explained(as_json):
-        for given in (file, eval_data):
-            if given is not None and not given.is_file():
-                raise DatasetEmpty(str(given), "does not exist, or is no file")
         try:
             options = msgspec.convert({"verifier": named_verifier(verifier or "numeric")}, type=Evaluation)
         except msgspec.ValidationError as error:
@@ -317,8 +314,6 @@ def dataset_build(
             "evaluation.batch": batch, "prompts": prompts, "seed": seed, "device": device,
         }  # fmt: skip
         options = build_options(judge, fields)
-        if not data.is_file():
-            raise DatasetEmpty(str(data), "does not exist, or is no file")
         judges = _judges(options.judging, config)
         from edge_agent.training.build import build_dataset
 

@@ -26,7 +26,8 @@ from edge_agent.job_building import BuildOptions
 from edge_agent.prompts import PROMPTS
 from edge_agent.report import Built, Judgments
 from edge_agent.splitting import same_question
-from edge_agent.training.completion import Completion, draw, find_endpoint, judge_outputs, sample_outputs
+from edge_agent.training.completion import Completion, draw, find_endpoint, judge_outputs, output_room, sample_outputs
+from edge_agent.training.methods.method import Context
 from edge_agent.training.reporter import Listener, Reporter, memory_explained
 from edge_agent.verify import find_verifier
 from profiles.device import detect_device, device_profile
@@ -34,6 +35,8 @@ from profiles.memory import fix_malloc
 from quantization.load import load_model, load_tokenizer
 from quantization.model_files import find_model
 
+CONTEXTS: tuple[Context, ...] = ("standard", "judge")
+"""Any method may train on the dataset, so outputs leave room for all contexts."""
 NAMED = 5
 """Records that a problem names."""
 
@@ -65,17 +68,21 @@ def build_dataset(model: str, data: Path, out: Path, options: BuildOptions, list
     recipe = Recipe(dataset_sha256=file_sha256(data), model_fingerprint=files.fingerprint, options=exact)
     fix_malloc()
     reporter = Reporter(device_profile(kind), listen, lambda: False)
+    tokenizer, prompts = load_tokenizer(files), PROMPTS[options.prompts]
+    for record in records if sampling.outputs else []:
+        if record.output is None:
+            output_room(tokenizer, prompts, record, CONTEXTS, files.context_tokens)
     with _taken(out, recipe) as directory, memory_explained(lambda: reporter.recorder.current_stage):
         with reporter.stage("load"):
-            tokenizer, loaded = load_tokenizer(files), load_model(files, device_profile(kind))
+            loaded = load_model(files, device_profile(kind))
         completion = Completion(
-            model=loaded, tokenizer=tokenizer, prompts=PROMPTS[options.prompts], sampling=sampling, judging=options.judging,
+            model=loaded, tokenizer=tokenizer, prompts=prompts, sampling=sampling, judging=options.judging,
             endpoint=endpoint, is_correct=verdict, seed=options.seed, context_tokens=files.context_tokens,
-            contexts=("standard", "judge"), max_new_tokens=evaluation.max_new_tokens, batch=evaluation.batch, directory=directory,
+            contexts=CONTEXTS, max_new_tokens=evaluation.max_new_tokens, batch=evaluation.batch, directory=directory,
             progress=reporter.progress,
         )  # fmt: skip
         with reporter.stage("sample") as row:
-            completed, row.resumed = sample_outputs(completion, records)
+            completed, cut_off, row.resumed = sample_outputs(completion, records)
             drawn = draw(completed, verdict, sampling, options.seed)
         with reporter.stage("judge") as row:
             judged, judgments, row.resumed = judge_outputs(completion, drawn)
@@ -85,7 +92,7 @@ def build_dataset(model: str, data: Path, out: Path, options: BuildOptions, list
     return Built(
         file=out.name, sha256=hashlib.sha256(content).hexdigest(), records=len(judged),
         questions=len({same_question(r.question) for r in records}), outputs=sampling.outputs * sum(r.output is None for r in records),
-        distinct=sum(r.output is not None for r in completed), correct=correct,
+        cut_off=cut_off, distinct=sum(r.output is not None for r in completed), correct=correct,
         incorrect=sum(r.output is not None for r in judged) - correct, judgments=judgments,
         problems=_problems(completed, judged, judgments, verifier, sampling), tokens=sum(r.tokens for r in reporter.recorder.rows),
         seconds=time.monotonic() - reporter.started, resumed=any(r.resumed for r in reporter.recorder.rows),

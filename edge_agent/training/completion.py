@@ -72,10 +72,11 @@ def find_endpoint(judging: Judging, judges: Mapping[str, Endpoint]) -> Endpoint 
     return endpoint
 
 
-def sample_outputs(c: Completion, records: Sequence[Record]) -> tuple[list[Record], bool]:
-    """Return the records with the model's own outputs for those that have none, and whether an earlier run had begun with them.
+def sample_outputs(c: Completion, records: Sequence[Record]) -> tuple[list[Record], int, bool]:
+    """Return the records with the model's own outputs for those that have none, how many were cut off, and whether a run had begun.
 
-    Raises RecordTooLong where a record leaves no room for an output.
+    An output that is cut off is dropped: it has no final answer to judge it by, and no end to train on. Raises RecordTooLong where
+    a record leaves no room for an output.
     """
     bare = [r for r in records if r.output is None]
     room = [c.output_room(r) for r in bare for _ in range(c.sampling.outputs)]
@@ -86,7 +87,8 @@ def sample_outputs(c: Completion, records: Sequence[Record]) -> tuple[list[Recor
         c.model, c.tokenizer, [ids for ids in prompts for _ in range(c.sampling.outputs)], max_new_tokens=room, batch=c.batch,
         progress=c.progress, temperature=c.sampling.temperature, seed=c.seed, journal=journal,
     )  # fmt: skip
-    return own_outputs(records, c.tokenizer.batch_decode(new, skip_special_tokens=True), c.sampling.outputs), resumed
+    texts = c.tokenizer.batch_decode([row.ids if row.ended else [] for row in new], skip_special_tokens=True)
+    return own_outputs(records, texts, c.sampling.outputs), sum(not row.ended for row in new), resumed
 
 
 def output_room(tokenizer: Any, prompts: Prompts, record: Record, contexts: tuple[Context, ...], context_tokens: int) -> int:
@@ -94,12 +96,27 @@ def output_room(tokenizer: Any, prompts: Prompts, record: Record, contexts: tupl
 
     Raises RecordTooLong where there is none.
     """
-    tokens = len(record_ids(tokenizer, prompts, record, "standard" if contexts else "base"))
-    tokens += JUDGMENT_TOKENS if "judge" in contexts else 0
+    tokens = longest_prompt(tokenizer, prompts, record, contexts)
     if tokens >= context_tokens:
-        beside = " with its standard answer and a judgment" if contexts else ""
+        beside = " with its standard answer or a judgment" if contexts else ""
         raise RecordTooLong("dataset.jsonl", record.id, tokens + 1, context_tokens, f"question{beside} and one token more")
     return context_tokens - tokens
+
+
+def longest_prompt(tokenizer: Any, prompts: Prompts, record: Record, contexts: tuple[Context, ...]) -> int:
+    """Return the tokens of the longest prompt of a record in the base context and these, as far as it has their texts.
+
+    A judgment that it has not got yet takes all the tokens that one may have.
+    """
+    lengths = [len(record_ids(tokenizer, prompts, record))]
+    if "standard" in contexts and record.answer is not None:
+        lengths.append(len(record_ids(tokenizer, prompts, record, "standard")))
+    if "judge" in contexts and record.judgment is not None:
+        lengths.append(len(record_ids(tokenizer, prompts, record, "judge")))
+    elif "judge" in contexts:
+        judged = msgspec.structs.replace(record, output=record.output or ".", judgment=".")
+        lengths.append(len(record_ids(tokenizer, prompts, judged, "judge")) + JUDGMENT_TOKENS)
+    return max(lengths)
 
 
 def own_outputs(records: Sequence[Record], texts: Sequence[str], count: int) -> list[Record]:
@@ -141,12 +158,14 @@ def draw(records: Sequence[Record], is_correct: IsCorrect, sampling: Sampling, s
 
 
 def _shares(correct: int, incorrect: int, share: float | None) -> tuple[int, int]:
-    """How many to keep of each kind: all of the one that is scarce, and of the other what the share asks for."""
+    """How many to keep of each kind: all of the one that is scarce, and of the other what the share asks for, one at least."""
     if share is None or (0 < share < 1 and not (correct and incorrect)):
         return correct, incorrect
+    if share in (0, 1):
+        return (correct, 0) if share else (0, incorrect)
     if correct * (1 - share) > incorrect * share:
-        return round(incorrect * share / (1 - share)), incorrect
-    return correct, round(correct * (1 - share) / share) if share else incorrect
+        return max(1, round(incorrect * share / (1 - share))), incorrect
+    return correct, max(1, round(correct * (1 - share) / share))
 
 
 def _only(records: Sequence[Record], chosen: set[int]) -> list[Record]:
@@ -207,7 +226,8 @@ def _ask_model(c: Completion, wanted: list[list[dict[str, str]]]) -> tuple[list[
         c.model, c.tokenizer, [prompts[i] for i in fitting], max_new_tokens=JUDGMENT_TOKENS, batch=c.batch, progress=c.progress,
         journal=journal,
     )  # fmt: skip
-    written = dict(zip(fitting, map(clean_judgment, c.tokenizer.batch_decode(new, skip_special_tokens=True)), strict=True))
+    texts = c.tokenizer.batch_decode([row.ids for row in new], skip_special_tokens=True)
+    written = dict(zip(fitting, map(clean_judgment, texts), strict=True))
     return [written.get(i) for i in range(len(wanted))], Judgments(), resumed
 
 

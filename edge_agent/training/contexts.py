@@ -5,6 +5,7 @@ Prompt and answer are tokenised separately and concatenated, so the answer's ids
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,20 +29,41 @@ PLAIN_TEMPLATE = (
 )
 
 
+MARKS = ("\ue000", "\ue001")
+"""Stand for the texts of system and user while a template is rendered."""
+
+
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Return the token ids of a chat prompt up to where the assistant's answer begins.
 
     Uses the tokenizer's own chat template. Where a template refuses or drops the system role, the system text opens the user message.
-    Raises jinja2.TemplateError where the template is broken.
+    Control tokens belong to the template alone: a text that spells one, such as a forged turn, is tokenised as plain text. Raises
+    jinja2.TemplateError where the template is broken.
     """
+    texts = [m["content"] for m in messages]
+    control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if not any(token in text for token in control for text in texts):
+        return _ids(tokenizer, _prompt(tokenizer, messages))
+    ids: list[int] = []
+    marked = [{"role": m["role"], "content": mark} for m, mark in zip(messages, MARKS, strict=True)]
+    for part in re.split(f"([{''.join(MARKS)}])", _prompt(tokenizer, marked)):
+        ids += _ids(tokenizer, texts[MARKS.index(part)], plain=True) if part in MARKS else _ids(tokenizer, part)
+    return ids
+
+
+def _ids(tokenizer: Any, text: str, plain: bool = False) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+    return ids
+
+
+def _prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     system, user = messages
     text = ""
     with suppress(TemplateError):
         text = _render(tokenizer, messages)
     if system["content"].strip() not in text:
         text = _render(tokenizer, [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}])
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return text
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -54,8 +76,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of an answer, the end-of-sequence token included."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    return [*_ids(tokenizer, text, plain=True), tokenizer.eos_token_id]
 
 
 def record_ids(tokenizer: Any, prompts: Prompts, record: Record, context: Context = "base") -> list[int]:

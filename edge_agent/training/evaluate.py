@@ -11,7 +11,7 @@ from edge_agent.errors import RecordTooLong
 from edge_agent.job import Evaluation
 from edge_agent.prompts import Prompts
 from edge_agent.training.contexts import Sample, answer_ids, record_ids
-from edge_agent.training.generate import generate
+from edge_agent.training.generate import Generated, generate
 from edge_agent.training.methods.method import Target
 from edge_agent.training.scoring import score
 from edge_agent.verify import find_verifier
@@ -41,20 +41,30 @@ def evaluate(
         max_new_tokens=[min(evaluation.max_new_tokens, context_tokens - len(row)) for row in ids for _ in range(evaluation.samples)],
         batch=batch, progress=progress, temperature=evaluation.temperature, seed=seed,
     )  # fmt: skip
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    texts = tokenizer.batch_decode([row.ids for row in new], skip_special_tokens=True)
     places = [slice(n * evaluation.samples, (n + 1) * evaluation.samples) for n in range(len(held_out))]
     if verify is not None:
-        return [_verified(r, texts[s], sum(map(len, new[s])), verify) for r, s in zip(held_out, places, strict=True)]
+        return [_verified(r, texts[s], new[s], verify) for r, s in zip(held_out, places, strict=True)]
     found = dict(score(model, scored or [], rows, chunk, tokenizer.pad_token_id, lambda done, total, _: progress(done, total, 0)))
+    likelihoods = [(x.base_logp_T.double().sum().item(), len(x.base_logp_T)) for _, x in sorted(found.items())]
     return [
-        Answer(r.question, r.reference or "", texts[s], [], sum(map(len, new[s])), x.base_logp_T.double().sum().item(), len(x.base_logp_T))
-        for r, s, (_, x) in zip(held_out, places, sorted(found.items()), strict=True)
+        Answer(r.question, r.reference or "", texts[s], [], _tokens(new[s]), *likelihood, cut_off=_cut_off(new[s]))
+        for r, s, likelihood in zip(held_out, places, likelihoods, strict=True)
     ]
 
 
-def _verified(record: Record, outputs: list[str], tokens: int, verify: Verify) -> Answer:
+def _verified(record: Record, outputs: list[str], new: list[Generated], verify: Verify) -> Answer:
     reference = record.reference or ""
-    return Answer(record.question, reference, outputs, [verify(output, reference) for output in outputs], tokens)
+    verdicts = [verify(output, reference) for output in outputs]
+    return Answer(record.question, reference, outputs, verdicts, _tokens(new), cut_off=_cut_off(new))
+
+
+def _tokens(new: list[Generated]) -> int:
+    return sum(len(row.ids) for row in new)
+
+
+def _cut_off(new: list[Generated]) -> int:
+    return sum(not row.ended for row in new)
 
 
 def _references(tokenizer: Any, held_out: list[Record], ids: list[list[int]], context_tokens: int) -> list[Sample]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -12,15 +12,19 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from edge_agent.journal import Journal
 
-Rows = list[list[int]]
-"""New tokens of each prompt."""
+
+class Generated(NamedTuple):
+    """What a model wrote after a prompt, and whether it ended by itself and not at the limit."""
+
+    ids: list[int]
+    ended: bool
 
 
 class Batch(msgspec.Struct, frozen=True):
     """One line of a journal: what was generated for the prompts, limit, temperature and seed that `key` is a digest of."""
 
     key: str
-    rows: Rows
+    rows: list[Generated]
 
 
 class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
@@ -54,8 +58,8 @@ def generate(
     seed: int = 0,
     journal: Journal[Batch] | None = None,
     keep_end: bool = False,
-) -> Rows:
-    """Return the new tokens after each prompt, end-of-sequence only with `keep_end`; greedy without a temperature.
+) -> list[Generated]:
+    """Return what was written after each prompt, with its end-of-sequence token only with `keep_end`; greedy without a temperature.
 
     `max_new_tokens` is for all prompts or one for each. Prompts of like length share a batch, padded on the left. Results depend on
     prompts, limits and seed, and on `batch` by rounding only; but prompts with less room than the others share batches with one
@@ -65,7 +69,7 @@ def generate(
     model.eval()
     ends = end_ids(model, tokenizer)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    answers: Rows = [[] for _ in prompts]
+    answers = [Generated([], ended=False)] * len(prompts)
     done = 0
     for number, group in enumerate(_groups(prompts, limits, batch)):
         limit = min(limits[i] for i in group)
@@ -76,7 +80,7 @@ def generate(
             if journal is not None:
                 journal.cut(number)
                 journal.append(Batch(key, rows))
-            progress(done + len(group), len(prompts), sum(map(len, rows)))
+            progress(done + len(group), len(prompts), sum(len(row.ids) for row in rows))
         done += len(group)
         for i, row in zip(group, rows, strict=True):
             answers[i] = row
@@ -97,8 +101,8 @@ def _noise(model: Any, temperature: float | None, seed: int, group: Sequence[int
 
 def _generate(
     model: Any, tokenizer: Any, prompts: list[Sequence[int]], limit: int, ends: set[int], keep_end: bool, noise: list[GumbelNoise]
-) -> Rows:
-    """Return the new tokens of one batch."""
+) -> list[Generated]:
+    """Return what was written after the prompts of one batch."""
     config = GenerationConfig(
         max_new_tokens=limit, do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, use_cache=True
     )
@@ -107,7 +111,8 @@ def _generate(
     ids = torch.tensor([[tokenizer.pad_token_id] * n + [*ids] for n, ids in zip(pads, prompts, strict=True)], device=model.device)
     mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device)
     new = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise)[:, width:].tolist()
-    return [row[: next((t for t, token in enumerate(row) if token in ends), len(row)) + keep_end] for row in new]
+    lengths = [next((t for t, token in enumerate(row) if token in ends), len(row)) for row in new]
+    return [Generated(row[: length + keep_end], length < len(row)) for row, length in zip(new, lengths, strict=True)]
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:

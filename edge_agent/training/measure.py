@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.answers import Answer, accuracy, check_answers, free_text, pass_at
+from edge_agent.answers import Answer, accuracy, check_answers, cut_off, free_text, pass_at
 from edge_agent.dataset import Record
 from edge_agent.errors import JobSchema
 from edge_agent.job import Evaluation
@@ -32,6 +32,8 @@ class Measurement(msgspec.Struct, frozen=True):
     accuracy: Accuracy | None
     pass_at: list[PassAtK]
     text: FreeText | None
+    cut_off: int
+    """Outputs that had not ended at `max_new_tokens`."""
     tokens: int
     seconds: float
     answers: list[Answer]
@@ -76,4 +78,6 @@ def _measure(
             model, tokenizer, held_out, prompts, evaluation, context_tokens=files.context_tokens, progress=lambda *_: None, **settings
         )
         seconds = time.monotonic() - started
-    return Measurement(accuracy(answers), pass_at(answers), free_text(answers), sum(a.tokens for a in answers), seconds, answers)
+    return Measurement(
+        accuracy(answers), pass_at(answers), free_text(answers), cut_off(answers), sum(a.tokens for a in answers), seconds, answers
+    )

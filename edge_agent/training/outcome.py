@@ -8,6 +8,7 @@ from importlib.metadata import version
 from edge_agent.dataset import Record
 from edge_agent.report import Data, Judgments, Repairs
 from edge_agent.saliency import SaliencyRecord
+from edge_agent.splitting import same_question
 from edge_agent.training.contexts import Sample
 from edge_agent.training.methods.method import IsCorrect, Scores, Weights
 
@@ -20,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_data(
-    sha256: str, records: list[Record], repairs: Repairs, judgments: Judgments, held_out: int, samples: list[Sample],
+    sha256: str, records: list[Record], cut_off: int, repairs: Repairs, judgments: Judgments, held_out: int, samples: list[Sample],
     weights: list[Weights], is_correct: IsCorrect,
 ) -> Data:  # fmt: skip
     """Count what was trained on."""
@@ -30,11 +31,12 @@ def describe_data(
     flagged = sum(int((w.unlikelihood_T > 0).sum()) for w in wrong)
     return Data(
         sha256,
-        len({r.question for r in records}),
+        len({same_question(s.target.record.question) for s in samples}),
         len(records),
         held_out,
         sum(verdicts),
         len(verdicts) - sum(verdicts),
+        cut_off,
         repairs,
         judgments,
         len(samples),
@@ -54,6 +56,7 @@ def saliency_records(tokenizer: object, samples: list[Sample], scores: list[Scor
         rows.append(
             SaliencyRecord(
                 sample.target.record.id or "",
+                sample.target.standard_answer,
                 sample.target.kind,
                 texts,
                 base or [],

@@ -200,7 +200,9 @@ class Reinforced:
             batch=t.plan.generate_batch, progress=lambda done, total, tokens: count(tokens, "sample"), temperature=1.0,
             seed=hash((t.seed, step)), keep_end=True,
         )  # fmt: skip
-        drawn = sorted(zip(batch, new, strict=True), key=lambda d: -len(self._samples[d[0]].prompts["base"]) - len(d[1]))
+        drawn = sorted(
+            zip(batch, (row.ids for row in new), strict=True), key=lambda d: -len(self._samples[d[0]].prompts["base"]) - len(d[1])
+        )
         texts = t.tokenizer.batch_decode([ids for _, ids in drawn], skip_special_tokens=True)
         standard = [self._samples[i].target.text for i, _ in drawn]
         rewards = [reward(text, answer, self._verifier, self._options.partial_reward) for text, answer in zip(texts, standard, strict=True)]

@@ -16,7 +16,7 @@ from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.prompts import PROMPTS, Prompts
 from edge_agent.splitting import split
-from edge_agent.training.completion import JUDGMENT_TOKENS, output_room
+from edge_agent.training.completion import JUDGMENT_TOKENS, longest_prompt, output_room
 from edge_agent.training.contexts import answer_ids, contexts_of, encode_target, prompt_ids, record_ids
 from edge_agent.training.methods import METHODS
 from edge_agent.training.methods.method import IsCorrect, Method, Target
@@ -95,21 +95,21 @@ class Prepared:
         Raises RecordTooLong where a record does not fit the model's context.
         """
         limit, new = self.files.context_tokens, self.job.evaluation.max_new_tokens
-        train = longest = answer = prompt = 0
+        train = answer = prompt = 0
         self._check_records()
-        judges = "judge" in self.method.contexts
+        longest = self._unjudged_tokens
         for record in (*self.training, *self.development):
             contexts = tuple(c for c in contexts_of(record) if c in self.method.contexts)
             for text in filter(None, (record.answer, record.output if self.method.own_outputs == "before" else None)):
                 sample = encode_target(self.tokenizer, self.prompts, Target(record, text, "correct", contexts), limit)
                 train = max(train, len(sample.prompts["base"]) + len(sample.answer))
-                unwritten = JUDGMENT_TOKENS if judges and record.output and record.answer and not record.judgment else 0
-                longest, answer = max(longest, sample.longest + unwritten), max(answer, len(sample.answer))
+                longest, answer = max(longest, sample.longest), max(answer, len(sample.answer))
                 prompt = max(prompt, len(sample.prompts["base"]))
         if self.samples_outputs or self.method.own_outputs == "during":
             train, answer = max(train, prompt + new + 1), max(answer, new + 1)
         if self.samples_outputs:
-            longest = max(longest, prompt + new + judges * JUDGMENT_TOKENS, longest + ("standard" in self.method.contexts) * new)
+            bare = [r for r in self.training if r.output is None]
+            longest = max(longest, new + max(longest_prompt(self.tokenizer, self.prompts, r, self.method.contexts) for r in bare))
         longest = max(longest, train)
         for record in self.held_out:
             tokens = len(record_ids(self.tokenizer, self.prompts, record))
@@ -125,6 +125,21 @@ class Prepared:
             train = longest
         repair = longest + new if self.repairs_outputs else 0
         return Lengths(*(min(n, limit) for n in (train, longest, answer, prompt + new, repair, self._judging_tokens)))
+
+    @property
+    def _unjudged_tokens(self) -> int:
+        """Longest judge context of the given outputs whose judgments are still to be written.
+
+        Raises RecordTooLong where one would not fit.
+        """
+        longest = 0
+        for record in self.training if "judge" in self.method.contexts else []:
+            if record.output and record.answer and not record.judgment and not self.is_correct(record):
+                tokens = longest_prompt(self.tokenizer, self.prompts, record, ("judge",)) + len(answer_ids(self.tokenizer, record.output))
+                if tokens > self.files.context_tokens:
+                    raise RecordTooLong("dataset.jsonl", record.id, tokens, self.files.context_tokens, "judge context with its output")
+                longest = max(longest, tokens)
+        return longest
 
     def _check_records(self) -> None:
         """Raise DatasetSchema for an answer that cannot be compared, RecordTooLong where an output to be written has no room."""
@@ -168,6 +183,8 @@ def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | No
     prepared = Prepared(job, files, load_tokenizer(files), device, parts.training, parts.development, parts.held_out)
     if job.schedule.patience and not prepared.development_targets:
         raise JobSchema("schedule.patience", "there is no development question to measure on; set evaluation.development, such as 0.1")
+    if job.evaluation.development and job.schedule.patience is None:
+        raise JobSchema("evaluation.development", "it decides on early stopping only; set schedule.patience, such as 2, or leave it out")
     if prepared.method.own_outputs == "during" and prepared.verifier is None:
         raise JobSchema("method", "it rewards outputs by a verifier, and the job has none")
     if not prepared.has_targets:

@@ -88,7 +88,7 @@ def _identity(record: Record) -> tuple[str | None, ...]:
 
 
 def _continued(c: Completion, samples: Sequence[Sample], begun: Sequence[list[int] | None]) -> tuple[list[str | None], bool]:
-    """Let the standard context write the rest of what is begun, greedily; None where nothing is, or the context has no room for it."""
+    """Let the standard context write the rest of what is begun, greedily; None where nothing is, or there is no room for it."""
     journal = Journal(c.directory / REPAIRS, Batch)
     resumed, ends = bool(journal.rows), end_ids(c.model, c.tokenizer)
     whole = {i: ids[:-1] for i, ids in enumerate(begun) if ids and ids[-1] in ends}
@@ -100,7 +100,7 @@ def _continued(c: Completion, samples: Sequence[Sample], begun: Sequence[list[in
             c.model, c.tokenizer, [open_[i] for i in fitting], max_new_tokens=[room[i] for i in fitting], batch=c.batch,
             progress=c.progress, journal=journal,
         )  # fmt: skip
-        whole |= {i: [*(begun[i] or []), *ids][: c.max_new_tokens] for i, ids in zip(fitting, new, strict=True)}
+        whole |= {i: [*(begun[i] or []), *rest.ids][: c.max_new_tokens] for i, rest in zip(fitting, new, strict=True) if rest.ended}
     texts = {i: str(c.tokenizer.decode(ids, skip_special_tokens=True)).strip() for i, ids in whole.items()}
     return [texts.get(i) for i in range(len(samples))], resumed
 

@@ -94,7 +94,7 @@ def memory_explained(stage: Callable[[], str]) -> Iterator[None]:
     """Raise OutOfMemory, which says what to do, for a lack of memory in the stage that then runs."""
     try:
         yield
-    except Exception as error:
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own are of the second kind
         if lack := out_of_memory(stage(), error):
             raise lack from error
         raise

@@ -93,7 +93,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("evaluate") as row:
         before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
     completion = _completion(model, work, plan, endpoint, directory, reporter)
-    records, repairs, judgments = _complete(completion, work, plan, reporter)
+    records, cut_off, repairs, judgments = _complete(completion, work, plan, reporter)
     directory.write_rows("records.jsonl", records)
     with reporter.stage("encode") as row:
         targets = work.method.targets(records, work.is_correct)
@@ -128,7 +128,9 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     result = msgspec.structs.replace(
         _result(job, reporter, "succeeded"),
         model=Model(job.model, work.files.fingerprint, work.files.context_tokens),
-        data=outcome.describe_data(job.dataset.sha256, records, repairs, judgments, len(work.held_out), samples, weights, work.is_correct),
+        data=outcome.describe_data(
+            job.dataset.sha256, records, cut_off, repairs, judgments, len(work.held_out), samples, weights, work.is_correct
+        ),
         plan=plan, updates=state.updates, losses=list(state.losses), kept_update=state.kept or state.updates,
         development_losses=list(state.development), accuracy=measured, accepted=accepted, acceptance=acceptance,
         examples=examples(before, after),
@@ -139,12 +141,15 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     return result
 
 
-def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> tuple[list[Record], Repairs, Judgments]:
-    """Give the records what the method trains on: outputs, repaired where they are wrong, and judgments of what stays wrong."""
-    records, repairs, judgments = work.training, Repairs(), Judgments()
+def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> tuple[list[Record], int, Repairs, Judgments]:
+    """Give the records what the method trains on: outputs, repaired where they are wrong, and judgments of what stays wrong.
+
+    Returned with them: how many sampled outputs were cut off, what became of the wrong ones, and who judged.
+    """
+    records, cut_off, repairs, judgments = work.training, 0, Repairs(), Judgments()
     with reporter.stage("sample") as row:
         if work.samples_outputs:
-            records, row.resumed = sample_outputs(c, records)
+            records, cut_off, row.resumed = sample_outputs(c, records)
     with reporter.stage("repair") as row:
         if work.repairs_outputs and (ratio := work.method.turning_ratio):
             turn = partial(turning_point, ratio=ratio)
@@ -153,7 +158,7 @@ def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> 
     with reporter.stage("judge") as row:
         if "judge" in work.method.contexts:
             records, judgments, row.resumed = judge_outputs(c, records)
-    return records, repairs, judgments
+    return records, cut_off, repairs, judgments
 
 
 def _kept(directory: JobDirectory, name: str, kind: type[T], make: Callable[[], list[T]]) -> tuple[list[T], bool]:
@@ -221,7 +226,5 @@ def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: Except
     text = str(error) or type(error).__name__
     with suppress(OSError, EdgeAgentError):
         reporter.emit("failed", stage=stage, code=code, text=text[:1024])
-        earlier = directory.read_result()
-        if earlier is None or earlier.state == "failed":
-            directory.write_result(msgspec.structs.replace(_result(job, reporter, "failed"), error=Failure(code, text[:1024])))
+        directory.write_result(msgspec.structs.replace(_result(job, reporter, "failed"), error=Failure(code, text[:1024])))
     return error

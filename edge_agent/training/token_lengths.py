@@ -8,7 +8,9 @@ from typing import Any
 from edge_agent.dataset import Record
 from edge_agent.dataset_check import Tokens, find, lengths, spread
 from edge_agent.prompts import PROMPTS
-from edge_agent.training.contexts import contexts_of, record_ids
+from edge_agent.training.completion import longest_prompt
+from edge_agent.training.contexts import contexts_of
+from edge_agent.training.methods.method import Context
 from quantization.load import load_tokenizer
 from quantization.model_files import find_model
 
@@ -29,9 +31,13 @@ def token_lengths(records: list[Record], model: str) -> Tokens:
 
 
 def longest_context(tokenizer: Any, record: Record) -> int:
-    """Return the tokens of the longest prompt of a record with the longer of its answer and output, end-of-sequence included."""
-    prompts = [len(record_ids(tokenizer, PROMPTS["worked"], record, context)) for context in ("base", *contexts_of(record))]
-    return max(prompts) + max(_counts(tokenizer, [text for text in (record.answer, record.output) if text])) + 1
+    """Return the tokens of the longest prompt of a record with the longer of its answer and output, end-of-sequence included.
+
+    A record without an output also takes a judgment, of the one that is to be written.
+    """
+    contexts: tuple[Context, ...] = ("standard", "judge") if record.output is None else contexts_of(record)
+    texts = [text for text in (record.answer, record.output) if text]
+    return longest_prompt(tokenizer, PROMPTS["worked"], record, contexts) + max(_counts(tokenizer, texts)) + 1
 
 
 def _counts(tokenizer: Any, texts: list[str]) -> list[int]:

@@ -35,6 +35,8 @@ class Target:
     kind: Kind
     contexts: tuple[Context, ...] | None = None
     prompt: Context = "base"
+    standard_answer: bool = False
+    """The text is the record's standard answer, and not an output."""
 
 
 @dataclass(frozen=True)

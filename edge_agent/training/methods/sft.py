@@ -12,7 +12,7 @@ from edge_agent.training.methods.method import Context, IsCorrect, OwnOutputs, S
 def standard_answers(records: list[Record], contexts: tuple[Context, ...] | None = None) -> list[Target]:
     """One target for every standard answer of each question; none for records without one."""
     first = {(r.instruction, r.question, r.answer): r for r in reversed(records)}
-    return [Target(r, r.answer, "correct", contexts) for r in first.values() if r.answer is not None][::-1]
+    return [Target(r, r.answer, "correct", contexts, standard_answer=True) for r in first.values() if r.answer is not None][::-1]
 
 
 class Sft:
