@@ -86,12 +86,11 @@ def test_broken_data_mended_trains_in_the_same_directory(data: Path, tmp_path: P
 
 def test_what_is_no_job_directory_or_dataset_is_named(data: Path, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
     """A file where a directory belongs, a directory where a file belongs, a dataset that is not there."""
-    _refused(cli, ["train", data], "job_schema", 4)
-    _refused(cli, ["plan", data], "job_schema", 4)
     (tmp_path / "odd" / "job.json").mkdir(parents=True)
-    _refused(cli, ["train", tmp_path / "odd"], "job_schema", 4)
+    for command, place in (("train", data), ("plan", data), ("train", tmp_path / "odd")):
+        _refused(cli, [command, place, "--json"], "job_schema", 4)
     for missing in (tmp_path / "none.jsonl", tmp_path):
-        _refused(cli, ["evaluate", "--model", tiny_model, "--data", missing], "dataset_empty", 3)
+        _refused(cli, ["evaluate", "--model", tiny_model, "--data", missing, "--json"], "dataset_empty", 3)
 
 
 def test_a_job_has_its_own_copy_of_its_files(data: Path, tmp_path: Path, tiny_model: Path) -> None:

@@ -221,9 +221,9 @@ def test_judgment_of_an_endpoint_fits_the_plan(tiny: tuple[Any, Any], server: Se
 def test_cut_off_outputs_are_dropped_and_counted(tiny: tuple[Any, Any], questions: Path, tmp_path: Path) -> None:
     """What has no end has no final answer and no end-of-sequence to train on; with room for all, nothing is cut off."""
     records = read_records(questions)[:4]
-    short, cut_off, _ = sample_outputs(_completion(tiny, tmp_path / "short", max_new_tokens=5), records)
+    short, cut_off, _ = sample_outputs(_completion(tiny, tmp_path, max_new_tokens=5), records)
     assert (short, cut_off) == (records, 8)
-    whole, cut_off, _ = sample_outputs(_completion(tiny, tmp_path / "whole", max_new_tokens=120), records)
+    whole, cut_off, _ = sample_outputs(_completion(tiny, tmp_path, max_new_tokens=120), records)
     assert cut_off == 0
     assert all(r.output for r in whole)
 
