@@ -7,7 +7,7 @@ Every cell (row of the table, domain, number of questions, seed) is an ordinary 
 All rows of a domain and seed train on the same questions and the same sampled outputs for the same number of updates, and answer the
 same 500 held-out questions. Learning rates are chosen per row on development seeds ("tune"), which the ablation uses too and no other
 reported figure does; a control takes the rate of the row that it controls. A run that was ended goes on where it was; `render`
-writes benchmarks/results/methods.json, docs/benchmarks.md and its plot.
+writes the parts that are finished to benchmarks/results/methods.json, docs/benchmarks.md and its plot.
 """
 
 from __future__ import annotations
@@ -323,6 +323,18 @@ def run(parts: list[str], workers: int, out: Path) -> None:
                 print(f"{count}/{len(open_)} {outcome.key}: {share:.1f} %, {left / 60:.0f} min left", flush=True)
 
 
+def finished(parts: list[str], done: dict[str, Outcome]) -> list[Outcome]:
+    """Return the outcomes of the parts that are measured to their end."""
+    found: list[Outcome] = []
+    for part in parts:
+        wanted = [c.key for c in cells(part, done)]
+        if done.keys() >= {*wanted}:
+            found += [done[key] for key in wanted]
+        else:
+            print(f"{part} is left out: {sum(key in done for key in wanted)} of {len(wanted)} cells are measured")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -339,7 +351,7 @@ def main() -> None:
     else:
         from methods_page import render
 
-        render(list(read_outcomes(args.out).values()))
+        render(finished(parts, read_outcomes(args.out)))
 
 
 if __name__ == "__main__":
