@@ -109,7 +109,7 @@ class Prepared:
             train, answer = max(train, prompt + new + 1), max(answer, new + 1)
         if self.samples_outputs:
             bare = [r for r in self.training if r.output is None]
-            longest = max(longest, new + max(longest_prompt(self.tokenizer, self.prompts, r, self.method.contexts) for r in bare))
+            longest = max(longest, new + 1 + max(longest_prompt(self.tokenizer, self.prompts, r, self.method.contexts) for r in bare))
         longest = max(longest, train)
         for record in self.held_out:
             tokens = len(record_ids(self.tokenizer, self.prompts, record))
