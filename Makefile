@@ -32,7 +32,7 @@ check: venv
 
 # A file of tests stays on one core: its tests share what is slow to make. Each trainer computes on one thread.
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: test
 	tests/second_python.sh

@@ -113,8 +113,9 @@ ROWS: dict[str, Row] = {
 SIZE_ROWS = ("SFT, standard answers", "SFT, both", "NLFT", "NLFT without standard answers")
 SCARCE, SCARCE_ROWS = 25, ("SFT, correct outputs", "control: random unlikelihood tokens")
 """Where correct outputs are scarce, rows that train on outputs only are measured at this size too."""
+DEFAULT = "NLFT"
 REFT = {"ReFT": Row({"method.name": "reft"}, beyond=(6e-3,))}
-"""Takes many times as long as the rows of the table: a part of its own, tuned on the first development seed alone."""
+"""Takes many times as long as the rows of the table: a part of its own, beside the default; tuned on the first development seed alone."""
 ABLATION: dict[str, Row] = {
     "released": Row(nlft(**RELEASED)),
     "A1: plus -log of the output in the judge context": Row(nlft(**RELEASED), control=controls.JudgeLikelihood),
@@ -191,7 +192,7 @@ def cells(part: str, done: dict[str, Outcome]) -> Iterator[Cell]:
         sizes = SIZES if part == "sizes" else (TABLE,)
         for seed, size, domain in ((s, n, d) for s in (REFT_SEEDS if part == "reft" else SEEDS) for n in sizes for d in DOMAINS):
             sized = SIZE_ROWS + (SCARCE_ROWS if size == SCARCE else ())
-            for row in {"table": tuple(ROWS), "sizes": sized, "reft": tuple(REFT)}[part]:
+            for row in {"table": tuple(ROWS), "sizes": sized, "reft": (*REFT, DEFAULT)}[part]:
                 yield Cell(part, row, domain, size, seed, rates[(ROWS | REFT)[row].tuned_as or row])
 
 

@@ -29,6 +29,13 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "edge_agent" / "demo" / "tiny"
 SHARED = ROOT.parent / "shared" / "data"
 DEADLINE_S = 240
+# The longest first, so that no core waits at the end for the last of them (they are shared out in the order of their collection).
+LONG = ("test_interruptions.py", "test_fleet.py", "test_resume.py", "test_bad_input.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of `LONG` first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

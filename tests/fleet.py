@@ -42,9 +42,9 @@ from edge_agent.topics import down
 NODE = "node-1"
 DEADLINE_S = 120.0
 MOSQUITTO = shutil.which("mosquitto", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
-# Some 15 seconds of work: micro-batches of one in updates of 24, with dropout, a checkpoint after every update.
+# Some 10 seconds of work: updates of several micro-batches, with dropout, a checkpoint after every update.
 QUICK = {
-    "evaluation.questions": 10, "evaluation.max_new_tokens": 60, "schedule.learning_rate": 0.002, "schedule.batch": 24,
+    "evaluation.questions": 10, "evaluation.max_new_tokens": 60, "schedule.learning_rate": 0.002, "schedule.batch": 12,
     "schedule.updates": 8, "schedule.checkpoint_s": 0, "lora.dropout": 0.05, "sampling.outputs": 2,
 }  # fmt: skip
 
@@ -200,7 +200,7 @@ class Fleet:
             files[str(job.dataset.evaluation_sha256)] = questions
         return self.client.submit(NODE, job, files, priority=4, expires_s=None)
 
-    def data(self, name: str = "data", count: int = 40, seed: int = 5) -> Path:
+    def data(self, name: str = "data", count: int = 24, seed: int = 5) -> Path:
         return write_domain(self.directory / f"{name}.jsonl", "chain", count, seed)
 
     def ended(self, job: str, deadline_s: float = DEADLINE_S) -> JobView:

@@ -29,7 +29,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cli: Cli, tiny_model: 
     """The adapter of the same job, trained by hand without any interruption."""
     base = tmp_path_factory.mktemp("undisturbed")
     settings = [part for name, value in QUICK.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-    data = write_domain(base / "data.jsonl", "chain", 40, 5)
+    data = write_domain(base / "data.jsonl", "chain", 24, 5)
     ran = cli("train", "--model", tiny_model, "--data", data, "--budget", "1GiB", "--out", base / "job", *settings, "--json")
     assert ran.code == 0, ran.out + ran.err
     return (base / "job" / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -14,33 +14,23 @@ import pytest
 from conftest import DEADLINE_S, Cli, write_domain
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
-# Micro-batches of one in updates of 24, with dropout, scores renewed every epoch and a checkpoint after every second at least.
+# Updates of several micro-batches, with dropout and a checkpoint after each.
 OPTIONS = (
     "--budget", "1GiB", "--questions", "10", "--learning-rate", "0.002", "--set", "evaluation.max_new_tokens=60", "--set",
-    "schedule.batch=24", "--set", "schedule.updates=8", "--set", "lora.dropout=0.05", "--set", "sampling.outputs=2",
+    "schedule.batch=12", "--set", "schedule.updates=8", "--set", "schedule.checkpoint_s=0",
+    "--set", "lora.dropout=0.05", "--set", "sampling.outputs=2",
 )  # fmt: skip
 
 
 def _arguments(base: Path, out: str, tiny_model: Path) -> list[object]:
-    return [
-        "train",
-        "--model",
-        tiny_model,
-        "--data",
-        base / "chain.jsonl",
-        "--out",
-        base / out,
-        *OPTIONS,
-        "--set",
-        "schedule.checkpoint_s=0",
-    ]
+    return ["train", "--model", tiny_model, "--data", base / "chain.jsonl", "--out", base / out, *OPTIONS]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, cli: Cli) -> Path:
     """An uninterrupted run, and its directory's parent for others on the same data."""
     base = tmp_path_factory.mktemp("resume")
-    write_domain(base / "chain.jsonl", "chain", 40, 5)
+    write_domain(base / "chain.jsonl", "chain", 24, 5)
     ran = cli(*_arguments(base, "whole", tiny_model), "--json")
     assert ran.code == 0, ran.out + ran.err
     assert ran.json["resumed"] is False
@@ -101,11 +91,10 @@ def test_a_torn_checkpoint_is_not_used(whole: Path, tiny_model: Path, cli: Cli) 
 def test_micro_batches_do_not_change_the_result(whole: Path, tiny_model: Path, cli: Cli) -> None:
     """A budget that forces smaller micro-batches and checkpointing gives the same losses up to rounding."""
     base = whole.parent
-    arguments = [a if a != "1GiB" else "780MiB" for a in _arguments(base, "small", tiny_model)]
-    arguments += ["--set", "lora.dropout=0.0"]
-    small = cli(*arguments, "--json")
+    more = ("--set", "lora.dropout=0.0", "--set", "schedule.batch=24", "--set", "schedule.updates=4", "--json")
+    small = cli(*(a if a != "1GiB" else "780MiB" for a in _arguments(base, "small", tiny_model)), *more)
     assert small.code == 0, small.out + small.err
-    large = cli(*_arguments(base, "large", tiny_model), "--set", "lora.dropout=0.0", "--json")
+    large = cli(*_arguments(base, "large", tiny_model), *more)
     assert small.json["plan"]["micro_batch"] < large.json["plan"]["micro_batch"]
     assert small.json["losses"] == pytest.approx(large.json["losses"], rel=2e-2)
 
