@@ -12,7 +12,8 @@ import torch
 
 from edge_agent.errors import ModelMissing, ModelUnsafe, ModelUnsupported
 from edge_agent.job import Lora
-from edge_agent.training.packing import answer_hidden, pack, weighted_loss
+from edge_agent.training.head import weighted_loss
+from edge_agent.training.packing import answer_hidden, pack
 from profiles.device import device_profile
 from quantization.adapter import attach_adapter
 from quantization.load import load_model

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from edge_agent.training.packing import answer_hidden, answer_logp, pack, weighted_loss
+from edge_agent.training.head import answer_logp, weighted_loss
+from edge_agent.training.packing import answer_hidden, pack
 from profiles.device import device_profile
 from quantization.load import load_model
 from quantization.model_files import find_model

@@ -21,10 +21,11 @@ from edge_agent.job import ReftOptions
 from edge_agent.training.checkpoint import Parameters, Tensors
 from edge_agent.training.contexts import Sample
 from edge_agent.training.generate import generate
+from edge_agent.training.head import answer_logp
 from edge_agent.training.loop import Training, check_finite, learning_rate, order, starts_epoch, total_updates, trained
 from edge_agent.training.methods.method import Weights
 from edge_agent.training.methods.reft import Reft, reward
-from edge_agent.training.packing import Pack, answer_hidden, answer_logp, pack
+from edge_agent.training.packing import Pack, answer_hidden, pack
 from edge_agent.training.reporter import OnProgress
 from edge_agent.training.weighted import Weighted
 from profiles.recorder import StageName

@@ -26,8 +26,9 @@ from edge_agent.report import Repairs
 from edge_agent.training.completion import Completion
 from edge_agent.training.contexts import Sample, answer_ids, encode_target, record_ids
 from edge_agent.training.generate import Batch, end_ids, generate
+from edge_agent.training.head import AnswerScores, answer_scores
 from edge_agent.training.methods.method import Target
-from edge_agent.training.packing import AnswerScores, answer_hidden, answer_scores, pack
+from edge_agent.training.packing import answer_hidden, pack
 from edge_agent.verify import final_answer
 
 REPAIRS = "repairs.jsonl"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from edge_agent.training.contexts import Sample
+from edge_agent.training.head import answer_logp
 from edge_agent.training.methods.method import Context, Method, Scores, Weights
-from edge_agent.training.packing import answer_hidden, answer_logp, pack
+from edge_agent.training.packing import answer_hidden, pack
 from edge_agent.training.reporter import OnProgress
 from quantization.plan import Plan
 

@@ -8,9 +8,10 @@ import torch
 
 from edge_agent.training.checkpoint import Tensors
 from edge_agent.training.contexts import Sample
+from edge_agent.training.head import answer_logp, weighted_loss
 from edge_agent.training.loop import Training, check_finite, learning_rate, order, starts_epoch, trained
 from edge_agent.training.methods.method import Scores, Weights
-from edge_agent.training.packing import Pack, answer_hidden, answer_logp, pack, weighted_loss
+from edge_agent.training.packing import Pack, answer_hidden, pack
 from edge_agent.training.reporter import OnProgress
 from edge_agent.training.scoring import weigh
 

@@ -1,0 +1,114 @@
+"""The frozen output head on answer positions: log-probabilities and weighted losses, a chunk of rows at a time.
+
+No tensor of all answer tokens times the vocabulary ever exists, with or without gradient.
+
+Shapes: N answer tokens of all rows, C of one chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+class AnswerScores(NamedTuple):
+    """Log-probabilities of the answer tokens, and of the likeliest token in the place of each, in 32 bits; of all rows, or of one."""
+
+    logp_N: torch.Tensor
+    best_logp_N: torch.Tensor
+    best_ids_N: torch.Tensor
+
+
+@torch.no_grad()
+def answer_scores(model: Any, hidden_ND: torch.Tensor, target_ids_N: torch.Tensor, chunk: int) -> AnswerScores:
+    """Return the scores of every answer token; at most `chunk` x V logits exist at once."""
+    head = model.get_output_embeddings()
+    parts = []
+    for hidden_CD, ids_C in zip(hidden_ND.split(chunk), target_ids_N.split(chunk), strict=True):
+        logits_CV = head(hidden_CD).float()
+        lse_C, best = logits_CV.logsumexp(1), logits_CV.max(1)
+        parts.append((logits_CV.gather(1, ids_C[:, None])[:, 0] - lse_C, best.values - lse_C, best.indices))
+    return AnswerScores(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def answer_logp(model: Any, hidden_ND: torch.Tensor, target_ids_N: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Return the log-probability of every answer token in 32 bits; at most `chunk` x V logits exist at once, with a gradient too."""
+    head = model.get_output_embeddings()
+    chunks = zip(hidden_ND.split(chunk), target_ids_N.split(chunk), strict=True)
+    return torch.cat([checkpoint(_chunk_logp, head, hidden_CD, ids_C, use_reentrant=False) for hidden_CD, ids_C in chunks])
+
+
+def _chunk_logp(head: torch.nn.Module, hidden_CD: torch.Tensor, ids_C: torch.Tensor) -> torch.Tensor:
+    logits_CV: torch.Tensor = head(hidden_CD).float()
+    return logits_CV.gather(1, ids_C[:, None])[:, 0] - logits_CV.logsumexp(1)
+
+
+def weighted_loss(
+    model: Any, hidden_ND: torch.Tensor, target_ids_N: torch.Tensor, likelihood_N: torch.Tensor, unlikelihood_N: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """Return the sum over tokens of likelihood * -log b + unlikelihood * -log(1 - b), in 32 bits.
+
+    The gradient of the hidden states is formed with the loss: nothing is computed again in the backward pass, and beside the logits of
+    a chunk one tensor of their size in 32 bits exists, another for the tokens that are made unlikely. The head gets no gradient.
+    """
+    loss: torch.Tensor = _FrozenHeadLoss.apply(hidden_ND, target_ids_N, likelihood_N, unlikelihood_N, model.get_output_embeddings(), chunk)
+    return loss
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        target_ids_N: torch.Tensor,
+        likelihood_N: torch.Tensor,
+        unlikelihood_N: torch.Tensor,
+        head: torch.nn.Module,
+        chunk: int,
+    ) -> torch.Tensor:
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        needed = ctx.needs_input_grad[0]
+        grad_ND = torch.empty_like(hidden_ND) if needed else None
+        parts = (hidden_ND, target_ids_N, likelihood_N, unlikelihood_N)
+        for start in range(0, len(hidden_ND), chunk):
+            hidden_CD, *of_chunk = (part[start : start + chunk] for part in parts)
+            with torch.set_grad_enabled(needed):
+                hidden_CD = hidden_CD.detach().requires_grad_(needed)
+                logits_CV = head(hidden_CD)
+            loss, grad_CV = _loss_and_gradient(logits_CV.detach(), *of_chunk)
+            total += loss
+            if grad_ND is not None:
+                (grad_ND[start : start + chunk],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
+        ctx.save_for_backward(grad_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grad.to(grad_ND.dtype), None, None, None, None, None
+
+
+def _loss_and_gradient(
+    logits_CV: torch.Tensor, ids_C: torch.Tensor, likelihood_C: torch.Tensor, unlikelihood_C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of a chunk and its gradient for the logits, in their type.
+
+    With l and u the weights and p the softmax, the gradient is (l + u) p - l at the target and (l + u) p - u q elsewhere, where q is the
+    softmax over all tokens but the target.
+    """
+    logp_CV = logits_CV.log_softmax(1, dtype=torch.float32)
+    loss = -(likelihood_C * logp_CV.gather(1, ids_C[:, None])[:, 0]).sum()
+    lost = unlikelihood_C.nonzero().flatten()
+    if len(lost):
+        # 1 - b is the sum over all other tokens, exact and with a gradient even where b is 1 in floating point.
+        others_UV = logp_CV[lost].scatter_(1, ids_C[lost, None], float("-inf"))
+        rest_U = others_UV.logsumexp(1)
+        loss = loss - (unlikelihood_C[lost] * rest_U).sum()
+        others_UV = others_UV.sub_(rest_U[:, None]).exp_().mul_(-unlikelihood_C[lost, None])
+    grad_CV = logp_CV.exp_().mul_((likelihood_C + unlikelihood_C)[:, None])
+    grad_CV.scatter_add_(1, ids_C[:, None], -likelihood_C[:, None])
+    if len(lost):
+        grad_CV.index_add_(0, lost, others_UV)
+    return loss, grad_CV.to(logits_CV.dtype)
