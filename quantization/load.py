@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import bitsandbytes
@@ -12,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from edge_agent.errors import ModelUnsupported
 from profiles.device import DeviceProfile
+from quantization.attention import TREE, Branch, Tree, tree_inputs
 from quantization.model_files import ModelFiles
 from quantization.plan import read_shape
 
@@ -57,8 +59,10 @@ def load_model(files: ModelFiles, device: DeviceProfile) -> Any:
     # Of the model's own generation settings only what ends an answer: penalties and beams would change what is measured.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     _check_quantised(files, model)
+    model.eval()
     _check_head(files, model)
-    return model.eval()
+    read_trees(model)
+    return model
 
 
 def _check_quantised(files: ModelFiles, model: torch.nn.Module) -> None:
@@ -91,6 +95,39 @@ def _check_head(files: ModelFiles, model: Any) -> None:
     parts = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state).float()
     if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
         raise ModelUnsupported(files.name, HEAD_PROBLEM)
+
+
+@torch.no_grad()
+def read_trees(model: Any) -> None:
+    """Give the model the attention over trees, unless it then reads two rows with one beginning otherwise than each alone.
+
+    So do architectures whose layers are not all attention, or whose attention transformers does not let one replace.
+    """
+    decoder, config = model.get_decoder(), model.config.get_text_config()
+    own, windowed = config._attn_implementation, _windowed(config)
+    ids_T = torch.arange(1, 13, device=model.device) % model.get_input_embeddings().num_embeddings
+    rows_L = torch.arange(8, device=model.device), torch.tensor([0, 1, 2, 3, 8, 9, 10, 11], device=model.device)
+
+    def alone() -> torch.Tensor:
+        return torch.cat([decoder(input_ids=ids_T[None, row_L], use_cache=False).last_hidden_state[0] for row_L in rows_L])
+
+    wanted = alone()
+    tolerance = 1e-3 if wanted.dtype == torch.float32 else 5e-2
+    tree = Tree((Branch(0, 8, 0, slice(0, 8)), Branch(8, 12, 4, rows_L[1])))
+    model.set_attn_implementation(TREE)
+    with suppress(*BROKEN):
+        positions_T = torch.tensor([*range(8), *range(4, 8)], device=model.device)
+        together = decoder(**tree_inputs(ids_T, positions_T, tree), use_cache=False).last_hidden_state[0][torch.cat(rows_L)]
+        same = max((found - wanted).norm() / wanted.norm() for found in (together, alone())) < tolerance
+        if same and (not windowed or config.sliding_window in tree.windows):
+            return
+    model.set_attn_implementation(own)
+
+
+def _windowed(config: Any) -> bool:
+    """Whether there are layers that see the last tokens only. A check on rows shorter than their window would not notice a lost one."""
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) is not None and (kinds is None or "sliding_attention" in kinds)
 
 
 def _first_line(error: Exception) -> str:

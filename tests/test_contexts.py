@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import takewhile
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,7 +14,7 @@ from edge_agent.dataset import Record
 from edge_agent.prompts import PROMPTS
 from edge_agent.training.contexts import Sample, encode_target, record_ids
 from edge_agent.training.methods.method import Context, Target
-from edge_agent.training.packing import pack
+from edge_agent.training.packing import lay_out
 
 CONTEXTS: tuple[Context, ...] = ("base", "standard", "judge")
 CORPUS = [
@@ -98,12 +97,9 @@ def _sample(name: str, output: str, answer: str = "#### 19", judgment: str = "St
 def test_answer_ids_are_the_same_in_every_context(name: str, output: str, answer: str, judgment: str) -> None:
     """In the rows that the model sees, each context ends in the same ids, whatever stands before; they spell the output."""
     sample = _sample(name, output, answer, judgment)
-    packed = pack([(sample.prompts[c], sample.answer) for c in CONTEXTS], 0, torch.device("cpu"))
-    n = len(sample.answer)
-    assert packed.target_ids_N.tolist() == 3 * list(sample.answer)
-    ids = packed.input_ids_BT.flatten()
-    assert ids[packed.where_N + 1].tolist() == 3 * list(sample.answer)
-    assert packed.lengths == (n, n, n)
+    layout = lay_out([[*sample.prompts[c], *sample.answer] for c in CONTEXTS])
+    for places in layout.places:
+        assert tuple(layout.ids[at] for at in places[-len(sample.answer) :]) == sample.answer
     tokenizer = TOKENIZERS[name]
     assert sample.answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(sample.answer[:-1]) == output

@@ -33,7 +33,7 @@ def _gradients(tiny_model: Path, *, evaluate_first: bool, guard: bool) -> dict[s
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02)
-    packed = pack(ROWS, 1, model.device)
+    packed = pack(model, ROWS, 1)
     if evaluate_first:
         with torch.no_grad():
             model.eval()

@@ -30,14 +30,14 @@ def _plain_logp(model: Any, prompt: list[int], answer: list[int]) -> torch.Tenso
 @torch.no_grad()
 def test_packed_scores_equal_single_rows(model: Any) -> None:
     """Padding and chunks change no log-probability."""
-    packed = pack(ROWS, 1, model.device)
+    packed = pack(model, ROWS, 1)
     logp = answer_logp(model, answer_hidden(model, packed), packed.target_ids_N, 2)
     torch.testing.assert_close(logp, torch.cat([_plain_logp(model, p, a) for p, a in ROWS]), rtol=1e-4, atol=1e-4)
 
 
 def test_weighted_loss_and_gradient_equal_the_formula(model: Any) -> None:
     """The sum of likelihood * -log b + unlikelihood * -log(1 - b), and its gradient, in chunks of any size."""
-    packed = pack(ROWS, 1, model.device)
+    packed = pack(model, ROWS, 1)
     hidden = answer_hidden(model, packed).detach()
     likelihood = torch.tensor([1.0, 0.5, 0, 2, 1, 1, 0, 0.3, 1, 1])
     unlikelihood = torch.tensor([0.0, 0.5, 2, 0, 0, 0, 1, 0, 0, 0.1])

@@ -88,7 +88,7 @@ def optimize(model: Any, objective: Objective, training: Training, progress: OnP
     if needed:
         objective.restore(needed)
     if training.plan.checkpointing:
-        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     resumed, saved_at = state.updates > 0, time.monotonic()
 
     def save() -> None:

@@ -233,7 +233,7 @@ class Reinforced:
         pairs = list(zip(prompts, [ids.tolist() for ids in answers.ids_N.split(answers.length_B.tolist())], strict=True))
         place = 0
         for start in range(0, len(pairs), rows):
-            packed = pack(pairs[start : start + rows], self._training.tokenizer.pad_token_id, self._model.device)
+            packed = pack(self._model, pairs[start : start + rows], self._training.tokenizer.pad_token_id)
             yield packed, slice(place, place + len(packed.target_ids_N))
             place += len(packed.target_ids_N)
 

@@ -52,7 +52,7 @@ def standard_scores(c: Completion, samples: Sequence[Sample], rows: int, chunk: 
     longest_first = sorted(range(len(samples)), key=lambda i: -samples[i].longest)
     for start in range(0, len(samples), rows):
         group = longest_first[start : start + rows]
-        packed = pack([(samples[i].prompts["standard"], samples[i].answer) for i in group], c.tokenizer.pad_token_id, c.model.device)
+        packed = pack(c.model, [(samples[i].prompts["standard"], samples[i].answer) for i in group], c.tokenizer.pad_token_id)
         scores = answer_scores(c.model, answer_hidden(c.model, packed), packed.target_ids_N, chunk)
         parts = zip(*(s.cpu().split(packed.lengths) for s in scores), strict=True)
         found |= {i: AnswerScores(*of_one) for i, of_one in zip(group, parts, strict=True)}

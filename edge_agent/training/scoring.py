@@ -33,7 +33,7 @@ def score(
     open_ = Counter(i for i, _ in work)
     for start in range(0, len(work), rows):
         group = work[start : start + rows]
-        packed = pack([(samples[i].prompts[c], samples[i].answer) for i, c in group], pad_id, model.device)
+        packed = pack(model, [(samples[i].prompts[c], samples[i].answer) for i, c in group], pad_id)
         hidden_ND = answer_hidden(model, packed)
         logp_N = answer_logp(model, hidden_ND, packed.target_ids_N, chunk).cpu()
         progress(min(start + rows, len(work)), len(work), packed.tokens)

@@ -58,9 +58,8 @@ class Weighted:
         loss, tokens, size = 0.0, 0, plan.micro_batch
         for start in range(0, len(samples), size):
             group = samples[start : start + size]
-            packed = pack(
-                [(s.prompts[s.target.prompt], s.answer) for s in group], self._training.tokenizer.pad_token_id, self._model.device
-            )
+            rows = [(s.prompts[s.target.prompt], s.answer) for s in group]
+            packed = pack(self._model, rows, self._training.tokenizer.pad_token_id)
             torch.manual_seed(hash((seed, update, start)) & 0x7FFFFFFF)  # dropout; integers hash the same in every process
             hidden_ND = answer_hidden(self._model, packed)
             likelihood_N, unlikelihood_N = self._on_device(self._of_pass(group, packed, hidden_ND) or weights[start : start + size])
