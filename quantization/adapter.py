@@ -37,6 +37,14 @@ def attach_adapter(model: Any, lora: Lora, seed: int, name: str) -> Any:
     return adapted.eval()
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Let the decoder layers of a model with an adapter compute their activations again in the backward pass."""
+    decoder = model.base_model.model
+    # Renamed in a release that needs Python 3.11; the old name warns there.
+    enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def load_adapter(model: Any, directory: Path) -> Any:
     """Return the model with a saved adapter, for evaluation. Raises AdapterMismatch."""
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():

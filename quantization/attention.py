@@ -89,15 +89,27 @@ def tree_attention(
             causal = branch.shared == 0 and window is None
             found.append(
                 scaled_dot_product_attention(
-                    query, key, value, None if causal else tree.mask_CL(number, window, query.device), dropout, causal,
-                    scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+                    query,
+                    key,
+                    value,
+                    None if causal else tree.mask_CL(number, window, query.device),
+                    dropout,
+                    causal,
+                    scale=scaling,
+                    enable_gqa=query.shape[1] != key.shape[1],
                 )  # fmt: skip
             )
     return torch.cat(found, 2).transpose(1, 2).contiguous(), None
 
 
 def _capped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float, scaling: float | None, cap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    cap: float,
 ) -> torch.Tensor:
     """Attention whose scores are bounded; `mask` says what is seen, and None is the causal one."""
     repeats = query.shape[1] // key.shape[1]

@@ -17,7 +17,7 @@ from transformers import (
 from edge_agent.job import Lora
 from edge_agent.training.head import weighted_loss
 from edge_agent.training.packing import answer_hidden, lay_out, pack, reads_trees
-from quantization.adapter import attach_adapter
+from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.load import read_trees
 
 SIZES: dict[str, Any] = {
@@ -68,7 +68,7 @@ def _model(config: PreTrainedConfig, checkpointing: bool) -> Any:
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     if checkpointing:
-        model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model.train()
 
 

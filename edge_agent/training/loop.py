@@ -26,6 +26,7 @@ from edge_agent.training.contexts import Sample
 from edge_agent.training.methods.method import Method
 from edge_agent.training.reporter import OnProgress
 from edge_agent.training.scoring import score
+from quantization.adapter import checkpoint_activations
 from quantization.plan import Plan
 
 
@@ -88,7 +89,7 @@ def optimize(model: Any, objective: Objective, training: Training, progress: OnP
     if needed:
         objective.restore(needed)
     if training.plan.checkpointing:
-        model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     resumed, saved_at = state.updates > 0, time.monotonic()
 
     def save() -> None:
