@@ -16,9 +16,9 @@ from edge_agent.demo.problems import Problem, results
 from edge_agent.job import Judging, Sampling
 from edge_agent.prompts import PROMPTS
 from edge_agent.training.completion import Completion
+from edge_agent.training.head import AnswerScores
 from edge_agent.training.methods.method import IsCorrect, Scores, Target, Weights
 from edge_agent.training.methods.nlft import Nlft
-from edge_agent.training.head import AnswerScores
 from edge_agent.training.repair import repair_outputs
 from edge_agent.verify import numeric_match
 from profiles.device import DeviceProfile, device_profile

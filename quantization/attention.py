@@ -9,7 +9,7 @@ Shapes: T tokens of the pack, H query heads, K key heads, C new tokens of a bran
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,24 +36,23 @@ class Branch:
         return self.shared + self.stop - self.start
 
 
-@dataclass(frozen=True)
 class Tree:
     """The branches of a pack in the order of their tokens."""
 
-    branches: Sequence[Branch]
-    windows: set[int | None] = field(default_factory=set)
-    """The windows of the layers that have read it."""
-    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    def __init__(self, branches: Sequence[Branch]) -> None:
+        self.branches = branches
+        self.windows: set[int | None] = set()
+        """The windows of the layers that have read it."""
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
-    def mask_CL(self, number: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """Return which tokens of its row a branch's tokens see, at most the last `window`; the layers share it."""
-        key = number, window
+    def visible(self, branch: Branch, window: int | None, device: torch.device) -> torch.Tensor:
+        """Return what the tokens of a branch see of their row, C x L, at most its last `window` tokens; the layers share it."""
+        key = branch.start, window
         if key not in self._masks:
-            branch = self.branches[number]
-            row_C, row_L = torch.arange(branch.shared, branch.length)[:, None], torch.arange(branch.length)
-            sees_CL = row_L <= row_C
+            from_C, to_L = torch.arange(branch.shared, branch.length)[:, None], torch.arange(branch.length)
+            sees_CL = to_L <= from_C
             if window is not None:
-                sees_CL &= row_C - row_L < window
+                sees_CL &= from_C - to_L < window
             self._masks[key] = sees_CL.to(device)
         return self._masks[key]
 
@@ -66,61 +65,57 @@ def tree_inputs(input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, tree: T
 
 
 def tree_attention(
-    module: torch.nn.Module, query_1HTE: torch.Tensor, key_1KTE: torch.Tensor, value_1KTE: torch.Tensor, attention_mask: torch.Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, tree: Tree | None = None, sliding_window: int | None = None,
-    softcap: float | None = None, **more: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: torch.nn.Module,
+    query_1HTE: torch.Tensor,
+    key_1KTE: torch.Tensor,
+    value_1KTE: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    tree: Tree | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
     """Return the attention of all heads, 1 x T x H x E; without a tree, that of ordinary rows.
 
-    The parameters that transformers calls an attention with. `softcap` bounds the scores by a hyperbolic tangent (Gemma 2).
+    The parameters are those that transformers calls an attention with. `softcap` bounds the scores by a hyperbolic tangent (Gemma 2).
     """
+    if tree is None and softcap is None:
+        return sdpa_attention_forward(module, query_1HTE, key_1KTE, value_1KTE, attention_mask, dropout, scaling, **more)
     if tree is None:
-        if softcap is None:
-            return sdpa_attention_forward(module, query_1HTE, key_1KTE, value_1KTE, attention_mask, dropout, scaling, **more)
-        return _capped(query_1HTE, key_1KTE, value_1KTE, attention_mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
-    tree.windows.add(sliding_window)
-    found = []
-    for number, branch in enumerate(tree.branches):
-        query, key, value = query_1HTE[:, :, branch.start : branch.stop], key_1KTE[:, :, branch.path_L], value_1KTE[:, :, branch.path_L]
-        window = sliding_window if sliding_window is not None and sliding_window < branch.length else None
-        if softcap is not None:
-            found.append(_capped(query, key, value, tree.mask_CL(number, window, query.device), dropout, scaling, softcap))
-        else:
-            causal = branch.shared == 0 and window is None
-            found.append(
-                scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    None if causal else tree.mask_CL(number, window, query.device),
-                    dropout,
-                    causal,
-                    scale=scaling,
-                    enable_gqa=query.shape[1] != key.shape[1],
-                )  # fmt: skip
-            )
-    return torch.cat(found, 2).transpose(1, 2).contiguous(), None
+        found = _attend(query_1HTE, key_1KTE, value_1KTE, attention_mask, dropout, scaling, softcap)
+    else:
+        tree.windows.add(sliding_window)
+        parts = []
+        for branch in tree.branches:
+            key, value = key_1KTE[:, :, branch.path_L], value_1KTE[:, :, branch.path_L]
+            window = sliding_window if sliding_window is not None and sliding_window < branch.length else None
+            mask = None if branch.shared == 0 and window is None else tree.visible(branch, window, key.device)
+            parts.append(_attend(query_1HTE[:, :, branch.start : branch.stop], key, value, mask, dropout, scaling, softcap))
+        found = torch.cat(parts, 2)
+    return found.transpose(1, 2).contiguous(), None
 
 
-def _capped(
+def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     dropout: float,
     scaling: float | None,
-    cap: float,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """Attention whose scores are bounded; `mask` says what is seen, and None is the causal one."""
+    """Return the attention of some tokens; `mask` says what they see, and None is the causal one."""
     repeats = query.shape[1] // key.shape[1]
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, mask, dropout, mask is None, scale=scaling, enable_gqa=repeats > 1)
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
-    scores = (scores / cap).tanh() * cap
     if mask is None:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril(scores.shape[3] - scores.shape[2])
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    shares = torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return shares @ value
+    scores = ((scores / softcap).tanh() * softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value
 
 
 AttentionInterface.register(TREE, tree_attention)

@@ -22,9 +22,9 @@ from edge_agent.prompts import PROMPTS
 from edge_agent.training.completion import Completion, judge_outputs, sample_outputs
 from edge_agent.training.contexts import encode_target
 from edge_agent.training.evaluate import evaluate
+from edge_agent.training.head import AnswerScores
 from edge_agent.training.loop import Training, optimize
 from edge_agent.training.methods.nlft import Nlft
-from edge_agent.training.head import AnswerScores
 from edge_agent.training.repair import Turn, repair_outputs, turning_point
 from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted

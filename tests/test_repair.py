@@ -17,8 +17,8 @@ from edge_agent.dataset import Record
 from edge_agent.demo.problems import judged_mistake, problems
 from edge_agent.training.completion import Completion
 from edge_agent.training.contexts import encode_target, record_ids
-from edge_agent.training.methods.method import Target
 from edge_agent.training.head import AnswerScores
+from edge_agent.training.methods.method import Target
 from edge_agent.training.repair import repair_outputs, standard_scores, turning_point
 
 RATIO = 0.1

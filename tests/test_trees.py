@@ -10,8 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
-    AutoModelForCausalLM, FalconConfig, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig, Phi3Config, PhiConfig, PreTrainedConfig,
-    Qwen2Config, Qwen3Config,
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
 )  # fmt: skip
 
 from edge_agent.job import Lora
