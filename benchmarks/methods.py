@@ -49,7 +49,7 @@ from quantization.model_files import find_model
 
 TINY = Path(__file__).parent.parent / "edge_agent" / "demo" / "tiny"
 DOMAINS = ("chain", "distractor", "reversed")
-SEEDS, TUNING_SEEDS, REFT_SEEDS = (1, 2, 3, 4, 5), (101, 102), (1, 2, 3)
+SEEDS, MORE_SEEDS, TUNING_SEEDS, REFT_SEEDS = (1, 2, 3, 4, 5), (6, 7, 8, 9, 10), (101, 102), (1, 2, 3)
 QUESTIONS, TUNING_QUESTIONS = 500, 200
 RATES = (7e-4, 1.5e-3, 3e-3)
 SIZES = (10, 25, 100, 200)
@@ -112,8 +112,8 @@ ROWS: dict[str, Row] = {
 }
 SIZE_ROWS = ("SFT, standard answers", "SFT, both", "NLFT", "NLFT without standard answers")
 SCARCE, SCARCE_ROWS = 25, ("SFT, correct outputs", "control: random unlikelihood tokens")
-"""Where correct outputs are scarce, rows that train on outputs only are measured at this size too."""
-DEFAULT = "NLFT"
+"""Where correct outputs are scarce, rows that train on outputs only are measured at this size too, with WITHOUT on twice the seeds."""
+DEFAULT, WITHOUT = "NLFT", "NLFT without standard answers"
 REFT = {"ReFT": Row({"method.name": "reft"}, beyond=(6e-3,))}
 """Takes many times as long as the rows of the table: a part of its own, beside the default; tuned on the first development seed alone."""
 ABLATION: dict[str, Row] = {
@@ -190,9 +190,11 @@ def cells(part: str, done: dict[str, Outcome]) -> Iterator[Cell]:
     else:
         rates = tuned_rates(done)
         sizes = SIZES if part == "sizes" else (TABLE,)
-        for seed, size, domain in ((s, n, d) for s in (REFT_SEEDS if part == "reft" else SEEDS) for n in sizes for d in DOMAINS):
-            sized = SIZE_ROWS + (SCARCE_ROWS if size == SCARCE else ())
-            for row in {"table": tuple(ROWS), "sizes": sized, "reft": (*REFT, DEFAULT)}[part]:
+        seeds = {"table": SEEDS, "sizes": SEEDS + MORE_SEEDS, "reft": REFT_SEEDS}[part]
+        for seed, size, domain in ((s, n, d) for s in seeds for n in sizes for d in DOMAINS):
+            sized = () if seed in MORE_SEEDS else SIZE_ROWS
+            scarce = tuple(row for row in (WITHOUT, *SCARCE_ROWS) if row not in sized) if size == SCARCE else ()
+            for row in {"table": tuple(ROWS), "sizes": sized + scarce, "reft": (*REFT, DEFAULT)}[part]:
                 yield Cell(part, row, domain, size, seed, rates[(ROWS | REFT)[row].tuned_as or row])
 
 

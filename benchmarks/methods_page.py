@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import msgspec
-from methods import ABLATION, DEFAULT, DOMAINS, QUESTIONS, REFT, ROWS, SCARCE_ROWS, SIZE_ROWS, Outcome
+from methods import ABLATION, DEFAULT, DOMAINS, QUESTIONS, REFT, ROWS, SCARCE_ROWS, SIZE_ROWS, WITHOUT, Outcome
 from scipy.stats import t as student
 
 from edge_agent.files import write_file
@@ -19,7 +19,6 @@ from profiles.device import device_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, PLOT = (ROOT / p for p in ("benchmarks/results/methods.json", "docs/benchmarks.md", "docs/benchmarks.svg"))
-WITHOUT = "NLFT without standard answers"
 NEVER_SEE_ANSWERS = (
     "SFT, correct outputs", "CUT", "NLFT released", "NLFT, token weights only, without standard answers",
     "control: all weights 1, without standard answers", "control: no wrong outputs, no standard answers",
