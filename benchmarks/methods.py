@@ -13,6 +13,7 @@ writes the parts that are finished to benchmarks/results/methods.json, docs/benc
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -112,7 +113,8 @@ ROWS: dict[str, Row] = {
 }
 SIZE_ROWS = ("SFT, standard answers", "SFT, both", "NLFT", "NLFT without standard answers")
 SCARCE, SCARCE_ROWS = 25, ("SFT, correct outputs", "control: random unlikelihood tokens")
-"""Where correct outputs are scarce, rows that train on outputs only are measured at this size too, with WITHOUT on twice the seeds."""
+"""Where correct outputs are scarce, rows that train on outputs only are measured at this size too; they and WITHOUT, at this size and at
+TABLE, with MORE_SEEDS: with SEEDS alone their intervals were too wide to tell them apart."""
 DEFAULT, WITHOUT = "NLFT", "NLFT without standard answers"
 REFT = {"ReFT": Row({"method.name": "reft"}, beyond=(6e-3,))}
 """Takes many times as long as the rows of the table: a part of its own, beside the default; tuned on the first development seed alone."""
@@ -189,12 +191,13 @@ def cells(part: str, done: dict[str, Outcome]) -> Iterator[Cell]:
         yield from (Cell(part, r, d, TABLE, s, ABLATION_RATE, TUNING_QUESTIONS) for s in TUNING_SEEDS for d in DOMAINS for r in ABLATION)
     else:
         rates = tuned_rates(done)
-        sizes = SIZES if part == "sizes" else (TABLE,)
-        seeds = {"table": SEEDS, "sizes": SEEDS + MORE_SEEDS, "reft": REFT_SEEDS}[part]
-        for seed, size, domain in ((s, n, d) for s in seeds for n in sizes for d in DOMAINS):
-            sized = () if seed in MORE_SEEDS else SIZE_ROWS
-            scarce = tuple(row for row in (WITHOUT, *SCARCE_ROWS) if row not in sized) if size == SCARCE else ()
-            for row in {"table": tuple(ROWS), "sizes": sized + scarce, "reft": (*REFT, DEFAULT)}[part]:
+        blocks: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]]] = {
+            "table": [(SEEDS, (TABLE,), tuple(ROWS))],
+            "sizes": [(SEEDS, SIZES, SIZE_ROWS), (SEEDS, (SCARCE,), SCARCE_ROWS), (MORE_SEEDS, (SCARCE, TABLE), (WITHOUT, *SCARCE_ROWS))],
+            "reft": [(REFT_SEEDS, (TABLE,), (*REFT, DEFAULT))],
+        }
+        for seeds, sizes, rows in blocks[part]:
+            for seed, size, domain, row in itertools.product(seeds, sizes, DOMAINS, rows):
                 yield Cell(part, row, domain, size, seed, rates[(ROWS | REFT)[row].tuned_as or row])
 
 

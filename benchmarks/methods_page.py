@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import msgspec
-from methods import ABLATION, DEFAULT, DOMAINS, QUESTIONS, REFT, ROWS, SCARCE_ROWS, SIZE_ROWS, WITHOUT, Outcome
+from methods import ABLATION, DEFAULT, DOMAINS, QUESTIONS, REFT, ROWS, SCARCE_ROWS, SIZE_ROWS, TABLE, TUNING_SEEDS, WITHOUT, Outcome
 from scipy.stats import t as student
 
 from edge_agent.files import write_file
@@ -84,7 +84,7 @@ def tables(results: Results) -> dict[str, list[str]]:
     parts: dict[str, list[Outcome]] = defaultdict(list)
     for cell in results.cells:
         parts[cell.part].append(cell)
-    table = parts["table"] + [c for c in parts["reft"] if c.row in REFT]
+    table = parts["table"] + [c for c in parts["sizes"] if c.records == TABLE] + [c for c in parts["reft"] if c.row in REFT]
     sizes = parts["sizes"] + parts["table"]
     bases = {
         d: [share(v) for key, v in results.bases.items() if key.startswith(f"{d}/") and key.endswith(f"/{QUESTIONS}")] for d in DOMAINS
@@ -126,9 +126,13 @@ def accuracy(seeds: dict[int, Outcome]) -> str:
 
 
 def ablation_table(cells: list[Outcome]) -> list[str]:
-    """Means only: an interval over two seeds says nothing."""
-    body = [[row, *(f"{mean(share(c.correct) for c in by_seed(cells, row, d).values()):.1f}" for d in DOMAINS)] for row in rows_of(cells)]
-    return markdown(("", *DOMAINS), body)
+    """Means only: an interval over two seeds says nothing. Cost is that of the second seed, whose jobs had the machine to themselves."""
+    body = []
+    for row in rows_of(cells):
+        accuracies = [f"{mean(share(c.correct) for c in by_seed(cells, row, d).values()):.1f}" for d in DOMAINS]
+        second = [c for c in cells if c.row == row and c.seed == TUNING_SEEDS[-1]]
+        body.append([row, *accuracies, f"{median(map(own_seconds, second)):.1f}", f"{median(c.tokens for c in second):,.0f}"])
+    return markdown(("", *DOMAINS, "seconds", "tokens"), body)
 
 
 def difference(cells: list[Outcome], ours: str, theirs: str, domain: str) -> str:
