@@ -114,7 +114,7 @@ ROWS: dict[str, Row] = {
 SIZE_ROWS = ("SFT, standard answers", "SFT, both", "NLFT", "NLFT without standard answers")
 SCARCE, SCARCE_ROWS = 25, ("SFT, correct outputs", "control: random unlikelihood tokens")
 """Where correct outputs are scarce, rows that train on outputs only are measured at this size too; they and WITHOUT, at this size and at
-TABLE, with MORE_SEEDS: with SEEDS alone their intervals were too wide to tell them apart."""
+TABLE, with MORE_SEEDS, added when SEEDS alone had not told WITHOUT from the first of them on every domain."""
 DEFAULT, WITHOUT = "NLFT", "NLFT without standard answers"
 REFT = {"ReFT": Row({"method.name": "reft"}, beyond=(6e-3,))}
 """Takes many times as long as the rows of the table: a part of its own, beside the default; tuned on the first development seed alone."""

@@ -92,7 +92,7 @@ def tables(results: Results) -> dict[str, list[str]]:
     return {
         "table": accuracy_table(table, bases),
         "differences": difference_table(table, DEFAULT, rows_of(table)),
-        "without": difference_table(table, WITHOUT, NEVER_SEE_ANSWERS),
+        "without": difference_table(table, WITHOUT, (*NEVER_SEE_ANSWERS, "SFT, standard answers")),
         "cost": cost_table(table),
         "reft": reft_table(parts["reft"]),
         "sizes": size_table(sizes),
