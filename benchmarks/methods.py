@@ -13,6 +13,7 @@ writes the parts that are finished to benchmarks/results/methods.json, docs/benc
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -49,7 +50,7 @@ from quantization.model_files import find_model
 
 TINY = Path(__file__).parent.parent / "edge_agent" / "demo" / "tiny"
 DOMAINS = ("chain", "distractor", "reversed")
-SEEDS, TUNING_SEEDS, REFT_SEEDS = (1, 2, 3, 4, 5), (101, 102), (1, 2, 3)
+SEEDS, MORE_SEEDS, TUNING_SEEDS, REFT_SEEDS = (1, 2, 3, 4, 5), (6, 7, 8, 9, 10), (101, 102), (1, 2, 3)
 QUESTIONS, TUNING_QUESTIONS = 500, 200
 RATES = (7e-4, 1.5e-3, 3e-3)
 SIZES = (10, 25, 100, 200)
@@ -112,8 +113,9 @@ ROWS: dict[str, Row] = {
 }
 SIZE_ROWS = ("SFT, standard answers", "SFT, both", "NLFT", "NLFT without standard answers")
 SCARCE, SCARCE_ROWS = 25, ("SFT, correct outputs", "control: random unlikelihood tokens")
-"""Where correct outputs are scarce, rows that train on outputs only are measured at this size too."""
-DEFAULT = "NLFT"
+"""Where correct outputs are scarce, rows that train on outputs only are measured at this size too; they and WITHOUT, at this size and at
+TABLE, with MORE_SEEDS, added when SEEDS alone had not told WITHOUT from the first of them on every domain."""
+DEFAULT, WITHOUT = "NLFT", "NLFT without standard answers"
 REFT = {"ReFT": Row({"method.name": "reft"}, beyond=(6e-3,))}
 """Takes many times as long as the rows of the table: a part of its own, beside the default; tuned on the first development seed alone."""
 ABLATION: dict[str, Row] = {
@@ -189,10 +191,13 @@ def cells(part: str, done: dict[str, Outcome]) -> Iterator[Cell]:
         yield from (Cell(part, r, d, TABLE, s, ABLATION_RATE, TUNING_QUESTIONS) for s in TUNING_SEEDS for d in DOMAINS for r in ABLATION)
     else:
         rates = tuned_rates(done)
-        sizes = SIZES if part == "sizes" else (TABLE,)
-        for seed, size, domain in ((s, n, d) for s in (REFT_SEEDS if part == "reft" else SEEDS) for n in sizes for d in DOMAINS):
-            sized = SIZE_ROWS + (SCARCE_ROWS if size == SCARCE else ())
-            for row in {"table": tuple(ROWS), "sizes": sized, "reft": (*REFT, DEFAULT)}[part]:
+        blocks: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]]] = {
+            "table": [(SEEDS, (TABLE,), tuple(ROWS))],
+            "sizes": [(SEEDS, SIZES, SIZE_ROWS), (SEEDS, (SCARCE,), SCARCE_ROWS), (MORE_SEEDS, (SCARCE, TABLE), (WITHOUT, *SCARCE_ROWS))],
+            "reft": [(REFT_SEEDS, (TABLE,), (*REFT, DEFAULT))],
+        }
+        for seeds, sizes, rows in blocks[part]:
+            for seed, size, domain, row in itertools.product(seeds, sizes, DOMAINS, rows):
                 yield Cell(part, row, domain, size, seed, rates[(ROWS | REFT)[row].tuned_as or row])
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import methods
 import methods_page
 
 
@@ -32,6 +33,7 @@ def test_cells_of_a_seed_are_held_against_the_same_questions(results: Any) -> No
     for cell in results.cells:
         assert len(cell.correct) == (500 if cell.part in ("table", "sizes", "reft") else 200)
         found.setdefault((cell.part, cell.row, cell.records), set()).add((cell.domain, cell.seed))
-    for (part, row, _), cells in found.items():
-        seeds = {"table": 5, "sizes": 5, "ablation": 2, "tune": 1 if row == "ReFT" else 2, "reft": 3}[part]
+    for (part, row, size), cells in found.items():
+        scarce = size == methods.SCARCE and row in (methods.WITHOUT, *methods.SCARCE_ROWS)
+        seeds = {"table": 5, "sizes": 10 if scarce else 5, "ablation": 2, "tune": 1 if row == "ReFT" else 2, "reft": 3}[part]
         assert len(cells) == 3 * seeds, (part, row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import takewhile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -94,6 +94,7 @@ def _sample(name: str, output: str, answer: str = "#### 19", judgment: str = "St
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=60, deadline=None)
 @given(output=texts, answer=texts, judgment=texts)
+@example(output=" 0", answer="0", judgment="0")
 def test_answer_ids_are_the_same_in_every_context(name: str, output: str, answer: str, judgment: str) -> None:
     """In the rows that the model sees, each context ends in the same ids, whatever stands before; they spell the output."""
     sample = _sample(name, output, answer, judgment)
@@ -102,7 +103,9 @@ def test_answer_ids_are_the_same_in_every_context(name: str, output: str, answer
         assert tuple(layout.ids[at] for at in places[-len(sample.answer) :]) == sample.answer
     tokenizer = TOKENIZERS[name]
     assert sample.answer[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(sample.answer[:-1]) == output
+    # A sentencepiece tokenizer puts a blank before every text but those that begin with one, and takes one away when it decodes.
+    blank = " " if name.startswith("sentencepiece") else ""
+    assert tokenizer.decode(sample.answer[:-1]) == output.removeprefix(blank)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
