@@ -117,7 +117,7 @@ SCARCE, SCARCE_ROWS = 25, ("SFT, correct outputs", "control: random unlikelihood
 TABLE, with MORE_SEEDS, added when SEEDS alone had not told WITHOUT from the first of them on every domain."""
 DEFAULT, WITHOUT = "NLFT", "NLFT without standard answers"
 REFT = {"ReFT": Row({"method.name": "reft"}, beyond=(6e-3,))}
-"""Takes many times as long as the rows of the table: a part of its own, beside the default; tuned on the first development seed alone."""
+"""Samples while it trains: a part of its own, in turn with the default on three seeds; tuned on the first development seed alone."""
 ABLATION: dict[str, Row] = {
     "released": Row(nlft(**RELEASED)),
     "A1: plus -log of the output in the judge context": Row(nlft(**RELEASED), control=controls.JudgeLikelihood),

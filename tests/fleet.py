@@ -42,7 +42,7 @@ from edge_agent.topics import down
 NODE = "node-1"
 DEADLINE_S = 120.0
 MOSQUITTO = shutil.which("mosquitto", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
-# Some 10 seconds of work: updates of several micro-batches, with dropout, a checkpoint after every update.
+# Some 10 seconds of work, with dropout, a checkpoint after every update.
 QUICK = {
     "evaluation.questions": 10, "evaluation.max_new_tokens": 60, "schedule.learning_rate": 0.002, "schedule.batch": 12,
     "schedule.updates": 8, "schedule.checkpoint_s": 0, "lora.dropout": 0.05, "sampling.outputs": 2,
