@@ -23,13 +23,13 @@ class FusedLinear4bit(Linear4bit):  # type: ignore[misc]
         """Return W x + scaling * B A dropout(x)."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant or args or kwargs:
-            return super().forward(x, *args, **kwargs)
+            result: torch.Tensor = super().forward(x, *args, **kwargs)
+            return result
         (name,) = active
         dropout = self.lora_dropout[name]
         low_input = x if isinstance(dropout, torch.nn.Identity) or not self.training else dropout(x)
         weights = self.lora_A[name].weight, self.lora_B[name].weight
-        found: torch.Tensor = _FusedLinear.apply(x, low_input, *weights, self.scaling[name], self.base_layer)
-        return found
+        return _FusedLinear.apply(x, low_input, *weights, self.scaling[name], self.base_layer)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _FusedLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, low_input: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float,
         base: bitsandbytes.nn.Linear4bit,
     ) -> torch.Tensor:  # fmt: skip
-        y = base(x)
+        y: torch.Tensor = base(x)
         y_NO, low_input_NI = y.view(-1, y.shape[-1]), low_input.reshape(-1, x.shape[-1])
         low_NR = low_input_NI @ a_RI.t().to(x.dtype)
         y_NO.addmm_(low_NR, b_OR.t().to(x.dtype), alpha=scaling)
