@@ -1,0 +1,169 @@
+"""Holds an epoch of the engine against TRL and the released scheme: `python benchmarks/step.py` writes benchmarks/results/step-DEVICE.json.
+
+Seconds and peak memory of an epoch of NLFT and of SFT on the same records, beside TRL's SFTTrainer with the same QLoRA settings in each of
+its options, and the scheme of the released NLFT code (three padded rows a record, all with gradient). Records are GSM8K questions with a
+real model's outputs, half of them wrong, with an instruction of 500 tokens and with an empty one; the model has a real shape and
+random weights in NF4, LoRA of rank 16 on all projections, activation checkpointing in all. Every arm is a process of its own; rounds go
+through all arms in turn, one at a time, so that ratios are of neighbours. The ratio is the median over the rounds of an arm's seconds over those
+of the fastest option of TRL in the same round.
+
+`--shape` takes the shapes of benchmarks/shapes.py, `--device cuda` runs on a GPU. Needs GSM8K's files (`--data`), and trl (`pip install '.[bench]'`).
+About 50 minutes on two cores. Does not cover accuracy: benchmarks/methods.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack, suppress
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+from gsm8k import DATA
+from rich.console import Console
+from rich.table import Table
+from shapes import NAMES, write_model
+from step_arms import OURS, TRL, Epoch, Settings
+
+from edge_agent.training.outcome import versions
+from profiles.device import device_name
+
+MIB = 2**20
+ARMS = (*OURS, *TRL)
+
+
+class Row(msgspec.Struct):
+    """One arm in one setting: every round's seconds, the tokens of an epoch where the arm counts them, and its memory."""
+
+    shape: str
+    micro_batch: int
+    instruction: int
+    records: int
+    arm: str
+    seconds: list[float]
+    tokens: int
+    peak_bytes: int
+    """Above what the process holds between epochs: activations, gradients and what comes and goes."""
+
+
+class Arm:
+    """A process that runs an epoch when it is told to."""
+
+    def __init__(self, settings: Settings) -> None:
+        command = [sys.executable, str(Path(__file__).parent / "step_arms.py"), msgspec.json.encode(settings).decode()]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1"}
+        self.name = settings.arm
+        self._log = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
+        )
+
+    def epoch(self, kind: str) -> Epoch:
+        """Run one epoch; `kind` is "time" or "memory"."""
+        if self._process.stdin is None or self._process.stdout is None:
+            raise SystemExit(f"{self.name}: no pipes")
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{kind}\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise SystemExit(f"{self.name} ended: {self._log.read()[-3000:].decode(errors='replace')}")
+        return msgspec.json.decode(line, type=Epoch)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate(timeout=60)
+        self._log.close()
+
+
+def measure(settings: list[Settings], rounds: int, shape: str) -> list[Row]:
+    """Return the rows of one setting: a round to warm up, the rounds that count, and one for memory."""
+    with ExitStack() as stack:
+        arms = [Arm(s) for s in settings]
+        for arm in arms:
+            stack.callback(arm.close)
+            arm.epoch("time")
+        found: dict[str, list[Epoch]] = {arm.name: [] for arm in arms}
+        for _ in range(rounds):
+            for arm in arms:
+                found[arm.name].append(arm.epoch("time"))
+        peaks = {arm.name: arm.epoch("memory").peak_bytes for arm in arms}
+    return [
+        Row(
+            shape, s.micro_batch, s.instruction, s.records, s.arm, [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens,
+            peaks[s.arm],
+        )
+        for s in settings
+    ]  # fmt: skip
+
+
+def ratios(rows: list[Row]) -> dict[str, tuple[float, float, float]]:
+    """Return of every arm the median, least and greatest ratio of its seconds to those of TRL's fastest option in the same round."""
+    theirs = [r.seconds for r in rows if r.arm in TRL]
+    if not theirs:
+        return {}
+    fastest = min(theirs, key=median)
+    found = {}
+    for row in rows:
+        per_round = [own / other for own, other in zip(row.seconds, fastest, strict=True)]
+        found[row.arm] = median(per_round), min(per_round), max(per_round)
+    return found
+
+
+def table(rows: list[Row]) -> Table:
+    first = rows[0]
+    view = Table(
+        "arm", "s an epoch", "of TRL's", "least to greatest", "MiB", "tokens",
+        title=f"{first.shape}, micro-batch {first.micro_batch}, instruction of {first.instruction} tokens, {first.records} records",
+    )  # fmt: skip
+    of_trl = ratios(rows)
+    for row in rows:
+        middle, least, greatest = of_trl.get(row.arm, (float("nan"),) * 3)
+        spread = f"{least:.2f} to {greatest:.2f}"
+        cells = f"{median(row.seconds):.2f}", f"{middle:.2f}", spread, f"{row.peak_bytes / MIB:,.0f}", f"{row.tokens or '':,}"
+        view.add_row(row.arm, *cells)
+    return view
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=NAMES, default="llama-100m")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data", type=Path, default=DATA, help="directory of GSM8K's train.jsonl and model_outputs_6b.jsonl")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--instruction", type=int, nargs="+", default=[500, 0], help="tokens")
+    parser.add_argument("--records", type=int, default=8, help="of an epoch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--out", type=Path)
+    options: Any = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as directory:
+        model = write_model(Path(directory) / options.shape, options.shape)
+        for instruction in options.instruction:
+            for micro in options.micro_batch:
+                names = (str(model), str(options.data), options.device)
+                settings = [Settings(arm, *names, micro, instruction, options.records) for arm in options.arms]
+                found = measure(settings, options.rounds, options.shape)
+                Console(width=max(Console().width, 100)).print(table(found))
+                rows += found
+    report = {
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), "machine": device_name(options.device),
+        "versions": versions() | {"trl": version("trl")}, "rows": rows,
+    }  # fmt: skip
+    out = options.out or Path(__file__).parent / "results" / f"step-{options.device}-{options.shape}.json"
+    out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    print(json.dumps({"written": str(out)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What `benchmarks/step.py` holds side by side, each in a process of its own: `python benchmarks/step_arms.py SETTINGS`.
+
+A process makes its model, then runs one epoch for every line on standard input and answers with what it took, as a line of JSON. The engine
+runs as a job does, with the thresholds of the C library's malloc fixed (profiles/memory.py), which costs time; the others get them
+when a line says `memory`, so that theirs is the memory in use too, and their time is not spent on that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from gsm8k import as_imitation, samples
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+from edge_agent.job import Lora, NlftOptions, Schedule, SftOptions
+from edge_agent.training.contexts import Sample
+from edge_agent.training.loop import Training, order, trained
+from edge_agent.training.methods.method import Scores
+from edge_agent.training.methods.nlft import Nlft, token_weights
+from edge_agent.training.methods.sft import Sft
+from edge_agent.training.scoring import weigh
+from edge_agent.training.weighted import Weighted
+from profiles.device import device_profile
+from profiles.memory import CudaMemory, HostMemory, Memory, fix_malloc
+from quantization.adapter import attach_adapter, checkpoint_activations
+from quantization.load import keep_training_kernel, load_model
+from quantization.model_files import find_model
+from quantization.plan import HEAD_CHUNK, Plan
+
+SEED, BATCH, LEARNING_RATE = 7, 8, 2e-4
+LORA = Lora(rank=16, alpha=16.0, dropout=0.0, targets="all")
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """One process: what it runs, on which model and data."""
+
+    arm: str
+    model: str
+    data: str
+    device: str
+    micro_batch: int
+    instruction: int
+    records: int
+
+
+class Epoch(msgspec.Struct, frozen=True):
+    """What one epoch took. `peak_bytes` is above what the process held before it."""
+
+    seconds: float
+    peak_bytes: int
+    tokens: int
+
+
+class Work(NamedTuple):
+    """What every arm is made of."""
+
+    settings: Settings
+    tokenizer: Any
+    samples: list[Sample]
+    device: str
+
+    def batches(self) -> Iterator[list[list[Sample]]]:
+        """The updates of an epoch in micro-batches, longest first."""
+        for update in order(len(self.samples), Schedule(batch=BATCH, epochs=1), SEED):
+            chosen = sorted((self.samples[i] for i in update), key=lambda s: -s.longest)
+            yield [chosen[start : start + self.settings.micro_batch] for start in range(0, len(chosen), self.settings.micro_batch)]
+
+
+def ours(work: Work, method: Any, rows: list[Sample], score_only: bool = False) -> Callable[[], int]:
+    """The engine: a pack a micro-batch; weights by the method, renewed when it says."""
+    fix_malloc()
+    s = work.settings
+    model = attach_adapter(load_model(find_model(s.model), device_profile(s.device)), LORA, SEED, s.model)
+    checkpoint_activations(model)
+    plan = Plan("benchmark", s.micro_batch, HEAD_CHUNK, True, 1, 0, ())
+    schedule = Schedule(batch=BATCH, epochs=1, learning_rate=LEARNING_RATE)
+    training = Training("", schedule, SEED, plan, work.tokenizer, Path(), method)
+    _, weights = weigh(model, method, rows, plan, work.tokenizer.pad_token_id, lambda *_: None)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
+
+    def score() -> int:
+        counted: list[int] = []
+        weigh(model, method, rows, plan, work.tokenizer.pad_token_id, lambda done, total, tokens, *_: counted.append(tokens))
+        return sum(counted)
+
+    def epoch() -> int:
+        objective, tokens = Weighted(model, rows, weights, training), 0
+        for update in range(objective.updates):
+            tokens += objective.backward(update, lambda *_: None)[1]
+            torch.nn.utils.clip_grad_norm_(objective.parameters.values(), schedule.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        return tokens
+
+    return score if score_only else epoch
+
+
+def _plain_model(work: Work) -> Any:
+    """The same model as any script loads it: transformers and bitsandbytes."""
+    profile = device_profile(work.settings.device)
+    dtype = getattr(torch, profile.compute_dtype)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        work.settings.model, dtype=dtype, quantization_config=nf4, device_map={"": work.device}, local_files_only=True
+    )
+    keep_training_kernel(model)
+    return model
+
+
+def released(work: Work) -> Callable[[], int]:
+    """The scheme of the released NLFT code, written anew on the same model: three padded rows a record, all with gradient.
+
+    A correct output takes the base row twice, as there; the softmax over the vocabulary of every row and place is kept in 32 bits.
+    """
+    model = attach_adapter(_plain_model(work), LORA, SEED, work.settings.model)
+    checkpoint_activations(model)
+    model.train()
+    options, pad = NlftOptions.released(), work.tokenizer.pad_token_id
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
+
+    def micro_batch(group: list[Sample], answer_tokens: int) -> int:
+        rows = [(*s.prompts[c], *s.answer) for s in group for c in ("base", "judge" if "judge" in s.prompts else "base", "standard")]
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+        probabilities = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().softmax(-1)
+        loss = torch.zeros((), device=model.device)
+        for number, sample in enumerate(group):
+            target = torch.tensor(sample.answer, device=model.device)
+            base, judge, standard = (
+                probabilities[3 * number + k, len(rows[3 * number + k]) - len(target) - 1 : len(rows[3 * number + k]) - 1]
+                .gather(1, target[:, None])[:, 0]
+                .clamp(1e-12, 1 - 1e-7)
+                for k in range(3)
+            )
+            judged = judge.detach().log() if sample.target.kind == "incorrect" else None
+            # Clusters need hidden states, which a whole model does not return by itself; they cost nothing beside it.
+            weights = token_weights(sample.target.kind, base.detach().log(), standard.detach().log(), judged, None, _unclustered(options))
+            loss = loss - (weights.likelihood_T * base.log() + weights.unlikelihood_T * (1 - base).log()).sum()
+        (loss / answer_tokens).backward()
+        return ids.numel()
+
+    def epoch() -> int:
+        tokens = 0
+        for groups in work.batches():
+            answer_tokens = sum(len(s.answer) for group in groups for s in group)
+            tokens += sum(micro_batch(group, answer_tokens) for group in groups)
+            optimizer.step()
+            optimizer.zero_grad()
+        return tokens
+
+    return epoch
+
+
+def _unclustered(options: NlftOptions) -> NlftOptions:
+    return msgspec.structs.replace(options, cluster="none")
+
+
+class Rounds(TrainerCallback):  # type: ignore[misc]
+    """Lets a trainer run one epoch at a time."""
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        """Wait for the next line."""
+        self.measure = wait()
+
+    def on_epoch_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Answer."""
+        self.measure(0)
+
+
+def trl(work: Work, **options: Any) -> None:
+    """TRL's SFTTrainer on the same tokens, with the same adapter, schedule and checkpointing; runs epochs until the input ends."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"input_ids": [*s.prompts["base"], *s.answer], "prompt": len(s.prompts["base"])} for s in work.samples]
+    data = Dataset.from_list(
+        [{"input_ids": r["input_ids"], "completion_mask": [0] * r["prompt"] + [1] * (len(r["input_ids"]) - r["prompt"])} for r in rows]
+    )
+    longest = max(len(r["input_ids"]) for r in rows)
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work.settings.micro_batch,
+        gradient_accumulation_steps=BATCH // work.settings.micro_batch, num_train_epochs=1000, learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant", completion_only_loss=True, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, max_grad_norm=1.0, logging_strategy="no", save_strategy="no",
+        report_to="none", seed=SEED, disable_tqdm=True, optim="adamw_torch", bf16=work.settings.device == "cuda",
+        use_cpu=work.settings.device == "cpu", **{"max_length": longest} | options,
+    )  # fmt: skip
+    lora = LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        _plain_model(work), args=config, train_dataset=data, processing_class=work.tokenizer, peft_config=lora, callbacks=[Rounds()]
+    )
+    trainer.train()
+
+
+LONG_ENOUGH = 2048
+"""Tokens of a packed row of TRL: several records."""
+OURS: dict[str, Callable[[Work], Callable[[], int]]] = {
+    "SFT": lambda w: ours(w, Sft(SftOptions()), [as_imitation(s) for s in w.samples]),
+    "NLFT, scored live": lambda w: ours(w, Nlft(NlftOptions(references="live")), w.samples),
+    "NLFT, scored before": lambda w: ours(w, Nlft(NlftOptions(references="once")), w.samples),
+    "scoring": lambda w: ours(w, Nlft(NlftOptions(references="once")), w.samples, score_only=True),
+    "released scheme": released,
+}
+TRL: dict[str, dict[str, Any]] = {
+    "TRL": {},
+    "TRL, grouped by length": {"train_sampling_strategy": "group_by_length"},
+    "TRL, padding-free": {"padding_free": True},
+    "TRL, packed": {"packing": True, "max_length": LONG_ENOUGH},
+}
+"""SFTTrainer by its options. Its loss never holds the logits of all tokens in any of them."""
+
+
+def wait() -> Callable[[int], None]:
+    """Wait for a line; return what answers it when the epoch is over. Ends the process at the end of the input."""
+    line = sys.stdin.readline().strip()
+    if not line:
+        os._exit(0)
+    if line == "memory":
+        fix_malloc()
+    memory = MEMORY[0]
+    memory.release()
+    before, started = memory.current_bytes(), time.perf_counter()
+
+    def answer(tokens: int) -> None:
+        synchronize()
+        seconds = time.perf_counter() - started
+        OUT.write(json.dumps({"seconds": seconds, "peak_bytes": memory.peak_bytes() - before, "tokens": tokens}) + "\n")
+        OUT.flush()
+
+    return answer
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+OUT = io.TextIOWrapper(os.fdopen(os.dup(1), "wb"))
+MEMORY: list[Memory] = []
+
+
+def main() -> None:
+    settings = msgspec.json.decode(sys.argv[1], type=Settings)
+    os.dup2(2, 1)  # libraries may print
+    device = "cpu" if settings.device == "cpu" else "cuda:0"
+    MEMORY.append(HostMemory() if settings.device == "cpu" else CudaMemory(0))
+    tokenizer, rows = samples(Path(settings.data), settings.records, settings.instruction, NlftOptions(standard_answers=False))
+    work = Work(settings, tokenizer, rows, device)
+    if settings.arm in TRL:
+        trl(work, **TRL[settings.arm])
+    epoch = OURS[settings.arm](work)
+    while True:
+        measure = wait()
+        measure(epoch())
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
