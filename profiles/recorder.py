@@ -82,7 +82,8 @@ class Recorder:
             self._synchronize()
             row.seconds, row.cpu_seconds = time.monotonic() - wall, time.process_time() - cpu
             row.energy_j, row.energy_reason = _energy(energy, self.meter.joules(), row.seconds)
-            row.peak_bytes, row.peak_resident_bytes = self.memory.peak_bytes(), self._host.peak_bytes()
+            row.peak_bytes = self.memory.peak_bytes()
+            row.peak_resident_bytes = row.peak_bytes if self._host is self.memory else self._host.peak_bytes()
             row.peak_allocated_bytes, row.peak_reserved_bytes = self.memory.peak_on_gpu_bytes()
         self._on_stage(row, True)
 

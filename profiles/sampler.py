@@ -81,7 +81,7 @@ class Sampler:
         self, recorder: Recorder, device: DeviceProfile, file: Path, per_s: float = PER_S, most: int = MAX_SAMPLES, machine: Machine = HERE
     ) -> None:
         self._recorder, self._device, self._machine = recorder, device, machine
-        self._file, self._pause_s, self._most = file, 1 / per_s, most
+        self._journal, self._pause_s = _Journal(file, most), 1 / per_s
         self._ended = Event()
         self._thread = Thread(target=self._run, name="sampler", daemon=True)
         self.cpu_s = 0.0
@@ -103,12 +103,11 @@ class Sampler:
             self._sample_until_ended()
 
     def _sample_until_ended(self) -> None:
-        journal, sensors = _Journal(self._file, self._most), DeviceSensors(self._device, self._machine)
-        pause_s = self._pause_s
+        sensors, pause_s = DeviceSensors(self._device, self._machine), self._pause_s
         while not self._ended.wait(pause_s):
             before = time.thread_time()
             self._recorder.meter.joules()  # power is added up at this rate
-            journal.add(self._sample(sensors))
+            self._journal.add(self._sample(sensors))
             took = time.thread_time() - before
             self.cpu_s += took
             pause_s = max(self._pause_s, took / MOST_SHARE)
