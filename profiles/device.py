@@ -59,8 +59,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 def profile_names() -> list[str]:
     """Return the names of all profiles: first those of one device, then those of any device of a kind."""
-    names = [file.name.removesuffix(".toml") for file in (files("profiles") / "devices").iterdir() if file.name.endswith(".toml")]
-    return sorted(names, key=lambda name: (name in GENERIC and GENERIC.index(name) + 1, name))
+    names = {file.name.removesuffix(".toml") for file in (files("profiles") / "devices").iterdir() if file.name.endswith(".toml")}
+    return [*sorted(names - {*GENERIC}), *GENERIC]
 
 
 def device_profile(name: str) -> DeviceProfile:

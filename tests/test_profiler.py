@@ -21,6 +21,7 @@ from machines import orin_nano, server, write
 
 from edge_agent.report import Energy, Result
 from edge_agent.training.outcome import describe_energy
+from profiles import jetson
 from profiles.device import device_profile
 from profiles.energy import Counter, Integral, Meter, NoMeter, find_meter
 from profiles.host import HERE, Absent, Machine
@@ -61,9 +62,7 @@ def test_energy_is_the_integral_of_power(tmp_path: Path, power_w: Callable[[floa
     """Ten seconds of a known curve, twice a second, through the files of an INA3221: within half an interval of the step, else exact."""
     machine, clock = orin_nano(tmp_path), Clock()
     _set_power(machine, power_w(0))
-    meter = find_meter(NANO, machine)
-    assert meter.source == "ina3221"
-    meter = Integral("ina3221", meter._power, machine, clock)  # type: ignore[attr-defined]
+    meter = Integral("ina3221", jetson.power_w, machine, clock)
     for tick in range(21):
         clock.now = tick / 2
         _set_power(machine, power_w(clock.now))
@@ -88,8 +87,7 @@ def test_energy_of_power_that_is_linear_between_looks_is_exact(steps: list[tuple
 def test_reading_that_fails_is_bridged(tmp_path: Path) -> None:
     """In the middle it costs accuracy only; where the energy is asked for it is null with its reason."""
     machine, clock = orin_nano(tmp_path), Clock()
-    found = find_meter(NANO, machine)
-    meter = Integral("ina3221", found._power, machine, clock)  # type: ignore[attr-defined]
+    meter = Integral("ina3221", jetson.power_w, machine, clock)
     _set_power(machine, 10)
     assert meter.joules() == Reading(0.0)
     clock.now = 1
@@ -110,8 +108,9 @@ def test_device_without_a_meter_says_why(tmp_path: Path) -> None:
     }
 
 
-def test_counter_is_preferred_where_it_can_be_read(tmp_path: Path) -> None:
-    """A processor with a counter has it as its source."""
+def test_device_with_a_meter_has_it_as_its_source(tmp_path: Path) -> None:
+    """A Jetson the monitors of its module, a processor its counter."""
+    assert find_meter(NANO, orin_nano(tmp_path / "nano")).source == "ina3221"
     machine = server(tmp_path)
     write(machine.sys / "class/powercap/intel-rapl:0", {"name": "package-0", "energy_uj": 7, "max_energy_range_uj": 9})
     meter = find_meter(device_profile("cpu"), machine)
@@ -230,7 +229,7 @@ def test_sampler_ends_with_the_run(tmp_path: Path) -> None:
 
 
 def test_sampler_takes_its_share_and_no_more(tmp_path: Path) -> None:
-    """Sensors that take 20 ms of processor time are looked at so seldom that this is 1 % of the time, however often was asked for."""
+    """Sensors that take 20 ms of processor time are looked at so seldom that this is 1 % of the time, however often they were to be."""
     machine = orin_nano(tmp_path)
 
     def slow(_: Machine) -> float:
@@ -242,9 +241,8 @@ def test_sampler_takes_its_share_and_no_more(tmp_path: Path) -> None:
     recorder, started = _recorder(Counter("rapl", slow)), time.monotonic()
     sampler = _sampler(recorder, tmp_path / "profile.jsonl", machine, per_s=100)
     _wait(lambda: sampler.cpu_s > 0.03)
-    took_s = time.monotonic() - started
     sampler.stop()
-    assert sampler.cpu_s - 0.03 <= MOST_SHARE * took_s + 0.03  # all but the last sample have been waited for
+    assert time.monotonic() - started >= 0.02 / MOST_SHARE  # between the first sample and the second
 
 
 @pytest.mark.parametrize("breakage", ["sensors", "file"])
@@ -255,14 +253,12 @@ def test_sampler_never_fails_the_run(tmp_path: Path, breakage: str) -> None:
         file.parent.mkdir()
         (machine.proc / "meminfo").unlink()
         (machine.sys / "class/hwmon/hwmon1/in1_input").unlink()
-    recorder = _recorder(find_meter(NANO, machine))
-    sampler = _sampler(recorder, file, machine, per_s=50)
-    _wait(lambda: not file.parent.exists() or len(_samples(file)) > 1)
+    sampler = _sampler(_recorder(find_meter(NANO, machine)), file, machine, per_s=50)
+    _wait(lambda: sampler.cpu_s > 0)
     sampler.stop()
-    if breakage == "sensors":
-        for sample in _samples(file):
-            assert sample.free_bytes.reason == sample.power_w.reason == "it cannot be read: FileNotFoundError"
-    assert not sampler._thread.is_alive()
+    assert file.exists() == (breakage == "sensors")
+    for sample in _samples(file) if file.exists() else []:
+        assert sample.free_bytes.reason == sample.power_w.reason == "it cannot be read: FileNotFoundError"
 
 
 def test_file_of_samples_is_bounded_and_covers_the_run(tmp_path: Path) -> None:
@@ -279,7 +275,7 @@ def test_file_of_samples_is_bounded_and_covers_the_run(tmp_path: Path) -> None:
     recorder.meter = Counter("rapl", counted)
     started = time.time()
     sampler = _sampler(recorder, file, machine, per_s=1000, most=most)
-    _wait(lambda: looks.count > 10 * most)
+    _wait(lambda: looks.count > 4 * most)
     sampler.stop()
     times = [s.time for s in _samples(file)]
     middle = (started + times[-1]) / 2
