@@ -39,6 +39,7 @@ from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from profiles.device import device_name
 from profiles.energy import find_meter
+from profiles.memory import fix_malloc
 from profiles.sampler import sampled
 from quantization.adapter import attach_adapter
 from quantization.load import load_model
@@ -130,7 +131,7 @@ def overhead(bare: list[float], profiled: list[float]) -> Overhead:
 
 
 def outside(n: int) -> int:
-    """How many of n sorted values lie on each side of the narrowest interval that holds the median with at least 95 %."""
+    """How many of n sorted values, six at least, lie on each side of the narrowest interval that holds the median with 95 % or more."""
     tail, k = 0.0, 0
     while (tail := tail + comb(n, k) / 2**n) <= 0.025:
         k += 1
@@ -141,11 +142,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=NAMES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--records", type=int, default=160)
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--records", type=int, default=400)
+    parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options: Any = parser.parse_args()
     torch.set_num_threads(1)
+    fix_malloc()  # as a job does
     with tempfile.TemporaryDirectory() as directory:
         work = prepare(write_model(Path(directory) / "model", options.shape), options.device, options.records, Path(directory))
         found = pairs(work, options.pairs)
