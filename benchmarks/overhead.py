@@ -1,8 +1,11 @@
 """What the profiler and the events of a run cost: `python benchmarks/overhead.py` writes benchmarks/results/overhead.json.
 
-An epoch of training is run in pairs, once as a job runs it (stages measured, sampler, events written to disk) and once bare, in
-turns of order, so that whatever else the machine does hits both alike. The overhead is the median of the pairs' ratios less 1, with the
-95 % interval of a median (order statistics, no assumption of a distribution), in wall time and in processor time.
+An epoch of training is run in turns in three ways: bare; with the memory released before it, as at the start of every stage, so that
+the stage's peak is its own; and as a job runs it, stages measured, sampler, events written to disk. Each turn goes the other way round than
+the last, so that whatever else the machine does hits all alike. From the second to the third is what profiling costs as long as it goes
+on, in percent; from the first to the second what a stage costs once, however long it is, in seconds: pages given back are fetched again.
+Both are medians over the turns with the 95 % interval of a median (order statistics, no assumption of a distribution), in wall time and in
+processor time.
 
 `--shape` takes a model of a real shape with random weights in place of the shipped one, `--device cuda` a GPU. Does not cover the
 stages outside training, whose work has fewer steps.
@@ -20,7 +23,7 @@ from contextlib import ExitStack
 from itertools import islice
 from math import comb
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import msgspec
 import torch
@@ -39,7 +42,7 @@ from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from profiles.device import device_name
 from profiles.energy import find_meter
-from profiles.memory import fix_malloc
+from profiles.memory import HostMemory, fix_malloc
 from profiles.sampler import sampled
 from quantization.adapter import attach_adapter
 from quantization.load import load_model
@@ -56,14 +59,25 @@ class Spent(msgspec.Struct, frozen=True):
     cpu_s: float
 
 
-class Overhead(msgspec.Struct, frozen=True):
-    """Of one clock: medians of both sides, and the median of the pairs' overheads with its 95 % interval."""
+class Median(msgspec.Struct, frozen=True):
+    """Of all turns, with its 95 % interval."""
 
-    bare_s: float
-    profiled_s: float
-    percent: float
+    value: float
     low: float
     high: float
+
+
+class Overhead(msgspec.Struct, frozen=True):
+    """By one clock."""
+
+    epoch_s: float
+    """Median of the bare epochs."""
+    running_percent: Median
+    once_s: Median
+
+
+Way = Literal["bare", "released", "profiled"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 def silent(*_: object) -> None:
@@ -84,8 +98,8 @@ def encode(work: Prepared) -> list[Sample]:
     return [encode_target(work.tokenizer, work.prompts, target, work.files.context_tokens) for target in targets]
 
 
-def epoch(work: Prepared, model: Any, samples: list[Sample], plan: Plan, place: Path, profiled: bool) -> Spent:
-    """Train one epoch from the same state, and return what it took with all that belongs to the profiler."""
+def epoch(work: Prepared, model: Any, samples: list[Sample], plan: Plan, place: Path, way: Way) -> Spent:
+    """Train one epoch from the same state, and return what it took with all that belongs to its way."""
     directory = JobDirectory(place)
     training = Training("overhead", work.job.schedule, SEED, plan, work.tokenizer, place, work.method)
     weights = weigh(model, work.method, samples, plan, work.tokenizer.pad_token_id, silent)[1]
@@ -93,7 +107,9 @@ def epoch(work: Prepared, model: Any, samples: list[Sample], plan: Plan, place: 
     wall, cpu = time.monotonic(), time.process_time()
     with ExitStack() as stack:
         progress: Any = silent
-        if profiled:
+        if way == "released":
+            HostMemory().release()
+        elif way == "profiled":
             reporter = Reporter(work.device, directory.append_event, lambda: False, meter=find_meter(work.device))
             stack.enter_context(sampled(reporter.recorder, work.device, directory.profile))
             stack.enter_context(reporter.stage("train"))
@@ -108,26 +124,31 @@ def _wait_for(work: Prepared) -> None:
         torch.cuda.synchronize()
 
 
-def pairs(work: Prepared, count: int) -> list[tuple[Spent, Spent]]:
-    """Run (bare, profiled) epochs, the order of each pair the other way round than the last; the first pair warms up and is dropped."""
+def turns(work: Prepared, count: int) -> list[dict[Way, Spent]]:
+    """Run epochs in all ways; the first turn warms up and is dropped."""
     base, samples, found = load_model(work.files, work.device), encode(work), []
     for number in range(count + 1):
-        spent: dict[bool, Spent] = {}
-        for profiled in (False, True) if number % 2 else (True, False):
+        spent: dict[Way, Spent] = {}
+        for way in WAYS if number % 2 else reversed(WAYS):
             model = attach_adapter(base, work.job.lora, SEED, work.job.model)
             with tempfile.TemporaryDirectory() as place:
-                spent[profiled] = epoch(work, model, samples, work.plan(), Path(place), profiled)
+                spent[way] = epoch(work, model, samples, work.plan(), Path(place), way)
             base = model.unload().eval()
-        found.append((spent[False], spent[True]))
+        found.append(spent)
     return found[1:]
 
 
-def overhead(bare: list[float], profiled: list[float]) -> Overhead:
-    """Compare the seconds of one clock, pair by pair."""
-    ratios = sorted(100 * (p / b - 1) for b, p in zip(bare, profiled, strict=True))
-    out = outside(len(ratios))
-    rounded = (round(x, 3) for x in (statistics.median(ratios), ratios[out], ratios[-1 - out]))
-    return Overhead(round(statistics.median(bare), 4), round(statistics.median(profiled), 4), *rounded)
+def overhead(found: list[dict[Way, Spent]], clock: str) -> Overhead:
+    """Compare the ways turn by turn, by one clock."""
+    bare, released, profiled = ([getattr(spent[way], clock) for spent in found] for way in WAYS)
+    running = [100 * (p / r - 1) for p, r in zip(profiled, released, strict=True)]
+    once = [r - b for r, b in zip(released, bare, strict=True)]
+    return Overhead(round(statistics.median(bare), 4), median(running), median(once))
+
+
+def median(values: list[float]) -> Median:
+    ordered, out = sorted(values), outside(len(values))
+    return Median(*(round(x, 4) for x in (statistics.median(ordered), ordered[out], ordered[-1 - out])))
 
 
 def outside(n: int) -> int:
@@ -142,23 +163,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=NAMES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--records", type=int, default=400)
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--records", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options: Any = parser.parse_args()
     torch.set_num_threads(1)
     fix_malloc()  # as a job does
     with tempfile.TemporaryDirectory() as directory:
         work = prepare(write_model(Path(directory) / "model", options.shape), options.device, options.records, Path(directory))
-        found = pairs(work, options.pairs)
-    clocks = {clock: overhead(*([getattr(s, clock) for s in side] for side in zip(*found, strict=True))) for clock in ("wall_s", "cpu_s")}
+        found = turns(work, options.turns)
+    clocks = {clock: overhead(found, clock) for clock in Spent.__struct_fields__}
     report = {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "machine": device_name(options.device),
         "versions": versions(),
         "shape": options.shape,
         "records": options.records,
-        "pairs": options.pairs,
+        "turns": options.turns,
         "bound_percent": BOUND_PERCENT,
         "overhead": clocks,
         "epochs": found,

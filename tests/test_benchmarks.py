@@ -37,3 +37,15 @@ def test_cells_of_a_seed_are_held_against_the_same_questions(results: Any) -> No
         scarce = size == methods.SCARCE and row in (methods.WITHOUT, *methods.SCARCE_ROWS)
         seeds = {"table": 5, "sizes": 10 if scarce else 5, "ablation": 2, "tune": 1 if row == "ReFT" else 2, "reft": 3}[part]
         assert len(cells) == 3 * seeds, (part, row)
+
+
+def test_overhead_of_the_profiler_is_within_its_bound() -> None:
+    """The committed processor time of it is below the bound with the whole interval, and the page shows what was measured."""
+    report = msgspec.json.decode((ROOT / "benchmarks" / "results" / "overhead.json").read_bytes())
+    page = methods_page.PAGE.read_text(encoding="utf-8")
+    assert report["overhead"]["cpu_s"]["running_percent"]["high"] < report["bound_percent"] == 2
+    for clock, found in report["overhead"].items():
+        cells = (
+            f"{m['value']:.{d}f} [{m['low']:.{d}f}, {m['high']:.{d}f}]" for m, d in ((found["running_percent"], 2), (found["once_s"], 3))
+        )
+        assert f"| `{clock}` | {found['epoch_s']} | {' | '.join(cells)} |" in page
