@@ -51,7 +51,7 @@ from edge_agent.runner import TrainerEnded, TrainerEvent
 from edge_agent.serving import END, serve
 from edge_agent.store import Store
 from edge_agent.topics import COORDINATOR, block_number, node_subscriptions, split, up
-from profiles.device import detect_device, device_name, device_profile
+from profiles.device import detect_profile, device_name
 from profiles.sensors import Sensors
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ class Agent:
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
         self._store = Store(config.state_directory / "agent.sqlite", config.fleet, config.node)
-        self._device = device_profile(detect_device(config.device))
-        self._sensors = Sensors(self._device.kind, int(config.budget), config.state_directory)
+        self._device = detect_profile(config.device)
+        self._sensors = Sensors(self._device, int(config.budget), config.state_directory)
         self._link = Link(config.broker, config.node, node_subscriptions(config.fleet, config.node), self._events, self._birth)
         self._uplink = Uplink(self._link, config.fleet, config.node, self._store.boot)
         self._outbox = Outbox(self._store, self._link)
@@ -93,7 +93,9 @@ class Agent:
         for name, path in self._config.models.items():
             if not (path / "config.json").is_file():
                 log.warning("model_not_there name=%s path=%s", name, path)
-        log.info("agent_started node=%s boot=%d device=%s pid=%d", self._config.node, self._store.boot, self._device.kind, os.getpid())
+        log.info(
+            "agent_started node=%s boot=%d device=%s pid=%d", self._config.node, self._store.boot, self._device.torch_device, os.getpid()
+        )
         try:
             serve(self._events, self._handle, self._tick, self._drop, TICK_S)
         finally:
@@ -221,7 +223,7 @@ class Agent:
 
     @cached_property
     def _info(self) -> NodeInfo:
-        config, kind = self._config, self._device.kind
+        config, kind = self._config, self._device.torch_device
         total = self._sensors.sample(None).device_total_bytes.value
         limits = NodeLimits(int(config.budget), int(config.dataset_limit), config.queue)
         versions = {package: found for package in PACKAGES if (found := _version(package))}

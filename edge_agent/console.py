@@ -20,7 +20,7 @@ from edge_agent.coordinator.store import JobView, NodeView
 from edge_agent.doctor import Check
 from edge_agent.errors import human_bytes
 from edge_agent.messages import JobProgress
-from edge_agent.report import Accuracy, Built, Event, Example, FreeText, Judgments, Measured, PassAtK, Result
+from edge_agent.report import Accuracy, Built, Energy, Event, Example, FreeText, Judgments, Measured, PassAtK, Result
 from profiles.recorder import StageRow
 from profiles.sensors import Resources
 from quantization.plan import Plan
@@ -118,6 +118,7 @@ def summary(result: Result, directory: Path | None) -> Group:
     if result.accuracy:
         parts.append(_measured(result.accuracy, _acceptance(result.accepted, result.acceptance)))
     parts.append(_stages(result.stages, result.budget_bytes))
+    parts.append(Text(f"energy: {printable(format_energy(result.energy))}"))
     if result.data and result.data.judgments != Judgments():
         parts.append(Text(printable(f"judgments of incorrect outputs: {format_judgments(result.data.judgments)}")))
     if result.examples:
@@ -147,6 +148,14 @@ def format_judgments(judgments: Judgments) -> str:
     by = {"given": j.given, "by the endpoint": j.endpoint, "by the model": j.model, "by the critic": j.critic}
     text = ", ".join(f"{count:,} {who}" for who, count in by.items() if count) or "none"
     return text + (f"; {j.requests:,} requests, {j.spent:.4g} spent" if j.requests else "") + (f"; {j.stopped}" if j.stopped else "")
+
+
+def format_energy(energy: Energy) -> str:
+    """`1,234 J, 24.7 J a record (nvml_counter)`, or why it is not known."""
+    if energy.total_j is None:
+        return f"not measured: {energy.reason}"
+    each = energy.reason if energy.per_record_j is None else f"{energy.per_record_j:,.1f} J a record"
+    return f"{energy.total_j:,.0f} J, {each} ({energy.source})"
 
 
 def format_accuracy(a: Accuracy | None) -> str:
@@ -273,6 +282,8 @@ def _places(result: Result, directory: Path) -> Table:
     grid.add_row("report", Text(str(directory / "result.json")))
     if (directory / "saliency.json").exists():
         grid.add_row("saliency", Text(str(directory / "saliency.json")))
+    if (directory / "trace.json").exists():
+        grid.add_row("trace", Text(str(directory / "trace.json")))
     return grid
 
 

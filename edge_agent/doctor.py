@@ -17,7 +17,7 @@ from edge_agent.errors import EdgeAgentError, human_bytes
 from edge_agent.messages import Hello, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
 from edge_agent.topics import down, up
-from profiles.device import detect_device, device_name, device_profile, free_bytes
+from profiles.device import detect_profile, device_name, free_bytes
 from quantization.model_files import find_model
 
 ANSWER_S = 10.0
@@ -68,13 +68,11 @@ def _state(config: AgentConfig) -> str:
 
 
 def _device(config: AgentConfig) -> str:
-    kind = detect_device(config.device)
-    free, reserve = free_bytes(kind), device_profile(kind).reserve_bytes
-    if config.budget > free - reserve:
-        raise _Wrong(
-            f"{human_bytes(free)} of {device_name(kind)} are free; a budget of {human_bytes(config.budget)} does not fit; lower it"
-        )
-    return f"{device_name(kind)}: {human_bytes(free)} free, {human_bytes(config.budget)} lent to jobs"
+    device = detect_profile(config.device)
+    name, free = device_name(device.torch_device), free_bytes(device)
+    if config.budget > free - device.reserve_bytes:
+        raise _Wrong(f"{human_bytes(free)} of {name} are free; a budget of {human_bytes(config.budget)} does not fit; lower it")
+    return f"{name} (profile {device.title}): {human_bytes(free)} free, {human_bytes(config.budget)} lent to jobs"
 
 
 def _models(config: AgentConfig) -> str:

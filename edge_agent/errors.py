@@ -202,6 +202,16 @@ class DeviceMissing(EdgeAgentError):
         super().__init__(f"there is no GPU to use: {why}; run with --device cpu, or install the driver and a CUDA build of PyTorch")
 
 
+class ProfileUnknown(EdgeAgentError):
+    """No device profile has the name that was given."""
+
+    code = "profile_unknown"
+    exit_code = 11
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"there is no device profile {name!r}; choose of {', '.join(known)}, or add a file to profiles/devices")
+
+
 class OutOfMemory(EdgeAgentError):
     """The device or host ran out of memory although the plan fitted."""
 

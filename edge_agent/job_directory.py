@@ -3,8 +3,9 @@
 job.json dataset.jsonl [evaluation.jsonl]        in
 events.jsonl before.jsonl outputs.jsonl
 repairs.jsonl judgments.jsonl records.jsonl      on the way, kept for a later run of the same job
-checkpoint.safetensors
+checkpoint.safetensors profile.jsonl
 after.jsonl adapter/ saliency.json result.json   out
+trace.json memory_snapshot.pickle                out, where a trace was asked for
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from edge_agent.report import Event, Result
 
 T = TypeVar("T")
 
-MADE = ("before.jsonl", "outputs.jsonl", "repairs.jsonl", "judgments.jsonl", "records.jsonl", "after.jsonl", "saliency.json", "result.json")
+MADE = (
+    "before.jsonl", "outputs.jsonl", "repairs.jsonl", "judgments.jsonl", "records.jsonl", "after.jsonl", "saliency.json", "result.json",
+    "trace.json", "memory_snapshot.pickle",
+)  # fmt: skip
 """Files of a run, which belong to one job and model."""
 
 
@@ -38,6 +42,9 @@ class JobDirectory:
         self.adapter = path / "adapter"
         self.saliency = path / "saliency.json"
         self.events = path / "events.jsonl"
+        self.profile = path / "profile.jsonl"
+        self.trace = path / "trace.json"
+        self.memory_snapshot = path / "memory_snapshot.pickle"
         self.result_file = path / "result.json"
 
     def create(self, job: Job, dataset: Path, evaluation: Path | None) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from edge_agent.intervals import newcombe_interval, wilson_interval
+from profiles.energy import EnergySource
 from profiles.recorder import StageName, StageRow
 from quantization.plan import Plan
 
@@ -164,6 +165,17 @@ class Model(msgspec.Struct, frozen=True):
     context_tokens: int
 
 
+class Energy(msgspec.Struct, frozen=True):
+    """What the device took in all stages of this run, but for those too short to be measured."""
+
+    source: EnergySource = "none"
+    total_j: float | None = None
+    per_record_j: float | None = None
+    """For each record trained on."""
+    reason: str | None = None
+    """Why one of them is missing."""
+
+
 class Failure(msgspec.Struct, frozen=True):
     """Why a job failed: the stable code, and what, where and what to do."""
 
@@ -193,6 +205,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     tokens_per_s: float | None = None
     """Tokens through the model per second of the train stage."""
+    energy: Energy = Energy()
     updates: int = 0
     losses: list[float] = []
     """Loss of every optimizer update."""

@@ -1,27 +1,55 @@
-"""What a device can do: the declared profile of its kind, and what it has free now. Imports no torch."""
+"""What a device can do: the declared profiles, which of them this machine is, and what is free on it now. Imports no torch."""
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from importlib.resources import files
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 import psutil
 import pynvml
 
-from edge_agent.errors import DeviceMissing
+from edge_agent.errors import DeviceMissing, ProfileUnknown
+from profiles import jetson, nvidia
+from profiles.host import HERE, Machine, available_bytes
+
+MEMORY_TOLERANCE = 0.1
+"""A GPU whose memory differs by more from that of a profile of its name is another variant of it."""
+GENERIC = ("jetson", "cuda", "cpu")
+"""Profiles of any device of a kind, in the order in which they are tried."""
 
 
-class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One file of `profiles/devices/`."""
 
-    kind: Literal["cpu", "cuda"]
+    title: str
+    """Name of the device for people."""
+    kind: Literal["cpu", "discrete", "unified"]
+    """Where the model lives: host memory, a GPU's own memory, or memory that GPU and host share."""
+    memory_bytes: int | None = None
+    """Of the device; None where only the machine can tell."""
     compute_dtype: Literal["float32", "bfloat16"]
     overhead_bytes: int
     """Memory of a trainer that has loaded no model yet."""
     reserve_bytes: int
     """Memory that admission leaves to others."""
+    bandwidth_bytes_per_s: int | None = None
+    """Of the memory, as its vendor states it; None where only the machine can tell."""
+    features_off: tuple[Literal["paged_optimizers", "expandable_segments"], ...]
+    """What PyTorch and bitsandbytes offer on CUDA, and the device does not bear."""
+    nvml_name: str | None = None
+    """Pattern of the whole name that the NVIDIA driver reports."""
+    board: str | None = None
+    """Pattern of a part of the device tree's model."""
+    source: dict[str, str]
+    """Where each figure is from."""
+
+    @property
+    def torch_device(self) -> Literal["cpu", "cuda"]:
+        """The device as PyTorch, jobs and messages name it."""
+        return "cpu" if self.kind == "cpu" else "cuda"
 
     @property
     def activation_bytes(self) -> int:
@@ -29,61 +57,71 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return 4 if self.compute_dtype == "float32" else 2
 
 
-def device_profile(kind: str) -> DeviceProfile:
-    """Return the declared profile of a kind of device."""
-    text = (files("profiles") / "devices" / f"{kind}.toml").read_bytes()
-    return msgspec.toml.decode(text, type=DeviceProfile)
+def profile_names() -> list[str]:
+    """Return the names of all profiles: first those of one device, then those of any device of a kind."""
+    names = {file.name.removesuffix(".toml") for file in (files("profiles") / "devices").iterdir() if file.name.endswith(".toml")}
+    return [*sorted(names - {*GENERIC}), *GENERIC]
 
 
-def detect_device(wanted: str) -> str:
-    """Return the kind of device to use: `auto` is `cuda` where NVML shows a GPU, else `cpu`. Raises DeviceMissing."""
-    if wanted == "cpu":
-        return wanted
-    if _gpu_memory() is not None:
-        return "cuda"
-    if wanted == "cuda":
-        raise DeviceMissing("NVML finds none")
-    return "cpu"
+def device_profile(name: str) -> DeviceProfile:
+    """Return a declared profile. Raises ProfileUnknown."""
+    if name not in (known := profile_names()):
+        raise ProfileUnknown(name, known)
+    return msgspec.toml.decode((files("profiles") / "devices" / f"{name}.toml").read_bytes(), type=DeviceProfile)
 
 
-def _gpu_memory() -> tuple[int, int] | None:
-    """(free, total) bytes of the first GPU, or None without one."""
+def detect_profile(wanted: str = "auto", machine: Machine = HERE) -> DeviceProfile:
+    """Return the profile of this machine: `auto` takes a GPU where there is one. Raises DeviceMissing where `cuda` is wanted in vain.
+
+    The board comes first: a Jetson's NVML may be missing, or know no more than a name.
+    """
+    if wanted != "cpu":
+        for profile in map(device_profile, profile_names()):
+            if profile.board and re.search(profile.board, jetson.board(machine)):
+                return profile
+        if gpu := nvidia.find_gpu():
+            return profile_of_gpu(gpu)
+        if wanted == "cuda":
+            raise DeviceMissing("NVML finds none, and the device tree tells of no Jetson")
+    return device_profile("cpu")
+
+
+def profile_of_gpu(gpu: nvidia.Gpu) -> DeviceProfile:
+    """Return the first profile that fits a GPU's name and memory; that of `cuda` fits every GPU."""
+    return next(profile for profile in map(device_profile, profile_names()) if _fits(profile, gpu))
+
+
+def _fits(profile: DeviceProfile, gpu: nvidia.Gpu) -> bool:
+    if profile.nvml_name is None or not re.fullmatch(profile.nvml_name, gpu.name):
+        return False
+    declared, found = profile.memory_bytes, gpu.total_bytes
+    return declared is None or found is None or abs(found - declared) <= MEMORY_TOLERANCE * declared
+
+
+def free_bytes(device: DeviceProfile, machine: Machine = HERE) -> int:
+    """Return the memory that is free for a new trainer; the device's `reserve_bytes` are still in it.
+
+    Of shared memory the page cache is free, which CUDA does not say. A GPU with memory of its own whose driver does not tell how
+    much of it is free counts as one that shares the host's.
+    """
+    if device.kind == "discrete":
+        with suppress(pynvml.NVMLError):
+            return int(nvidia.free_bytes(machine))
+    available = available_bytes(machine)
+    return available if device.memory_bytes is None else min(device.memory_bytes, available)
+
+
+def device_name(torch_device: str, machine: Machine = HERE) -> str:
+    """Return the name of this machine's processor or GPU for reports."""
+    if torch_device == "cpu":
+        return f"{_processor(machine)}, {psutil.cpu_count()} cores"
+    gpu = nvidia.find_gpu()
+    return jetson.board(machine) or (gpu.name if gpu else "GPU")
+
+
+def _processor(machine: Machine) -> str:
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
-        return int(memory.free), int(memory.total)
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def free_bytes(kind: str) -> int:
-    """Return the memory that is free for a new trainer on the device."""
-    if kind == "cuda" and (gpu := _gpu_memory()) is not None:
-        return gpu[0]
-    return int(psutil.virtual_memory().available)
-
-
-def device_name(kind: str) -> str:
-    """Return the name of the device for reports."""
-    if kind == "cpu":
-        for line in _cpuinfo():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {psutil.cpu_count()} cores"
-        return f"CPU, {psutil.cpu_count()} cores"
-    pynvml.nvmlInit()
-    try:
-        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = (machine.proc / "cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -24,6 +24,9 @@ class Memory(Protocol):
 
     def current_bytes(self) -> int: ...
 
+    def peak_on_gpu_bytes(self) -> tuple[int | None, int | None]:
+        """(allocated, reserved) peaks of PyTorch's allocator; None on a processor."""
+
 
 class HostMemory:
     """Resident set of this process. Its peak comes from the kernel, which forgets it on request, so nothing is sampled."""
@@ -48,6 +51,9 @@ class HostMemory:
     def current_bytes(self) -> int:
         return int(self._process.memory_info().rss)
 
+    def peak_on_gpu_bytes(self) -> tuple[int | None, int | None]:
+        return None, None
+
 
 class CudaMemory:
     """What the caching allocator has reserved, plus the context, whose size the device profile declares."""
@@ -67,6 +73,9 @@ class CudaMemory:
 
     def current_bytes(self) -> int:
         return int(self._cuda.memory_reserved()) + self._overhead_bytes
+
+    def peak_on_gpu_bytes(self) -> tuple[int | None, int | None]:
+        return int(self._cuda.max_memory_allocated()), int(self._cuda.max_memory_reserved())
 
 
 def fix_malloc() -> bool:

@@ -1,17 +1,25 @@
-"""What a device reports of itself now: memory, utilisation, temperature, power. Null with a reason where a sensor is absent, never 0."""
+"""What a device reports of itself now: memory, utilisation, temperature, power. Null with a reason where a sensor is absent, never 0.
+
+A sensor is a function, in the module of what it reads, and a line in `_sensors`.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import psutil
 import pynvml
 
+from profiles import host, jetson, nvidia
+from profiles.device import DeviceProfile, free_bytes
+from profiles.host import HERE, Absent, Machine, Sensor
+
 SHORTEST_INTERVAL_S = 0.1
-RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+FAILURES = (OSError, ValueError, LookupError, ArithmeticError, psutil.Error)
+"""What reading a sensor may raise beside Absent and NVML's errors: a file that vanishes, or holds something else."""
 
 
 class Reading(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -19,6 +27,16 @@ class Reading(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     value: float | None
     reason: str | None = None
+
+
+class DeviceReadings(msgspec.Struct, frozen=True):
+    """One sample of a device."""
+
+    free_bytes: Reading
+    total_bytes: Reading
+    utilisation_percent: Reading
+    temperature_c: Reading
+    power_w: Reading
 
 
 class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,88 +56,83 @@ class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     power_w: Reading
 
 
-class Sensors:
-    """Samples one device. Rates (utilisation, power from an energy counter) are over the time since the last sample."""
+class Rate:
+    """A sensor of how fast a counter grows, over the time since it was last read."""
 
-    def __init__(self, kind: str, budget_bytes: int, directory: Path) -> None:
-        self._read = _read_gpu if kind == "cuda" else _Host().read
+    def __init__(self, counter: Sensor, factor: float = 1.0, most: float = math.inf) -> None:
+        self._counter, self._factor, self._most = counter, factor, most
+        self._before: tuple[float, float] | None = None
+
+    def __call__(self, machine: Machine) -> float:
+        value, now = self._counter(machine), time.monotonic()
+        if self._before is None:
+            self._before = now, value
+        then, before = self._before
+        if now - then < SHORTEST_INTERVAL_S:  # the counter has hardly moved, and would read 0
+            raise Absent("no interval yet")
+        self._before = now, value
+        return min(self._most, self._factor * (value - before) / (now - then))
+
+
+def _sensors(device: DeviceProfile) -> dict[str, Sensor]:
+    """Return the sensors of a device by the fields of `DeviceReadings`."""
+    if device.kind == "discrete":
+        return {
+            "free_bytes": nvidia.free_bytes,
+            "total_bytes": nvidia.total_bytes,
+            "utilisation_percent": nvidia.utilisation_percent,
+            "temperature_c": nvidia.temperature_c,
+            "power_w": nvidia.power_w,
+        }
+    shared: dict[str, Sensor] = {"free_bytes": lambda machine: free_bytes(device, machine), "total_bytes": host.total_bytes}
+    if device.kind == "unified":
+        return shared | {
+            "utilisation_percent": jetson.utilisation_percent,
+            "temperature_c": jetson.temperature_c,
+            "power_w": jetson.power_w,
+        }
+    return shared | {
+        "utilisation_percent": Rate(host.busy_core_seconds, 100 / (psutil.cpu_count() or 1), 100),
+        "temperature_c": host.temperature_c,
+        "power_w": Rate(host.Rapl()),
+    }
+
+
+def read(sensor: Sensor, machine: Machine) -> Reading:
+    """Read a sensor; never raises for one that is absent or says nonsense."""
+    try:
+        return Reading(float(sensor(machine)))
+    except Absent as error:
+        return Reading(None, str(error))
+    except pynvml.NVMLError as error:
+        return Reading(None, f"NVML: {error}")
+    except FAILURES as error:
+        return Reading(None, f"it cannot be read: {type(error).__name__}")
+
+
+class DeviceSensors:
+    """Samples one device. Rates (utilisation and power of a processor) are over the time since the last sample."""
+
+    def __init__(self, device: DeviceProfile, machine: Machine = HERE) -> None:
+        self._sensors, self._machine = _sensors(device), machine
+        self.sample()
+
+    def sample(self) -> DeviceReadings:
+        """Read all sensors once. Takes a few milliseconds."""
+        return DeviceReadings(**{name: read(sensor, self._machine) for name, sensor in self._sensors.items()})
+
+
+class Sensors:
+    """Samples a node and its device."""
+
+    def __init__(self, device: DeviceProfile, budget_bytes: int, directory: Path, machine: Machine = HERE) -> None:
+        self._device, self._machine = DeviceSensors(device, machine), machine
         self._budget_bytes, self._directory = budget_bytes, directory
 
     def sample(self, trainer_bytes: int | None) -> Resources:
-        """Read all sensors once. Takes a few milliseconds and never raises for a sensor that is absent."""
-        free, total, utilisation, temperature, power = self._read()
-        host, disk = int(psutil.virtual_memory().available), psutil.disk_usage(str(self._directory)).free
-        return Resources(free, total, host, disk, self._budget_bytes, trainer_bytes, utilisation, temperature, power)
-
-
-_Readings = tuple[Reading, Reading, Reading, Reading, Reading]
-
-
-class _Host:
-    """A machine whose processor is the device."""
-
-    def __init__(self) -> None:
-        psutil.cpu_percent(None)
-        self._asked_at = time.monotonic()
-        self._energy: tuple[float, int] | None = None
-
-    def read(self) -> _Readings:
-        memory = psutil.virtual_memory()
-        return Reading(memory.available), Reading(memory.total), self._utilisation(), _host_temperature(), self._power()
-
-    def _utilisation(self) -> Reading:
-        """Share of all cores since the last sample; shorter than a few ticks of the kernel's clock it would read 0."""
-        now = time.monotonic()
-        if now - self._asked_at < SHORTEST_INTERVAL_S:
-            return Reading(None, "no interval yet")
-        self._asked_at = now
-        return Reading(psutil.cpu_percent(None))
-
-    def _power(self) -> Reading:
-        """Mean watts of the first package since the last sample, from its RAPL counter."""
-        try:
-            now = time.monotonic(), int(RAPL.read_text())
-        except FileNotFoundError:
-            return Reading(None, "no RAPL counter")
-        except (OSError, ValueError) as error:
-            return Reading(None, f"the RAPL counter cannot be read: {type(error).__name__}")
-        before, self._energy = self._energy, now
-        if before is None or now[0] - before[0] < SHORTEST_INTERVAL_S or now[1] < before[1]:
-            return Reading(None, "no interval yet")
-        return Reading((now[1] - before[1]) / 1e6 / (now[0] - before[0]))
-
-
-def _host_temperature() -> Reading:
-    try:
-        groups = psutil.sensors_temperatures()
-    except (AttributeError, OSError):
-        groups = {}
-    hottest = max((entry.current for group in groups.values() for entry in group), default=None)
-    return Reading(None, "no temperature sensor") if hottest is None else Reading(float(hottest))
-
-
-def _read_gpu() -> _Readings:
-    """Ask NVML for the first GPU, one question at a time: it may know the answers to some of them only."""
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    except pynvml.NVMLError as error:
-        none = Reading(None, f"NVML: {error}")
-        return none, none, none, none, none
-    try:
-        return (
-            _ask(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).free),
-            _ask(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-            _ask(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-            _ask(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-            _ask(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+        """Read all sensors once."""
+        d = self._device.sample()
+        free, disk = int(psutil.virtual_memory().available), psutil.disk_usage(str(self._directory)).free
+        return Resources(
+            d.free_bytes, d.total_bytes, free, disk, self._budget_bytes, trainer_bytes, d.utilisation_percent, d.temperature_c, d.power_w
         )
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _ask(question: Callable[[], float]) -> Reading:
-    try:
-        return Reading(float(question()))
-    except pynvml.NVMLError as error:
-        return Reading(None, f"NVML: {error}")

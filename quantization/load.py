@@ -47,7 +47,7 @@ def load_model(files: ModelFiles, device: DeviceProfile) -> Any:
     )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            files.path, dtype=dtype, quantization_config=quantization, device_map={"": device.kind}, use_safetensors=True,
+            files.path, dtype=dtype, quantization_config=quantization, device_map={"": device.torch_device}, use_safetensors=True,
             trust_remote_code=False, local_files_only=True,
         )  # fmt: skip
     except torch.OutOfMemoryError:

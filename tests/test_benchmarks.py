@@ -37,3 +37,16 @@ def test_cells_of_a_seed_are_held_against_the_same_questions(results: Any) -> No
         scarce = size == methods.SCARCE and row in (methods.WITHOUT, *methods.SCARCE_ROWS)
         seeds = {"table": 5, "sizes": 10 if scarce else 5, "ablation": 2, "tune": 1 if row == "ReFT" else 2, "reft": 3}[part]
         assert len(cells) == 3 * seeds, (part, row)
+
+
+def test_page_shows_the_committed_overhead() -> None:
+    """Both clocks, with their intervals."""
+    report = msgspec.json.decode((ROOT / "benchmarks" / "results" / "overhead.json").read_bytes())
+    page = methods_page.PAGE.read_text(encoding="utf-8")
+    for clock, found in report["overhead"].items():
+        running, once = found["running_percent"], found["once_s"]
+        cells = (
+            f"{running['value']:.2f} [{running['low']:.2f}, {running['high']:.2f}]",
+            f"{once['value']:.3f} [{once['low']:.3f}, {once['high']:.3f}]",
+        )
+        assert f"| `{clock}` | {found['epoch_s']} | {' | '.join(cells)} |" in page

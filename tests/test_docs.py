@@ -34,7 +34,9 @@ from edge_agent.report import Accuracy, Built, Event, Example, FreeText, Measure
 from edge_agent.saliency import Saliency
 from edge_agent.sizes import parse_size
 from edge_agent.training.measure import Measurement
-from profiles.device import DeviceProfile, device_profile
+from profiles.device import DeviceProfile, device_profile, profile_names
+from profiles.energy import EnergySource
+from profiles.sampler import Sample
 
 DOCS = ROOT / "docs"
 Row = dict[str, str]
@@ -156,6 +158,7 @@ OUTPUTS = [
     pytest.param("dataset.md", "Building", _fields(Built), id="dataset-build"),
     pytest.param("report.md", "`result.json`", _fields(Result), id="result"),
     pytest.param("report.md", "`events.jsonl`", _fields(Event), id="event"),
+    pytest.param("report.md", "`profile.jsonl`", _fields(Sample), id="sample"),
     pytest.param("report.md", "`before.jsonl`, `after.jsonl`", _fields(Answer), id="answer"),
     pytest.param("report.md", "`saliency.json`", _fields(Saliency, (NlftOptions,)), id="saliency"),
     pytest.param(
@@ -234,15 +237,32 @@ def test_example_job_is_a_complete_job() -> None:
     assert msgspec.to_builtins(job) == json.loads(example)
 
 
+def _shown(value: Any) -> str:
+    """Return a value of a profile as docs/devices.md shows it, without its backquotes."""
+    if isinstance(value, tuple):
+        return ", ".join(value) or "-"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+
 def test_device_profiles_documented_have_the_values_of_their_files() -> None:
-    """Every device profile has a column in docs/job.md with its values."""
-    kinds = [file.stem for file in (ROOT / "profiles" / "devices").glob("*.toml")]
-    profiles = {kind: msgspec.to_builtins(device_profile(kind)) for kind in kinds}
-    rows = _rows("job.md", "Device profiles")
-    assert set(rows) == set(_fields(DeviceProfile))
-    columns = {kind.strip("`") for row in rows.values() for kind in row} - {"Field", "Meaning"}
-    documented = {kind: {name: row[f"`{kind}`"].strip("`") for name, row in rows.items()} for kind in columns}
-    assert documented == {kind: {name: str(value) for name, value in values.items()} for kind, values in profiles.items()}
+    """Every device profile has a row in docs/devices.md with its values, and one with where its figures are from."""
+    profiles = {name: msgspec.structs.asdict(device_profile(name)) for name in profile_names()}
+    assert set(_rows("devices.md", "Fields")) == set(_fields(DeviceProfile))
+    tables = _sections("devices.md")["Profiles"]
+    values = {row["Profile"].strip("`"): row for row in tables if "`kind`" in row}
+    assert list(values) == list(profiles)
+    for name, fields in profiles.items():
+        documented = {field.strip("`"): cell.replace("`", "") for field, cell in values[name].items()}
+        assert documented == {"Profile": name} | {field: _shown(value) for field, value in fields.items() if field != "source"}
+    sources = {row["Profile"].strip("`"): row for row in tables if "`kind`" not in row}
+    assert set(sources) == {name for name, fields in profiles.items() if fields["memory_bytes"]}
+    for name, row in sources.items():
+        assert {field.strip("`"): text for field, text in row.items() if field != "Profile"}.items() <= profiles[name]["source"].items()
+
+
+def test_energy_sources_documented_are_those_of_the_code() -> None:
+    """docs/devices.md says of every source of energy what it measures."""
+    assert list(_rows("devices.md", "Energy", "Source")) == list(get_args(EnergySource))
 
 
 def test_dataset_limits_documented_are_those_of_the_code() -> None:

@@ -81,7 +81,7 @@ SAMPLES: dict[type, Any] = {
 """One message of every kind."""
 LONGEST = {"fleet": "f" * 64, "node": "n" * 64, "instance": "i" * 64, "job": JOB, "message": JOB, "sha256": SHA256, "number": "9" * 19}
 """The longest ids, and the number of a block in the largest file that a 64-bit size can name."""
-CODES_OF_PROCESSES = {"answers", "package_missing", "config", "coordinator", "refused", "state", "stopped"}
+CODES_OF_PROCESSES = {"answers", "package_missing", "config", "coordinator", "profile_unknown", "refused", "state", "stopped"}
 """Errors of a command or daemon itself: no job ends with them."""
 REASONS_OF_NODES = {"canceled", "crash_loop", "draining", "expired", "oom_host", "timeout_staging", "timeout_stall"}
 """What only a node or coordinator can say of a job: a local run never ends so."""

@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent.errors import DoesNotFit
 from edge_agent.job import Dataset, Job, Lora, ReftOptions, Schedule, SftOptions
-from profiles.device import DeviceProfile, device_profile
+from profiles.device import device_profile
 from quantization.model_files import Tensor
 from quantization.plan import Lengths, Rung, Shape, adapter_elements, ladder, make_plan, stage_plans
 
@@ -34,7 +34,7 @@ def test_resident_bytes_match_published_arithmetic() -> None:
     shape = _llama_8b()
     job = msgspec.structs.replace(_job(2**40), lora=Lora(targets="mlp"))
     assert adapter_elements(shape, job.lora) == pytest.approx(28.3e6, rel=0.01)
-    device = DeviceProfile("cuda", "bfloat16", 0, 0)
+    device = msgspec.structs.replace(device_profile("cuda"), overhead_bytes=0, reserve_bytes=0)
     load = stage_plans(shape, job, LENGTHS, device, next(ladder(job)), 1)[0]
     assert load.resident_bytes / 2**20 == pytest.approx(3433.9 + 2004.0, rel=0.01)
 

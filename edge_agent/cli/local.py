@@ -66,6 +66,9 @@ def train(
     supervised: Annotated[
         bool, typer.Option("--supervised", help="Write events as JSON lines; stop with a checkpoint when standard input ends.")
     ] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Write trace.json of the first updates, and on CUDA memory_snapshot.pickle, for their viewers.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a model on a dataset under a memory budget, and measure it before and after.
@@ -96,9 +99,9 @@ def train(
                 settings,
             )  # fmt: skip
         if supervised:
-            _run_supervised(JobDirectory(directory))
+            _run_supervised(JobDirectory(directory), trace)
         else:
-            _run(JobDirectory(directory), job, config, as_json)
+            _run(JobDirectory(directory), job, config, trace, as_json)
 
 
 def _judges(judging: Judging, config: Path) -> Mapping[str, Endpoint]:
@@ -112,14 +115,14 @@ def _only_directory(*options: object) -> None:
         raise typer.BadParameter("a job directory takes no other options; start a new job with --model, --data, --budget and --out")
 
 
-def _run_supervised(directory: JobDirectory) -> None:
+def _run_supervised(directory: JobDirectory, trace: bool) -> None:
     """Run under a daemon: it hears every event, and of an error before the first stage too."""
     supervision = Supervision()
     try:
         from edge_agent.training.run import run_job
 
         judges = read_judges(os.environ.get(JUDGES_VARIABLE, "{}"))
-        run_job(directory, supervision.tell, stopping=supervision.stopping, judges=judges)
+        run_job(directory, supervision.tell, stopping=supervision.stopping, judges=judges, trace=trace)
     except Stopped:
         raise
     except EdgeAgentError as error:
@@ -127,17 +130,17 @@ def _run_supervised(directory: JobDirectory) -> None:
         raise
 
 
-def _run(directory: JobDirectory, job: Job | None, config: Path, as_json: bool) -> None:
+def _run(directory: JobDirectory, job: Job | None, config: Path, trace: bool, as_json: bool) -> None:
     judges = _judges((job or directory.read_job()).judging, config)
     from edge_agent.training.run import run_job
 
     if as_json:
-        result = run_job(directory, lambda event: None, job, judges=judges)
+        result = run_job(directory, lambda event: None, job, judges=judges, trace=trace)
         print_json(result)
     else:
         console = Console()
         with LiveView(console) as view:
-            result = run_job(directory, view, job, judges=judges)
+            result = run_job(directory, view, job, judges=judges, trace=trace)
         console.print(summary(result, directory.path))
     if result.accepted is False:
         raise typer.Exit(NOT_ACCEPTED_EXIT_CODE)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import torch
 
 from edge_agent.answers import check_answers
 from edge_agent.config import Endpoint
 from edge_agent.dataset import Record, Verify, file_sha256, is_correct, read_records, write_records
-from edge_agent.errors import BuildConflict, Busy, DeviceMissing, DirectoryUnusable
+from edge_agent.errors import BuildConflict, Busy, DirectoryUnusable
 from edge_agent.files import lock_file, write_file
 from edge_agent.job import Sampling, Sha256, Strict
 from edge_agent.job_building import BuildOptions
@@ -28,9 +27,9 @@ from edge_agent.report import Built, Judgments
 from edge_agent.splitting import same_question
 from edge_agent.training.completion import Completion, draw, find_endpoint, judge_outputs, output_room, sample_outputs
 from edge_agent.training.methods.method import Context
+from edge_agent.training.prepare import usable_profile
 from edge_agent.training.reporter import Listener, Reporter, memory_explained
 from edge_agent.verify import find_verifier
-from profiles.device import detect_device, device_profile
 from profiles.memory import fix_malloc
 from quantization.load import load_model, load_tokenizer
 from quantization.model_files import find_model
@@ -55,26 +54,24 @@ def build_dataset(model: str, data: Path, out: Path, options: BuildOptions, list
 
     Raises BuildConflict where another build, or another file, stands in its place.
     """
-    kind = detect_device(options.device)
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceMissing("this PyTorch cannot use the GPU that is there")
+    device = usable_profile(options.device)
     records, files, endpoint = read_records(data), find_model(model), find_endpoint(options.judging, judges)
     evaluation, verifier = options.evaluation, find_verifier(options.evaluation.verifier)
     # Without a verifier nothing tells which outputs are correct, so none are sampled, as in a job.
     sampling = options.sampling if verifier else msgspec.structs.replace(options.sampling, outputs=0)
     check_answers(data.name, [(r.id, r.answer) for r in records], evaluation.verifier)
     verdict = partial(is_correct, verifier=verifier)
-    exact = msgspec.structs.replace(options, device=kind)
+    exact = msgspec.structs.replace(options, device=device.torch_device)
     recipe = Recipe(dataset_sha256=file_sha256(data), model_fingerprint=files.fingerprint, options=exact)
     fix_malloc()
-    reporter = Reporter(device_profile(kind), listen, lambda: False)
+    reporter = Reporter(device, listen, lambda: False)
     tokenizer, prompts = load_tokenizer(files), PROMPTS[options.prompts]
     for record in records if sampling.outputs else []:
         if record.output is None:
             output_room(tokenizer, prompts, record, CONTEXTS, files.context_tokens)
     with _taken(out, recipe) as directory, memory_explained(lambda: reporter.recorder.current_stage):
         with reporter.stage("load"):
-            loaded = load_model(files, device_profile(kind))
+            loaded = load_model(files, device)
         completion = Completion(
             model=loaded, tokenizer=tokenizer, prompts=prompts, sampling=sampling, judging=options.judging,
             endpoint=endpoint, is_correct=verdict, seed=options.seed, context_tokens=files.context_tokens,

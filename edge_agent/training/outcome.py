@@ -6,11 +6,13 @@ import platform
 from importlib.metadata import version
 
 from edge_agent.dataset import Record
-from edge_agent.report import Data, Judgments, Repairs
+from edge_agent.report import Data, Energy, Judgments, Repairs
 from edge_agent.saliency import SaliencyRecord
 from edge_agent.splitting import same_question
 from edge_agent.training.contexts import Sample
 from edge_agent.training.methods.method import IsCorrect, Scores, Weights
+from profiles.energy import EnergySource
+from profiles.recorder import SHORTEST_ENERGY_S, StageRow
 
 PACKAGES = ("edge-agent", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -42,6 +44,20 @@ def describe_data(
         len(samples),
         flagged / max(tokens, 1),
     )
+
+
+def describe_energy(rows: list[StageRow], source: EnergySource, records: int) -> Energy:
+    """Add up the energy of the stages; `records` were trained on, 0 where the job failed."""
+    lacking = [row.energy_reason for row in rows if row.energy_j is None and row.seconds >= SHORTEST_ENERGY_S]
+    measured = [row.energy_j for row in rows if row.energy_j is not None]
+    if lacking or not measured:
+        return Energy(source, reason=lacking[0] if lacking else "no stage was long enough")
+    total_j = sum(measured)
+    if records == 0:
+        return Energy(source, total_j, reason="the job failed")
+    if any(row.resumed for row in rows):
+        return Energy(source, total_j, reason="an earlier run did a part of the work")
+    return Energy(source, total_j, total_j / records)
 
 
 def saliency_records(tokenizer: object, samples: list[Sample], scores: list[Scores], weights: list[Weights]) -> list[SaliencyRecord]:

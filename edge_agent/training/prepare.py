@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from msgspec.structs import replace
 
 from edge_agent.answers import check_answers
 from edge_agent.dataset import Record, Verify, is_correct
-from edge_agent.errors import DatasetEmpty, DiskFull, JobSchema, NoRoom, RecordTooLong
+from edge_agent.errors import DatasetEmpty, DeviceMissing, DiskFull, JobSchema, NoRoom, RecordTooLong
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.prompts import PROMPTS, Prompts
@@ -21,7 +22,7 @@ from edge_agent.training.contexts import answer_ids, contexts_of, encode_target,
 from edge_agent.training.methods import METHODS
 from edge_agent.training.methods.method import IsCorrect, Method, Target
 from edge_agent.verify import find_verifier
-from profiles.device import DeviceProfile, detect_device, device_profile, free_bytes
+from profiles.device import DeviceProfile, detect_profile, free_bytes
 from quantization.load import load_tokenizer
 from quantization.model_files import ModelFiles, find_model
 from quantization.plan import Lengths, Plan, Shape, adapter_elements, make_plan, read_shape
@@ -170,6 +171,14 @@ class Prepared:
         return make_plan(self.shape, self.job, self.lengths, self.device)
 
 
+def usable_profile(wanted: str) -> DeviceProfile:
+    """Return the profile of the device to run on. Raises DeviceMissing where it is not there, or PyTorch cannot use it."""
+    device = detect_profile(wanted)
+    if device.torch_device == "cuda" and not torch.cuda.is_available():
+        raise DeviceMissing("this PyTorch cannot use the GPU that is there")
+    return device
+
+
 def prepare(directory: JobDirectory, job: Job) -> Prepared:
     """Read and check the inputs of a job directory."""
     return prepare_files(job, *directory.read_dataset(job))
@@ -179,7 +188,7 @@ def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | No
     """Split the records of a job and find its model."""
     parts = split(records, evaluation, job)
     files = find_model(job.model)
-    device = device_profile(detect_device(job.device))
+    device = detect_profile(job.device)
     prepared = Prepared(job, files, load_tokenizer(files), device, parts.training, parts.development, parts.held_out)
     if job.schedule.patience and not prepared.development_targets:
         raise JobSchema("schedule.patience", "there is no development question to measure on; set evaluation.development, such as 0.1")
@@ -194,7 +203,7 @@ def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | No
 
 def admit(prepared: Prepared, plan: Plan, directory: JobDirectory) -> None:
     """Raise NoRoom or DiskFull where the machine cannot take the job now."""
-    free = free_bytes(prepared.device.kind)
+    free = free_bytes(prepared.device)
     if plan.peak_bytes > free - prepared.device.reserve_bytes:
         raise NoRoom("device memory", free, plan.peak_bytes + prepared.device.reserve_bytes)
     # Two checkpoints exist while one replaces the other, then the adapter. A checkpoint has the weights and two moments, with

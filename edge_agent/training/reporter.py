@@ -13,8 +13,9 @@ import torch
 from edge_agent.errors import OutOfMemory, Stopped, TimedOut
 from edge_agent.report import Event, EventKind
 from profiles.device import DeviceProfile
+from profiles.energy import Meter
 from profiles.memory import CudaMemory, HostMemory, Memory
-from profiles.recorder import Recorder, StageName, StageRow
+from profiles.recorder import UNMETERED, Recorder, StageName, StageRow
 from quantization.plan import Plan
 
 PROGRESS_INTERVAL_S = 0.5
@@ -29,11 +30,13 @@ class Reporter:
     """One run's events. `progress` is called often and passes on at most two events a second."""
 
     def __init__(
-        self, device: DeviceProfile, listen: Listener, stopping: Stopping, max_run_s: float = math.inf, budget_bytes: int | None = None
-    ) -> None:
-        memory: Memory = CudaMemory(device.overhead_bytes) if device.kind == "cuda" else HostMemory()
-        synchronize = torch.cuda.synchronize if device.kind == "cuda" else lambda: None
-        self.recorder = Recorder(memory, synchronize, self._on_stage)
+        self, device: DeviceProfile, listen: Listener, stopping: Stopping, max_run_s: float = math.inf, budget_bytes: int | None = None,
+        meter: Meter = UNMETERED,
+    ) -> None:  # fmt: skip
+        on_gpu = device.torch_device == "cuda"
+        memory: Memory = CudaMemory(device.overhead_bytes) if on_gpu else HostMemory()
+        synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+        self.recorder = Recorder(memory, synchronize, self._on_stage, meter)
         self.started = time.monotonic()
         self.plan: Plan | None = None
         self._listen, self._stopping, self._max_run_s, self._budget_bytes = listen, stopping, max_run_s, budget_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import torch
 from edge_agent.answers import Answer, accept, examples, measure
 from edge_agent.config import Endpoint
 from edge_agent.dataset import Record
-from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DeviceMissing, DiskFull, EdgeAgentError, Stopped
+from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DiskFull, EdgeAgentError, Stopped
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
@@ -28,13 +28,16 @@ from edge_agent.training.contexts import Sample, encode_target
 from edge_agent.training.evaluate import evaluate
 from edge_agent.training.loop import Training, optimize
 from edge_agent.training.objectives import OBJECTIVES
-from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, prepare
+from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, prepare, usable_profile
 from edge_agent.training.repair import repair_outputs, turning_point
 from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
 from edge_agent.training.scoring import weigh
+from edge_agent.training.trace import traced
 from edge_agent.training.weighted import Weighted
-from profiles.device import detect_device, device_name, device_profile
+from profiles.device import detect_profile, device_name
+from profiles.energy import find_meter
 from profiles.memory import fix_malloc
+from profiles.sampler import sampled
 from quantization.adapter import WEIGHTS, attach_adapter, save_adapter
 from quantization.load import load_model
 from quantization.plan import Plan
@@ -44,13 +47,13 @@ T = TypeVar("T")
 
 def run_job(
     directory: JobDirectory, listen: Listener, expected: Job | None = None, stopping: Stopping = lambda: False,
-    judges: Mapping[str, Endpoint] = MappingProxyType({}),
+    judges: Mapping[str, Endpoint] = MappingProxyType({}), trace: bool = False,
 ) -> Result:  # fmt: skip
     """Run the job of a directory to its result; a finished job returns its result, an interrupted one goes on.
 
     `expected` is the job that the directory must hold; `stopping` is asked at every step whether to checkpoint and stop; `judges` are
-    the endpoints that the job may name. Raises an EdgeAgentError; once the run has begun, the same stands in events.jsonl, and in
-    result.json if the job has failed.
+    the endpoints that the job may name; `trace` has some updates recorded for PyTorch's viewers. Raises an EdgeAgentError; once the run
+    has begun, the same stands in events.jsonl, and in result.json if the job has failed.
     """
     with directory.locked():
         job = directory.read_job()
@@ -60,14 +63,14 @@ def run_job(
         if earlier and earlier.adapter and earlier.job == job.digest and directory.has_adapter(earlier.adapter.sha256):
             return earlier
         fix_malloc()
-        kind = detect_device(job.device)
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise DeviceMissing("this PyTorch cannot use the GPU that is there")
-        reporter = Reporter(device_profile(kind), _both(directory.append_event, listen), stopping, job.max_run_s, job.budget_bytes)
-        try:
-            result = _stages(directory, job, reporter, judges)
-        except Exception as error:
-            raise _failed(directory, job, reporter, error) from error
+        device = usable_profile(job.device)
+        tell = _both(directory.append_event, listen)
+        reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device))
+        with sampled(reporter.recorder, device, directory.profile):
+            try:
+                result = _stages(directory, job, reporter, judges, trace)
+            except Exception as error:
+                raise _failed(directory, job, reporter, error) from error
         reporter.emit("finished", seconds=result.seconds)
         return result
 
@@ -80,7 +83,7 @@ def _both(first: Listener, second: Listener) -> Listener:
     return tell
 
 
-def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mapping[str, Endpoint]) -> Result:
+def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mapping[str, Endpoint], trace: bool) -> Result:
     with reporter.stage("plan"):
         work = prepare(directory, job)
         endpoint = find_endpoint(job.judging, judges)
@@ -113,7 +116,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
             job.evaluation.max_new_tokens, work.files.context_tokens, development,
         )  # fmt: skip
         objective = OBJECTIVES.get(type(job.method), Weighted)(model, samples, weights, training)
-        state, row.resumed = optimize(model, objective, training, reporter.progress)
+        with traced(directory, reporter.progress) if trace else nullcontext(reporter.progress) as progress:
+            state, row.resumed = optimize(model, objective, training, progress)
     with reporter.stage("evaluate"):
         after = _evaluate(model, work, plan, reporter)
         directory.write_rows("after.jsonl", after)
@@ -126,7 +130,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     accepted, acceptance = accept(measured, job.evaluation.accept_if)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = msgspec.structs.replace(
-        _result(job, reporter, "succeeded"),
+        _result(job, reporter, "succeeded", len(records)),
         model=Model(job.model, work.files.fingerprint, work.files.context_tokens),
         data=outcome.describe_data(
             job.dataset.sha256, records, cut_off, repairs, judgments, len(work.held_out), samples, weights, work.is_correct
@@ -197,19 +201,20 @@ def _key(job: Job, work: Prepared, samples: list[Sample]) -> str:
 
 
 def _cap_memory(job: Job, work: Prepared) -> None:
-    if work.device.kind == "cuda":
+    if work.device.torch_device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, job.budget_bytes - work.device.overhead_bytes) / total))
 
 
-def _result(job: Job, reporter: Reporter, state: Any) -> Result:
+def _result(job: Job, reporter: Reporter, state: Any, records: int = 0) -> Result:
     rows = reporter.recorder.rows
     train_row = next((r for r in rows if r.stage == "train"), None)
     return Result(
         job=job.digest, state=state, method=str(job.method.__struct_config__.tag), seed=job.seed,
-        device=device_name(detect_device(job.device)), versions=outcome.versions(), budget_bytes=job.budget_bytes,
+        device=device_name(detect_profile(job.device).torch_device), versions=outcome.versions(), budget_bytes=job.budget_bytes,
         peak_bytes=max((r.peak_bytes for r in rows), default=0), stages=rows, seconds=time.monotonic() - reporter.started,
-        tokens_per_s=train_row.tokens_per_s if train_row else None, resumed=any(r.resumed for r in rows),
+        tokens_per_s=train_row.tokens_per_s if train_row else None,
+        energy=outcome.describe_energy(rows, reporter.recorder.meter.source, records), resumed=any(r.resumed for r in rows),
     )  # fmt: skip
 
 
