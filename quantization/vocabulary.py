@@ -26,16 +26,32 @@ EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
 """What architectures call their embedding."""
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """How looked-up rows are made of stored ones: in the compute type, and times a number where the architecture has one (Gemma)."""
+
+    dtype: torch.dtype
+    scale: float
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding) -> _Rows:
+        return cls(embedding.weight.dtype, float(getattr(embedding, "scalar_embed_scale", 1.0)))
+
+    def made_of(self, stored: torch.Tensor) -> torch.Tensor:
+        rows = stored.to(self.dtype)
+        return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
+
+
 class NarrowEmbedding(nn.Embedding):
     """An embedding whose rows are widened when they are looked up."""
 
     def __init__(self, like: nn.Embedding, stored: torch.dtype) -> None:
         super().__init__(like.num_embeddings, like.embedding_dim, like.padding_idx, device="meta", dtype=stored)
-        self.compute_dtype = like.weight.dtype
+        self.rows = _Rows.like(like)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows of the ids in the compute type."""
-        return super().forward(ids).to(self.compute_dtype)
+        return self.rows.made_of(super().forward(ids))
 
 
 class NarrowHead(nn.Linear):
@@ -62,12 +78,12 @@ class Nf4Embedding(nn.Module):
 
     def __init__(self, like: nn.Embedding) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.compute_dtype = like.num_embeddings, like.embedding_dim, like.weight.dtype
+        self.num_embeddings, self.embedding_dim, self.rows = like.num_embeddings, like.embedding_dim, _Rows.like(like)
         self.weight = Params4bit(torch.empty(like.weight.shape, device="meta"), quant_type="nf4")
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows of the ids in the compute type."""
-        return dequantize_rows(self.weight, ids, self.compute_dtype)
+        return self.rows.made_of(dequantize_rows(self.weight, ids, self.rows.dtype))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -97,7 +113,8 @@ class Nf4Head(Linear4bit):  # type: ignore[misc]
 def _logits(x: torch.Tensor, head: NarrowHead | Nf4Head) -> torch.Tensor:
     logits_BV: torch.Tensor = _SlicedProduct.apply(x.flatten(0, -2), head)  # type: ignore[no-untyped-call]
     logits = logits_BV.view(*x.shape[:-1], head.out_features)
-    return logits if head.bias is None else logits + head.bias.to(x.dtype)
+    # Where transformers ties the head to an embedding in NF4, it pads the bias to the number of bytes.
+    return logits if head.bias is None else logits + head.bias[: head.out_features].to(x.dtype)
 
 
 class _SlicedProduct(torch.autograd.Function):
@@ -124,7 +141,7 @@ class FileEmbedding(nn.Module):
 
     def __init__(self, like: nn.Embedding, file: str, start: int, stored: torch.dtype) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.compute_dtype = like.num_embeddings, like.embedding_dim, like.weight.dtype
+        self.num_embeddings, self.embedding_dim, self.rows = like.num_embeddings, like.embedding_dim, _Rows.like(like)
         self._stored, self._start = stored, start
         self._file = os.open(file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
@@ -134,7 +151,7 @@ class FileEmbedding(nn.Module):
         wanted, places = ids.unique(return_inverse=True)
         row_bytes = self.embedding_dim * self._stored.itemsize
         rows = bytearray().join(os.pread(self._file, row_bytes, self._start + row * row_bytes) for row in wanted.tolist())
-        return torch.frombuffer(rows, dtype=self._stored).view(-1, self.embedding_dim).to(ids.device, self.compute_dtype)[places]
+        return self.rows.made_of(torch.frombuffer(rows, dtype=self._stored).view(-1, self.embedding_dim).to(ids.device))[places]
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,8 @@ class Vocabulary:
     def place(self, model: Any) -> None:
         """Replace both in a model without weights. Layers of an architecture's own kind stay as they are."""
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        kinds = type(embedding) is nn.Embedding, type(head) is nn.Linear
+        known = type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale")
+        kinds = known, type(head) is nn.Linear
         tied = bool(model.all_tied_weights_keys)
         if kinds[0] and (kinds[1] or not tied):
             model.set_input_embeddings(self._embedding(embedding))
