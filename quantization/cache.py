@@ -50,19 +50,19 @@ class ModelCache:
     def key(self, files: ModelFiles, **settings: object) -> str:
         """Return the name of the entry for a model as its files are now, for settings, and for the libraries in use."""
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(files.path)]
-        versions = FORMAT, torch.__version__, transformers.__version__, bitsandbytes.__version__
+        versions = FORMAT, str(torch.__version__), transformers.__version__, bitsandbytes.__version__
         return hashlib.sha256(msgspec.json.encode([files.fingerprint, stats, versions, sorted(settings.items())])).hexdigest()
 
     def read(self, key: str) -> dict[str, StoredTensor] | None:
         """Return the weights of an entry; None where there is none that can be read."""
         place = self.directory / key
         try:
-            files = sorted(place.glob("*.safetensors"))
-            found = stored_tensors(files)
             os.utime(place)
+            found = stored_tensors(sorted(place.iterdir()))
         except (OSError, SafetensorError, msgspec.MsgspecError):
+            found = {}
+        if not found:
             self.discard(key)
-            return None
         return found or None
 
     def discard(self, key: str) -> None:
