@@ -79,23 +79,18 @@ def quantize(weight_OI: torch.Tensor, dtype: torch.dtype, kernel: Kernel) -> Par
     So the same model is the same on every device. Beside the result at most `SLICE` numbers in 32 bits exist a few times.
     """
     whole_N = weight_OI.reshape(-1)
-    packed, scales_S = [], []
-    for part_N in whole_N.split(SLICE):
-        codes, scales = _quantize_slice(part_N.to(torch.bfloat16), kernel)
-        packed.append(codes)
-        scales_S.append(scales)
-    scale_S = torch.cat(scales_S)
+    # What stays is allocated before what goes, so that the memory between is not lost in holes.
+    packed = torch.empty((len(whole_N) + 1) // 2, 1, dtype=torch.uint8, device=weight_OI.device)
+    scale_S = torch.empty(-(-len(whole_N) // BLOCK), device=weight_OI.device)
+    for start in range(0, len(whole_N), SLICE):
+        codes, scales = _quantize_slice(whole_N[start : start + SLICE].to(torch.bfloat16), kernel)
+        packed[start // 2 : start // 2 + len(codes)], scale_S[start // BLOCK : start // BLOCK + len(scales)] = codes, scales
     mean = scale_S.mean()
     second = _quantize_scales if kernel == "torch" else quantize_blockwise
     scale_codes_S, of_scales = second(scale_S - mean, blocksize=SCALES)
     state = QuantState(
         scale_codes_S, weight_OI.shape, get_4bit_type("nf4", device=weight_OI.device), BLOCK, "nf4", dtype, mean, of_scales
     )  # fmt: skip
-    return nf4_parameter(torch.cat(packed), state)
-
-
-def nf4_parameter(packed: torch.Tensor, state: QuantState) -> Params4bit:
-    """Return bytes and their scales as bitsandbytes holds them."""
     return Params4bit(packed, False, state, BLOCK, True, "nf4", bnb_quantized=True)
 
 

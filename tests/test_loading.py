@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
+from conftest import DEADLINE_S
 from test_trees import SHAPES
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from edge_agent.errors import ModelMissing, ModelUnsafe, ModelUnsupported
 from edge_agent.job import Lora
@@ -179,6 +182,51 @@ def test_embedding_in_its_file_reads_only_what_is_looked_up(tmp_path: Path) -> N
     assert torch.equal(embedding(torch.tensor([[7, 3, 7]])), wanted)
     with pytest.raises((RuntimeError, ValueError)):
         embedding(torch.tensor([[150]]))
+
+
+PEAK = """
+import sys
+from profiles.memory import HostMemory, fix_malloc
+fix_malloc()
+from quantization.cache import ModelCache, own_weights
+from quantization.load import load_model
+from quantization.model_files import find_model
+from profiles.device import device_profile
+from pathlib import Path
+tiny, model, cache = sys.argv[1:]
+load_model(find_model(tiny), device_profile("cpu"))
+files, memory = find_model(model), HostMemory()
+memory.release()
+before = memory.current_bytes()
+loaded = load_model(files, device_profile("cpu"), cache=ModelCache(Path(cache), 2**30))
+print(memory.peak_bytes() - before, sum(w.numel() * w.element_size() for w in own_weights(loaded).values()))
+"""
+
+
+def test_loading_takes_little_more_than_the_model_it_leaves(tiny_model: Path, tmp_path: Path) -> None:
+    """In a fresh process the peak is the quantised model and a few of its largest tensors, less than the file; from the cache as well."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=24, num_attention_heads=8, vocab_size=4000)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    largest_bytes = max(p.numel() for p in model.parameters()) * 2
+    model.save_pretrained(tmp_path / "model")
+    file_bytes = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    for _ in ("made", "from the cache"):
+        command = [sys.executable, "-c", PEAK, str(tiny_model), str(tmp_path / "model"), str(tmp_path / "cache")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+        peak_bytes, held_bytes = map(int, done.stdout.split())
+        bound_bytes = held_bytes + 4 * largest_bytes + 16 * 2**20
+        assert bound_bytes < file_bytes
+        assert held_bytes < peak_bytes < bound_bytes
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_adapters_are_on_the_layers_wherever_the_vocabulary_is(tmp_path: Path, place: dict[str, bool]) -> None:
+    """`all` means every linear layer but the output head, in NF4 or not."""
+    model = load_model(find_model(str(_random(tmp_path / "model", "Llama", tied=False))), CPU, **place)
+    model = attach_adapter(model, Lora(), 3, "random")
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4 * 7
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def _model_directory(path: Path, **config: object) -> Path:
