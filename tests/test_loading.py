@@ -215,7 +215,7 @@ def test_loading_takes_little_more_than_the_model_it_leaves(tiny_model: Path, tm
         command = [sys.executable, "-c", PEAK, str(tiny_model), str(tmp_path / "model"), str(tmp_path / "cache")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
         peak_bytes, held_bytes = map(int, done.stdout.split())
-        bound_bytes = held_bytes + 4 * largest_bytes + 16 * 2**20
+        bound_bytes = held_bytes + 4 * largest_bytes + 32 * 2**20
         assert bound_bytes < file_bytes
         assert held_bytes < peak_bytes < bound_bytes
 
