@@ -61,8 +61,8 @@ def test_smallest_configuration(tmp_path: Path) -> None:
 def test_every_key_is_read(tmp_path: Path) -> None:
     """What a file says is what the agent works with, tables included."""
     text = MINIMAL + (
-        'fleet = "f"\ndevice = "cpu"\nqueue = 2\ndataset_limit = "1 MiB"\nstore_limit = "2GB"\nmax_attempts = 3\nthreads = 1\ncache_limit = "0"\n'
-        '[broker]\nhost = "broker"\nport = 8883\nprotocol = "3.1.1"\nusername = "u"\npassword_file = "p"\n'
+        'fleet = "f"\ndevice = "cpu"\nqueue = 2\ndataset_limit = "1 MiB"\nstore_limit = "2GB"\nmax_attempts = 3\nthreads = 1\n'
+        'cache_limit = "0"\n[broker]\nhost = "broker"\nport = 8883\nprotocol = "3.1.1"\nusername = "u"\npassword_file = "p"\n'
         'packet_limit = "64KiB"\nkeepalive_s = 60\n'
         '[broker.tls]\nca_file = "ca"\ncertificate_file = "crt"\nkey_file = "key"\n'
         "[timers]\nqueue_s = 1\nstaging_s = 2.5\nstall_s = 3\nstop_s = 4\n"
