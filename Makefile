@@ -1,7 +1,7 @@
 # make test      install what is missing into .venv and run the tests (at most 15 minutes on 2 cores)
 # make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
 # make check     lint and types
-# make test-all  the tests and the second Python
+# make test-all  the tests, training on plain PyTorch, and the second Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 
 PYTHON ?= python3
@@ -11,7 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: test test-all check demo venv clean
+TRAINING_TESTS := $(addprefix tests/test_,$(addsuffix .py,train resume loop packing methods nlft reft evaluation build repair mechanism \
+    interruptions loading nf4 cache))
+
+.PHONY: test test-torch-kernel test-all check demo venv clean
 
 venv: $(VENV)/.installed
 
@@ -34,7 +37,11 @@ check: venv
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-all: test
+# NF4 in plain PyTorch, as where bitsandbytes' kernels do not run.
+test-torch-kernel: venv
+	EDGE_AGENT_NF4_KERNEL=torch $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRAINING_TESTS)
+
+test-all: test test-torch-kernel
 	tests/second_python.sh
 
 demo: venv

@@ -34,8 +34,9 @@ from edge_agent.training.weighted import Weighted
 from profiles.device import device_profile
 from profiles.memory import CudaMemory, HostMemory, Memory, fix_malloc
 from quantization.adapter import attach_adapter, checkpoint_activations
-from quantization.load import keep_training_kernel, load_model
+from quantization.load import load_model
 from quantization.model_files import find_model
+from quantization.nf4 import use_kernel
 from quantization.plan import HEAD_CHUNK, Plan
 
 SEED, BATCH, LEARNING_RATE = 7, 8, 2e-4
@@ -114,7 +115,7 @@ def _plain_model(work: Work) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         work.settings.model, dtype=dtype, quantization_config=nf4, device_map={"": work.device}, local_files_only=True
     )
-    keep_training_kernel(model)
+    use_kernel(model, "bitsandbytes")
     return model
 
 

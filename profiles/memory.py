@@ -35,8 +35,7 @@ class HostMemory:
         self._process = psutil.Process()
 
     def release(self) -> None:
-        with suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
+        trim_heap()
         # Where this is not allowed the peak stays that of the whole process: an upper bound.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -76,6 +75,12 @@ class CudaMemory:
 
     def peak_on_gpu_bytes(self) -> tuple[int | None, int | None]:
         return int(self._cuda.max_memory_allocated()), int(self._cuda.max_memory_reserved())
+
+
+def trim_heap() -> None:
+    """Give the system back the memory that is free between blocks in use, where the C library can."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def fix_malloc() -> bool:

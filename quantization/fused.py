@@ -15,6 +15,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora.bnb import Linear4bit
 
+from quantization.nf4 import TorchLinear, dequantize
+
 
 class FusedLinear4bit(Linear4bit):  # type: ignore[misc]
     """PEFT's layer with another forward pass; the weights, and what is saved of them, are PEFT's."""
@@ -55,14 +57,19 @@ class _FusedLinear(torch.autograd.Function):
         grad_a_RI = (grad_low_NR.t() @ low_input_NI).to(a_RI.dtype)
         grad_x_NI = grad_low_input = None
         if ctx.needs_input_grad[0]:
-            weight_OI = dequantize_4bit(ctx.base.weight.data, ctx.base.weight.quant_state).to(grad.dtype)
-            grad_x_NI = grad_NO @ weight_OI
-            del weight_OI
+            grad_x_NI = grad_NO @ _matrix(ctx.base, grad.dtype)
         if ctx.one_input and grad_x_NI is not None:
             grad_x_NI.addmm_(grad_low_NR, a_RI.to(grad.dtype))
         elif ctx.needs_input_grad[1]:
             grad_low_input = (grad_low_NR @ a_RI.to(grad.dtype)).view(ctx.shape)
         return None if grad_x_NI is None else grad_x_NI.view(ctx.shape), grad_low_input, grad_a_RI, grad_b_OR, None, None
+
+
+def _matrix(layer: bitsandbytes.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor:
+    """Return the frozen matrix, O x I, by the kernel that the layer computes with."""
+    if isinstance(layer, TorchLinear):
+        return dequantize(layer.weight, dtype)
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)  # type: ignore[no-any-return]
 
 
 def fuse(model: torch.nn.Module) -> None:
