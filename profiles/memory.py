@@ -10,7 +10,7 @@ from typing import Protocol
 
 import psutil
 
-_MMAP_THRESHOLD_BYTES = 2 * 2**20
+MMAP_THRESHOLD_BYTES = 2 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -88,5 +88,5 @@ def fix_malloc() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, _MMAP_THRESHOLD_BYTES) and mallopt(_M_ARENA_MAX, 2)
+        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_ARENA_MAX, 2)
     )

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from edge_agent.errors import AdapterMismatch, ModelUnsupported
 from edge_agent.files import write_directory
 from edge_agent.job import Lora
-from quantization.plan import MLP
+from quantization.shape import MLP
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -15,7 +15,7 @@ from edge_agent.errors import ModelUnsupported
 from profiles.device import DeviceProfile
 from quantization.attention import TREE, Branch, Tree, tree_inputs
 from quantization.model_files import ModelFiles
-from quantization.plan import read_shape
+from quantization.shape import read_shape
 
 HEAD_PROBLEM = "its output head scales or caps the logits, which the training loss does not support yet"
 BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
