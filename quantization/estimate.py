@@ -6,6 +6,7 @@ dry run would find to fit, because a node that takes a job plans it again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from edge_agent.job import Job, ReftOptions
@@ -126,14 +127,20 @@ def estimate(
     return tuple(StagePlan(name, int(resident), int(transient)) for name, resident, transient in found)
 
 
-def make_estimate(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout = "shared") -> Plan:
-    """Return the plan in closed form, on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
+def estimates(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout) -> Callable[[float], Stages]:
+    """Return what gives the bytes of every stage for records of a share of their tokens."""
 
     def stages_of(share: float) -> Stages:
         shorter = lengths if share == 1 else lengths.shortened(share)
         return lambda rung, batch: estimate(shape, job, shorter, device, rung, batch, layout)
 
-    return make_plan(job, ladder(job, shape, lengths.train, device, layout), layout, stages_of, lengths.score.longest)
+    return stages_of
+
+
+def make_estimate(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout = "shared") -> Plan:
+    """Return the plan in closed form, on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
+    rungs = ladder(job, shape, lengths.train, device, layout)
+    return make_plan(job, rungs, layout, estimates(shape, job, lengths, device, layout), lengths.score.longest)
 
 
 def _layer_bytes(shape: Shape, act: int) -> float:

@@ -13,8 +13,10 @@ from edge_agent.errors import DoesNotFit
 from edge_agent.job import Job
 from quantization.ladder import HEAD_CHUNK, Layout, Rung
 
-SEARCH_STEPS = 8
+SEARCH_STEPS = 10
 """Halvings in the search for the longest record that fits."""
+GUESS_TOLERANCE = 1.2
+"""A closed form that is over the budget by more than this factor is not worth a dry run."""
 
 
 class StagePlan(msgspec.Struct, frozen=True):
@@ -67,6 +69,8 @@ class Plan(msgspec.Struct, frozen=True):
         return max((s.peak_bytes for s in self.stages if s.stage == stage), default=None)
 
 
+GENERATING = {"evaluate", "sample", "repair", "judge"}
+"""Stages in which a smaller batch of generation helps."""
 Stages = Callable[[Rung, int], tuple[StagePlan, ...]]
 """The bytes of every stage on a rung, with so many prompts generated at once."""
 
@@ -88,39 +92,53 @@ def plan_on(rung: Rung, batch: int, budget_bytes: int, layout: Layout, stages: S
     )  # fmt: skip
 
 
-def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages) -> Plan | None:
+def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, guess: Stages) -> Plan | None:
     """Return the plan of the first rung that fits, with the most questions at once that fit on it; None where none fits.
 
-    A generation that does not fit gets a smaller batch of its own, and never changes the training.
+    A generation that does not fit gets a smaller batch of its own, and never changes the training. What `guess` finds far over the budget
+    is not looked at.
     """
-    batches = list(generate_batches(job))
     for rung in rungs:
-        least = plan_on(rung, 1, job.budget_bytes, layout, stages)
-        if least.peak_bytes <= job.budget_bytes:
-            made = (plan_on(rung, batch, job.budget_bytes, layout, stages) for batch in batches)
-            return next((plan for plan in made if plan.peak_bytes <= job.budget_bytes), least)
+        for batch in generate_batches(job):
+            over = _over(guess(rung, batch), job.budget_bytes * GUESS_TOLERANCE)
+            if not over:
+                plan = plan_on(rung, batch, job.budget_bytes, layout, stages)
+                over = _over(plan.stages, job.budget_bytes)
+                if not over:
+                    return plan
+            if over - GENERATING:
+                break
     return None
 
 
-def smallest(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages) -> tuple[Rung, Plan]:
-    """Return what needs least: of each level of the ladder only the smallest micro-batches are looked at."""
-    last = {rung.number: rung for rung in rungs if rung.micro_batch == 1 and rung.head_chunk < HEAD_CHUNK}
-    plans = [(rung, plan_on(rung, 1, job.budget_bytes, layout, stages)) for rung in last.values()]
-    return min(plans, key=lambda found: found[1].peak_bytes)
+def _over(stages: Sequence[StagePlan], budget_bytes: float) -> set[str]:
+    return {s.stage for s in stages if s.peak_bytes > budget_bytes}
 
 
-def make_plan(job: Job, rungs: Sequence[Rung], layout: Layout, stages_of: Callable[[float], Stages], longest_tokens: int) -> Plan:
+def smallest(rungs: Sequence[Rung], guess: Stages) -> Rung:
+    """Return the rung that needs least."""
+    return min(rungs, key=lambda rung: max(s.peak_bytes for s in guess(rung, 1)))
+
+
+def make_plan(
+    job: Job, rungs: Sequence[Rung], layout: Layout, guess_of: Callable[[float], Stages], longest_tokens: int, stages: Stages | None = None
+) -> Plan:
     """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work.
 
-    `stages_of` gives the bytes for records of a share of their tokens, the longest of which has `longest_tokens`.
+    `guess_of` gives the bytes in closed form for records of a share of their tokens, the longest of which has `longest_tokens`; `stages`
+    the exact ones for all tokens, where they are known.
     """
-    made = choose(job, rungs, layout, stages_of(1.0))
+    guess = guess_of(1.0)
+    made = choose(job, rungs, layout, stages or guess, guess)
     if made is not None:
         return made
-    rung, least = smallest(job, rungs, layout, stages_of(1.0))
+    rung = smallest(rungs, guess)
+    least = plan_on(rung, 1, job.budget_bytes, layout, stages or guess)
+    guessed = plan_on(rung, 1, job.budget_bytes, layout, guess)
     low, high = 0.0, 1.0
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
-        fits = plan_on(rung, 1, job.budget_bytes, layout, stages_of(middle)).peak_bytes <= job.budget_bytes
+        shorter = plan_on(rung, 1, job.budget_bytes, layout, guess_of(middle))
+        fits = shorter.peak_bytes * least.peak_bytes / guessed.peak_bytes <= job.budget_bytes
         low, high = (middle, high) if fits else (low, middle)
     raise DoesNotFit(least.peak_bytes, job.budget_bytes, least.binding.stage, int(low * longest_tokens))

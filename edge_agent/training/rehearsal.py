@@ -26,10 +26,10 @@ from profiles.device import DeviceProfile
 from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.attention import TREE
 from quantization.dry_run import LiveBytes, counted, ghost_model, takes_trees
-from quantization.estimate import CLIENT_BYTES, Lengths, copies, load_bytes, moments_bytes
+from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, load_bytes, moments_bytes
 from quantization.ladder import Layout, Rows, Rung, ladder
 from quantization.model_files import ModelFiles
-from quantization.plan import Plan, StagePlan, Stages, make_plan, plan_on
+from quantization.plan import Plan, StagePlan, make_plan
 from quantization.shape import Shape, adapter_elements
 
 FEW_LAYERS = 2
@@ -64,8 +64,8 @@ class Rehearsal:
         kept = copies(job, self.device) * adapter
         moments = moments_bytes(self.shape, job, rung)
         trained = base + adapter + moments + kept
-        evaluate = self._generation(rung, batch, lengths.generate, job.evaluation.temperature)
-        sample = self._generation(rung, batch, lengths.generate, job.sampling.temperature)
+        sample = self._generation(rung, batch, lengths.generate, sampled=True)
+        evaluate = self._generation(rung, batch, lengths.generate, sampled=job.evaluation.temperature is not None)
         scored = _transient(score, "score")
         free_text = scored if job.evaluation.verifier == "none" else 0
         on_device = self.device.kind != "discrete"
@@ -74,8 +74,8 @@ class Rehearsal:
             StagePlan("load", base, load_bytes(self.shape, self.device)),
             StagePlan("evaluate", base + adapter, max(evaluate, free_text)),
             StagePlan("sample", base, sample),
-            StagePlan("repair", base, max(scored, self._generation(rung, batch, lengths.repair, None)) if lengths.repair[1] else 0),
-            StagePlan("judge", base, self._generation(rung, batch, lengths.judge, None) or client),
+            StagePlan("repair", base, max(scored, self._generation(rung, batch, lengths.repair)) if lengths.repair[1] else 0),
+            StagePlan("judge", base, self._generation(rung, batch, lengths.judge) or client),
             StagePlan("score", base + adapter, scored),
             StagePlan("train", trained, 2 * adapter if on_device else 0, "resume"),
             StagePlan("train", trained, scored, "score"),
@@ -85,7 +85,7 @@ class Rehearsal:
             StagePlan("save", base + adapter + kept, 2 * adapter if on_device else 0),
         ]
         if isinstance(job.method, ReftOptions):
-            during = self._generation(rung, min(batch, job.schedule.batch), lengths.generate, job.sampling.temperature)
+            during = self._generation(rung, min(batch, job.schedule.batch), lengths.generate, sampled=True)
             found.append(StagePlan("train", trained, during, "sample"))
         return tuple(found)
 
@@ -99,11 +99,11 @@ class Rehearsal:
         passed = self.method.references == "pass"
         return self._run(("train", *settings), rung, partial(_train, rows=self.lengths.train, rung=rung, accumulates=accumulates, passed=passed))
 
-    def _generation(self, rung: Rung, batch: int, lengths: tuple[int, int], temperature: float | None) -> int:
+    def _generation(self, rung: Rung, batch: int, lengths: tuple[int, int], sampled: bool = False) -> int:
         if not lengths[1]:
             return 0
-        work = partial(_generate, batch=batch, prompt=lengths[0], new=lengths[1], temperature=temperature)
-        return _transient(self._run(("generate", batch, lengths, temperature), rung, work), "generate")
+        peaks = self._run(("generate", batch, lengths), rung, partial(_generate, batch=batch, prompt=lengths[0], new=lengths[1]))
+        return max(_transient(peaks, "generate"), _transient(peaks, "draw") if sampled else 0)
 
     def _run(self, key: tuple[object, ...], rung: Rung, work: Callable[[Any, _Watch], None]) -> dict[str, int]:
         """Return the bytes that the whole model takes, of each part of the work; `held` are those of model and adapter."""
@@ -214,22 +214,22 @@ def _train(model: Any, watch: _Watch, rows: Rows, rung: Rung, accumulates: bool,
 
 
 @torch.no_grad()
-def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int, temperature: float | None) -> None:
+def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int) -> None:
     """Read the prompts, then write the last token with the cache of all before it."""
-    device = model.device
-    noise = GumbelNoise(temperature, [0] * batch, device) if temperature else None
+    device, text = model.device, model.config.get_text_config()
 
     def step(tokens: int, seen: int, cache: DynamicCache) -> None:
-        inputs = {"input_ids": torch.ones(batch, tokens, dtype=torch.long, device=device), "past_key_values": cache}
+        watch.begin("generate")
+        ids_BT = torch.ones(batch, tokens, dtype=torch.long, device=device)
         mask = torch.ones(batch, seen + tokens, dtype=torch.long, device=device)
-        logits_BV = model(**inputs, attention_mask=mask, use_cache=True, logits_to_keep=1).logits[:, -1].to(copy=True, dtype=torch.float32)
-        (noise(inputs["input_ids"], logits_BV) if noise else logits_BV).argmax(-1)
+        found = model(input_ids=ids_BT, past_key_values=cache, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        logits_BV = found.logits[:, -1].to(copy=True, dtype=torch.float32)
+        logits_BV.argmax(-1)
+        watch.begin("draw")
+        GumbelNoise(1.0, [0] * batch, device)(ids_BT, logits_BV)
 
-    watch.begin("generate")
     step(prompt, 0, DynamicCache(config=model.config))
-    watch.begin("generate")
     cache = DynamicCache(config=model.config)
-    text = model.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     for layer in range(text.num_hidden_layers):
@@ -242,12 +242,7 @@ def rehearsed_plan(
     files: ModelFiles, shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, method: Method, layout: Layout | None = None
 ) -> Plan:
     """Return the plan of a job by a dry run, on the fastest settings that fit. Raises DoesNotFit."""
-    whole = Rehearsal(files, shape, job, lengths, device, method, layout)
-    made: Layout = whole.layout or "padded"
-
-    def stages_of(share: float) -> Stages:
-        if share == 1:
-            return whole.stages
-        return Rehearsal(files, shape, job, lengths.shortened(share), device, method, made).stages
-
-    return make_plan(job, ladder(job, shape, lengths.train, device, made), made, stages_of, lengths.score.longest)
+    exact = Rehearsal(files, shape, job, lengths, device, method, layout)
+    made: Layout = exact.layout or "padded"
+    rungs = ladder(job, shape, lengths.train, device, made)
+    return make_plan(job, rungs, made, estimates(shape, job, lengths, device, made), lengths.score.longest, exact.stages)
