@@ -110,7 +110,7 @@ def repaired_at_random(model: Path, records: list[Record], seed: int, folder: Pa
     return repair_outputs(completion, records, anywhere, 16, 256)[0]
 
 
-def load_float32(files: ModelFiles, device: DeviceProfile) -> Any:
+def load_float32(files: ModelFiles, device: DeviceProfile, **_: Any) -> Any:
     """Return the model as it is stored, in 32 bits."""
     model = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32, local_files_only=True).to(device.torch_device)
     return model.requires_grad_(False).eval()

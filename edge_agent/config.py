@@ -27,8 +27,19 @@ JUDGES_VARIABLE = "EDGE_AGENT_JUDGES"
 """Names the environment's variable in which an agent gives its trainer the endpoint of a job; the key stays in its file."""
 
 
+CACHE_VARIABLE, CACHE_LIMIT_VARIABLE = "EDGE_AGENT_CACHE", "EDGE_AGENT_CACHE_LIMIT"
+"""Name the environment's variables for the directory and the size of the cache of quantised models; an agent sets them for its trainer."""
+
+
 class Size(int):
     """Bytes, written like `6GiB`."""
+
+
+class Limit(Size):
+    """Bytes, or 0 for nothing at all."""
+
+
+CACHE_LIMIT = Limit(16 * 2**30)
 
 
 class Tls(Strict, frozen=True):
@@ -141,6 +152,8 @@ class AgentConfig(Strict, frozen=True):
     """Largest file of a job."""
     store_limit: Size = Size(4 * 2**30)
     """Files kept for jobs that have ended, the least recently used go first."""
+    cache_limit: Limit = CACHE_LIMIT
+    """Quantised models kept for the next job with the same model, the least recently used go first; 0 keeps none."""
     max_attempts: Positive = 5
     """Starts of a trainer that dies without a result; then the job has failed as `crash_loop`."""
     threads: Positive | None = None
@@ -181,10 +194,10 @@ def _read_value(base: Path, kind: type, value: object) -> object:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"Expected `{kind.__name__.lower()}`, got {value!r}")
     try:
-        read: Path | Size = base / Path(value).expanduser() if kind is Path else Size(parse_size(value))
+        read: Path | Size = base / Path(value).expanduser() if kind is Path else kind(parse_size(value))
     except (JobSchema, RuntimeError):
         raise ValueError(f"{value!r} is no {kind.__name__.lower()}") from None
-    if isinstance(read, Size) and read <= 0:
+    if isinstance(read, Size) and read < (kind is not Limit):
         raise ValueError(f"{value!r} is no size above 0")
     return read
 

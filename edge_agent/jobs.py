@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.admission import Rejected, check_offer
-from edge_agent.config import AgentConfig
+from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.delivery import Uplink
 from edge_agent.errors import DiskFull, EdgeAgentError, ModelMissing
 from edge_agent.files import lock_file
@@ -222,7 +222,8 @@ class Jobs:
         try:
             job, judges = msgspec.json.decode(row.offer, type=Offer).job, self._config.judges
             asked = {alias: judge for alias, judge in judges.items() if alias == job.judging.endpoint}
-            self.trainer = Trainer(row.id, self._directory(row.id), lock, job.max_run_s, self._config.threads, self._events, asked)
+            cache = {CACHE_VARIABLE: str(self._config.state_directory / "cache"), CACHE_LIMIT_VARIABLE: str(int(self._config.cache_limit))}
+            self.trainer = Trainer(row.id, self._directory(row.id), lock, job.max_run_s, self._config.threads, self._events, asked, cache)
         except OSError as error:
             lock.close()
             self._interrupted(row, f"the trainer cannot be started: {error}")

@@ -198,6 +198,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     model: Model | None = None
     data: Data | None = None
     plan: Plan | None = None
+    kernel: Literal["bitsandbytes", "torch"] | None = None
+    """What computed the model's 4-bit layers: bitsandbytes, or plain PyTorch where its kernels do not run."""
     budget_bytes: int
     peak_bytes: int
     """Largest peak of all stages, in the memory that the budget limits."""

@@ -63,9 +63,12 @@ class Trainer:
 
     def __init__(
         self, job: str, directory: Path, lock: IO[str], max_run_s: float, threads: int | None, events: SimpleQueue[Any],
-        judges: Mapping[str, Endpoint] | None = None,
+        judges: Mapping[str, Endpoint] | None = None, settings: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Start it. `lock` is the locked file of the device; the child alone holds it from here on. `judges` are what its job may ask."""
+        """Start it. `lock` is the locked file of the device; the child alone holds it from here on. `judges` are what its job may ask.
+
+        `settings` are variables of its environment.
+        """
         self.job, self.max_run_s, self.started = job, max_run_s, time.monotonic()
         self.last_event: Event | None = None
         self.failed: Event | None = None
@@ -78,8 +81,8 @@ class Trainer:
         command = [sys.executable, "-m", "edge_agent", "train", str(directory), "--supervised"]
         with self._log_file.open("wb") as errors:
             self._process = subprocess.Popen(  # noqa: S603
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment(threads, judges or {}),
-                start_new_session=True, pass_fds=(lock.fileno(),),
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                env=_environment(threads, judges or {}, settings or {}), start_new_session=True, pass_fds=(lock.fileno(),),
             )  # fmt: skip
         lock.close()
         threading.Thread(target=self._read, name=f"trainer-{job}", daemon=True).start()
@@ -183,10 +186,10 @@ def end_orphan(pid: int, started: int) -> bool:
     return True
 
 
-def _environment(threads: int | None, judges: Mapping[str, Endpoint]) -> dict[str, str]:
+def _environment(threads: int | None, judges: Mapping[str, Endpoint], settings: Mapping[str, str]) -> dict[str, str]:
     limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", JUDGES_VARIABLE: write_judges(judges)}
-    return os.environ | fixed | limits
+    return {**os.environ, **fixed, **limits, **settings}
 
 
 def _oom_kills() -> int:

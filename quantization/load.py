@@ -6,16 +6,22 @@ from contextlib import suppress
 from typing import Any
 
 import bitsandbytes
+import msgspec
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from edge_agent.errors import ModelUnsupported
 from profiles.device import DeviceProfile
 from quantization.attention import TREE, Branch, Tree, tree_inputs
-from quantization.model_files import ModelFiles
+from quantization.cache import ModelCache, own_weights
+from quantization.model_files import ModelFiles, weight_files
+from quantization.nf4 import choose_kernel, use_kernel
+from quantization.quantizer import Nf4Config
 from quantization.shape import read_shape
+from quantization.stored import Damaged, StoredTensor, stored_tensors
+from quantization.vocabulary import find_vocabulary
 
 HEAD_PROBLEM = "its output head scales or caps the logits, which the training loss does not support yet"
 BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
@@ -35,34 +41,93 @@ def load_tokenizer(files: ModelFiles) -> Any:
     return tokenizer
 
 
-def load_model(files: ModelFiles, device: DeviceProfile) -> Any:
+def load_model(
+    files: ModelFiles, device: DeviceProfile, *, quantized_head: bool = False, embedding_on_host: bool = False,
+    cache: ModelCache | None = None,
+) -> Any:  # fmt: skip
     """Return the model in NF4, frozen and ready to score, generate and be adapted.
 
-    Linear layers but the output head are NF4; embedding, head and norms keep the compute type. Raises ModelUnsupported.
+    Linear layers are NF4. The embedding and the output head keep the type of their file, or the compute type where that is narrower; with
+    `quantized_head` both are NF4. With `embedding_on_host` an embedding that is not the head's matrix as well stays in its file. Norms and
+    biases have the compute type. Weights are read and quantised one by one, or read from the cache if they are there. Raises
+    ModelUnsupported.
     """
     transformers_logging.disable_progress_bar()
-    dtype = getattr(torch, device.compute_dtype)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            files.path, dtype=dtype, quantization_config=quantization, device_map={"": device.torch_device}, use_safetensors=True,
-            trust_remote_code=False, local_files_only=True,
-        )  # fmt: skip
+        model = _load(files, device, quantized_head, embedding_on_host, cache)
     except torch.OutOfMemoryError:
         raise
     except BROKEN as error:
         raise ModelUnsupported(files.name, f"transformers cannot load it: {_first_line(error)}") from error
     model.requires_grad_(False)
-    keep_training_kernel(model)
-    # Of the model's own generation settings only what ends an answer: penalties and beams would change what is measured.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     _check_quantised(files, model)
     model.eval()
     _check_head(files, model)
     read_trees(model)
     return model
+
+
+def _load(files: ModelFiles, device: DeviceProfile, quantized_head: bool, embedding_on_host: bool, cache: ModelCache | None) -> Any:
+    dtype, kernel = getattr(torch, device.compute_dtype), choose_kernel(device.torch_device)
+    config = AutoConfig.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
+    checkpoint = stored_tensors(weight_files(files.path))
+    if getattr(config, "quantization_config", None):  # it is quantised as it is stored, and loaded as it says
+        model = _build(config, checkpoint, device, dtype, None)
+    else:
+        vocabulary = find_vocabulary(checkpoint, config.get_text_config(), quantized_head, embedding_on_host)
+        settings = Nf4Config(dtype, kernel, vocabulary)
+        key = cache and cache.key(files, device=msgspec.structs.asdict(device), kernel=kernel, head=quantized_head, host=embedding_on_host)
+        model = cache and key and _read(cache, key, config, settings, device)
+        if model is None:
+            model = _build(config, checkpoint, device, torch.bfloat16, settings)
+            if cache and key and not model._weight_conversions:  # weights that were renamed would not be found by their names
+                cache.write(key, own_weights(model))
+    model.config.dtype, model.config.name_or_path, model.name_or_path = dtype, str(files.path), str(files.path)
+    use_kernel(model, kernel)
+    # Of the model's own generation settings only what ends an answer: penalties and beams would change what is measured.
+    model.generation_config = GenerationConfig(eos_token_id=_ends(files, model))
+    return model
+
+
+def _build(config: Any, weights: dict[str, StoredTensor], device: DeviceProfile, dtype: torch.dtype, settings: Nf4Config | None) -> Any:
+    """Return the model of a configuration with these weights. Raises Damaged where some of the cache are missing."""
+    kind, config = _architecture(config)
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, quantization_config=settings, device_map={"": device.torch_device},
+        local_files_only=True, output_loading_info=True,
+    )  # fmt: skip
+    if settings is not None and settings.prequantized and report["missing_keys"]:
+        raise Damaged(f"{len(report['missing_keys'])} weights are missing")
+    return model
+
+
+def _read(cache: ModelCache, key: str, config: Any, settings: Nf4Config, device: DeviceProfile) -> Any:
+    """Return the model as the cache has it, None where it has none that is whole."""
+    weights = cache.read(key)
+    if weights is None:
+        return None
+    try:
+        return _build(config, weights, device, torch.bfloat16, settings.of_cache())
+    except torch.OutOfMemoryError:
+        raise
+    except BROKEN:
+        cache.discard(key)
+        return None
+
+
+def _architecture(config: Any) -> tuple[Any, Any]:
+    """Return the class of a causal language model and its configuration, of which models of text and images have one inside."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    inner = config.sub_configs.get("text_config")
+    return kind, config.get_text_config() if inner is not None and kind.config_class is inner else config
+
+
+def _ends(files: ModelFiles, model: Any) -> Any:
+    """Return the tokens that a model's files say end an answer."""
+    try:
+        return GenerationConfig.from_pretrained(files.path, local_files_only=True).eos_token_id
+    except OSError:
+        return model.generation_config.eos_token_id
 
 
 def _check_quantised(files: ModelFiles, model: torch.nn.Module) -> None:
@@ -71,17 +136,6 @@ def _check_quantised(files: ModelFiles, model: torch.nn.Module) -> None:
     held = sum(m.weight.quant_state.shape.numel() for m in layers)
     if held < 0.9 * sum(t.elements for t in read_shape(files).linear):
         raise ModelUnsupported(files.name, "its linear layers cannot be held in 4 bits")
-
-
-def keep_training_kernel(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights in place for CPUs with AVX512-BF16.
-
-    With it, one forward pass without gradient in `.eval()` leaves a model whose backward pass gives no gradient to the layer's
-    input: evaluating and then training would be silently wrong.
-    """
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def find_model(name: str) -> ModelFiles:
         raise ModelUnsafe(name, "it brings Python code of its own (auto_map), which is never run")
     if (path / "adapter_config.json").exists():
         raise ModelUnsupported(name, "it is an adapter, or has one beside its weights; give the directory of the base model alone")
-    files = _weight_files(path)
+    files = weight_files(path)
     if not files:
         if any(next(path.glob(pattern), None) for pattern in _PICKLES):
             raise ModelUnsafe(name, "it has pickled weights only, and unpickling runs code")
@@ -99,7 +99,7 @@ def _directory(name: str) -> Path:
         raise ModelMissing(name, "it is neither a directory nor in the local Hugging Face cache") from None
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The files that transformers loads: those of the index, else the one of the usual name, else all."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():

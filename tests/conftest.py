@@ -20,6 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models are slower on more threads, and results must not depend on the machine's number of cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Quantised models are kept in no user's home; tests of the cache name a directory of their own.
+os.environ["EDGE_AGENT_CACHE_LIMIT"] = "0"
 
 # How long an example takes depends on the machine: tests never assert on time.
 settings.register_profile("any machine", deadline=None)

@@ -21,7 +21,7 @@ import edge_agent
 from edge_agent.answers import Answer, Comparison
 from edge_agent.asyncapi import CHANNELS, channel_of
 from edge_agent.cli import EXIT_CODES, PANELS, app
-from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Endpoint, Size, Timers, read_config
+from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Endpoint, Limit, Size, Timers, read_config
 from edge_agent.coordinator.store import CoordinatorPhase, JobView
 from edge_agent.dataset import FORMS, Record
 from edge_agent.dataset_check import Check, Finding, Spread
@@ -97,7 +97,7 @@ def _words(kind: inspect.Type) -> str:
             name = "integer" if isinstance(kind, inspect.IntType) else "number"
             return f"{name} {_bounds((('>', kind.gt), ('≥', kind.ge), ('<', kind.lt), ('≤', kind.le)))}".strip()
         case inspect.CustomType(cls=cls):
-            return {Path: "path", Size: "size"}[cls]
+            return {Path: "path", Size: "size", Limit: "size or 0"}[cls]
     names = {inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object"}
     return names[type(kind)]
 
@@ -200,7 +200,7 @@ def test_defaults_documented_are_those_of_the_code(document: str, section: str, 
 
 def _size(kind: type, value: Any) -> Any:
     """Read a default that JSON has no type for."""
-    return Size(parse_size(value)) if kind is Size else value
+    return kind(parse_size(value)) if issubclass(kind, Size) else value
 
 
 @pytest.mark.parametrize(

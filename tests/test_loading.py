@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,32 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from test_trees import SHAPES
+from transformers import AutoModelForCausalLM
 
 from edge_agent.errors import ModelMissing, ModelUnsafe, ModelUnsupported
 from edge_agent.job import Lora
 from edge_agent.training.head import weighted_loss
-from edge_agent.training.packing import answer_hidden, pack
+from edge_agent.training.packing import answer_hidden, pack, reads_trees
 from profiles.device import device_profile
 from quantization.adapter import attach_adapter
 from quantization.load import load_model
-from quantization.model_files import find_model
+from quantization.model_files import find_model, weight_files
+from quantization.nf4 import dequantize, quantize
+from quantization.stored import stored_tensors
+from quantization.vocabulary import FileEmbedding
 
 ROWS = [(list(range(5, 45)), list(range(50, 70)))]
+CPU = device_profile("cpu")
+PLACES: list[dict[str, bool]] = [
+    {}, {"quantized_head": True}, {"embedding_on_host": True}, {"quantized_head": True, "embedding_on_host": True},
+]  # fmt: skip
+"""Where embedding and head may be."""
 
 
 def _gradients(tiny_model: Path, *, evaluate_first: bool, guard: bool) -> dict[str, torch.Tensor]:
     """LoRA gradients of one loss, after a forward pass in `.eval()` without gradient or on a fresh model."""
-    model: Any = load_model(find_model(str(tiny_model)), device_profile("cpu"))
+    model: Any = load_model(find_model(str(tiny_model)), CPU)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and not guard:
             module.support_avx512bf16_for_cpu = _has_avx512bf16()
@@ -50,7 +61,7 @@ def _has_avx512bf16() -> bool:
 
 def test_model_is_nf4_with_double_quantisation(tiny_model: Path) -> None:
     """Every linear layer but the head is NF4 with nested scales; nothing is trainable."""
-    model = load_model(find_model(str(tiny_model)), device_profile("cpu"))
+    model = load_model(find_model(str(tiny_model)), CPU)
     layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 4 * 7
     assert all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers)
@@ -73,6 +84,101 @@ def test_without_the_guard_gradients_would_be_wrong(tiny_model: Path) -> None:
     alone = _gradients(tiny_model, evaluate_first=False, guard=True)
     after = _gradients(tiny_model, evaluate_first=True, guard=False)
     assert any(name not in after or not torch.allclose(alone[name], after[name], rtol=0.05) for name in alone)
+
+
+def _random(directory: Path, shape: str, tied: bool, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a model of a shape with random weights, whose head does nothing to the logits."""
+    config = copy.deepcopy(SHAPES[shape])
+    config.update({"tie_word_embeddings": tied, "final_logit_softcapping": None})
+    torch.manual_seed(4)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(directory)
+    return directory
+
+
+def _rounded(directory: Path, *, quantized_head: bool = False, embedding_on_host: bool = False) -> Any:
+    """The same model in 32 bits by transformers alone, each weight as NF4 rounds it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    held = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head] + [head] * quantized_head
+    if quantized_head and head.weight is not embedding.weight and not embedding_on_host:
+        held.append(embedding)
+    for module in held:
+        module.weight.data = dequantize(quantize(module.weight.data, torch.float32, "bitsandbytes"), torch.float32)
+    return model.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_model_is_the_same_wherever_its_vocabulary_is(shape: str, tied: bool, tmp_path: Path) -> None:
+    """Logits are those of transformers with weights rounded to NF4, trees are read, and generation writes the same."""
+    files = find_model(str(_random(tmp_path / "model", shape, tied)))
+    ids = torch.arange(3, 23)[None]
+    for place in PLACES:
+        model, wanted = load_model(files, CPU, **place), _rounded(files.path, **place)
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, wanted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        assert reads_trees(model)
+        assert isinstance(model.get_input_embeddings(), FileEmbedding) == (not tied and place.get("embedding_on_host", False))
+        if tied and place.get("quantized_head"):
+            assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **settings), wanted.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_pass_the_head_in_slices(place: dict[str, bool], tmp_path: Path) -> None:
+    """The gradient of the hidden states is that of the whole matrix."""
+    files = find_model(str(_random(tmp_path / "model", "Phi", tied=False)))
+    hidden = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = []
+    for model in (load_model(files, CPU, **place), _rounded(files.path, **place)):
+        logits = model.get_output_embeddings()(hidden)
+        found += [logits.detach(), *torch.autograd.grad(logits.square().sum(), hidden)]
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], found[3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_wide_copy_of_embedding_or_head(tied: bool, stored: torch.dtype, tmp_path: Path) -> None:
+    """Both keep the 16 bits of their file where the model computes in 32; norms have 32, and the two are one tensor where they are tied."""
+    model = load_model(find_model(str(_random(tmp_path / "model", "Llama", tied, stored))), CPU)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert embedding.dtype == head.dtype == stored
+    assert (embedding.data_ptr() == head.data_ptr()) == tied
+    assert {p.dtype for n, p in model.named_parameters() if "norm" in n} == {torch.float32}
+    assert not [p for p in model.parameters() if p.dtype == torch.float32 and p.dim() > 1]
+    assert model.get_input_embeddings()(torch.tensor([1])).dtype == torch.float32
+
+
+def test_weights_stored_in_32_bits_are_quantised_from_16(tmp_path: Path) -> None:
+    """So a model is the same on a device that computes in 16 bits; what is not quantised keeps its 32 on one that does not."""
+    path = _random(tmp_path / "wide", "Llama", tied=False, dtype=torch.float32)
+    narrow: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "narrow")
+    models = [load_model(find_model(str(tmp_path / name)), CPU) for name in ("wide", "narrow")]
+    layers = [[m.weight for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)] for model in models]
+    assert all(
+        torch.equal(a.data, b.data) and torch.equal(a.quant_state.absmax, b.quant_state.absmax) for a, b in zip(*layers, strict=True)
+    )
+    assert models[0].get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_embedding_in_its_file_reads_only_what_is_looked_up(tmp_path: Path) -> None:
+    """Rows of a part of the file that is gone afterwards cannot be read any more; the others can."""
+    path = _random(tmp_path / "model", "Llama", tied=False)
+    model = load_model(find_model(str(path)), CPU, embedding_on_host=True)
+    embedding = model.get_input_embeddings()
+    wanted = embedding(torch.tensor([[7, 3, 7]]))
+    assert not list(embedding.parameters())
+    name = "model.embed_tokens.weight"
+    stored = stored_tensors(weight_files(path))[name]
+    assert torch.equal(wanted[0].bfloat16(), stored[...][[7, 3, 7]])
+    with stored.file.open("r+b") as file:
+        file.truncate(stored.start() + 8 * 48 * 2)
+    assert torch.equal(embedding(torch.tensor([[7, 3, 7]])), wanted)
+    with pytest.raises((RuntimeError, ValueError)):
+        embedding(torch.tensor([[150]]))
 
 
 def _model_directory(path: Path, **config: object) -> Path:

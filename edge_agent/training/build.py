@@ -31,6 +31,7 @@ from edge_agent.training.prepare import usable_profile
 from edge_agent.training.reporter import Listener, Reporter, memory_explained
 from edge_agent.verify import find_verifier
 from profiles.memory import fix_malloc
+from quantization.cache import find_cache
 from quantization.load import load_model, load_tokenizer
 from quantization.model_files import find_model
 
@@ -71,7 +72,7 @@ def build_dataset(model: str, data: Path, out: Path, options: BuildOptions, list
             output_room(tokenizer, prompts, record, CONTEXTS, files.context_tokens)
     with _taken(out, recipe) as directory, memory_explained(lambda: reporter.recorder.current_stage):
         with reporter.stage("load"):
-            loaded = load_model(files, device)
+            loaded = load_model(files, device, cache=find_cache())
         completion = Completion(
             model=loaded, tokenizer=tokenizer, prompts=prompts, sampling=sampling, judging=options.judging,
             endpoint=endpoint, is_correct=verdict, seed=options.seed, context_tokens=files.context_tokens,

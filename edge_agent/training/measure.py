@@ -22,6 +22,7 @@ from edge_agent.training.prepare import prepare
 from edge_agent.training.reporter import memory_explained
 from profiles.device import detect_profile
 from quantization.adapter import load_adapter
+from quantization.cache import find_cache
 from quantization.load import load_model, load_tokenizer
 from quantization.model_files import find_model
 
@@ -70,7 +71,7 @@ def _measure(
 ) -> Measurement:
     files = find_model(name)
     with memory_explained(lambda: "evaluate"):
-        tokenizer, model = load_tokenizer(files), load_model(files, detect_profile(device))
+        tokenizer, model = load_tokenizer(files), load_model(files, detect_profile(device), cache=find_cache())
         if adapter is not None:
             model = load_adapter(model, adapter)
         started = time.monotonic()

@@ -39,7 +39,9 @@ from profiles.energy import find_meter
 from profiles.memory import fix_malloc
 from profiles.sampler import sampled
 from quantization.adapter import WEIGHTS, attach_adapter, save_adapter
+from quantization.cache import find_cache
 from quantization.load import load_model
+from quantization.nf4 import kernel_of
 from quantization.plan import Plan
 
 T = TypeVar("T")
@@ -92,7 +94,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         directory.begin(f"{job.digest} {work.files.fingerprint}")
     with reporter.stage("load"):
         _cap_memory(job, work)
-        model, tokenizer = load_model(work.files, work.device), work.tokenizer
+        model, tokenizer = load_model(work.files, work.device, cache=find_cache()), work.tokenizer
     with reporter.stage("evaluate") as row:
         before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
     completion = _completion(model, work, plan, endpoint, directory, reporter)
@@ -135,7 +137,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         data=outcome.describe_data(
             job.dataset.sha256, records, cut_off, repairs, judgments, len(work.held_out), samples, weights, work.is_correct
         ),
-        plan=plan, updates=state.updates, losses=list(state.losses), kept_update=state.kept or state.updates,
+        plan=plan, kernel=kernel_of(model), updates=state.updates, losses=list(state.losses), kept_update=state.kept or state.updates,
         development_losses=list(state.development), accuracy=measured, accepted=accepted, acceptance=acceptance,
         examples=examples(before, after),
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
