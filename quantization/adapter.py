@@ -18,6 +18,7 @@ from safetensors.torch import save
 from edge_agent.errors import AdapterMismatch, ModelUnsupported
 from edge_agent.files import write_directory
 from edge_agent.job import Lora
+from quantization.fused import fuse
 from quantization.shape import MLP
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -34,6 +35,7 @@ def attach_adapter(model: Any, lora: Lora, seed: int, name: str) -> Any:
     with torch.random.fork_rng(), _old_name_allowed():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
+    fuse(adapted)
     return adapted.eval()
 
 
@@ -51,9 +53,11 @@ def load_adapter(model: Any, directory: Path) -> Any:
         raise AdapterMismatch(directory, f"there is no {CONFIG} with {WEIGHTS} in it; give the adapter/ of a finished job")
     try:
         with _old_name_allowed():
-            return PeftModel.from_pretrained(model, directory).eval()
+            adapted = PeftModel.from_pretrained(model, directory).eval()
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterMismatch(directory, f"it does not belong to this model ({str(error).splitlines()[0][:200]})") from error
+    fuse(adapted)
+    return adapted
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -47,6 +48,9 @@ class Tree:
 
     def visible(self, branch: Branch, window: int | None, device: torch.device) -> torch.Tensor:
         """Return what the tokens of a branch see of their row, C x L, at most its last `window` tokens; the layers share it."""
+        if device.type == "cuda" and window is None:
+            # No tensor, and the kernels that read no mask.
+            return causal_lower_right(branch.stop - branch.start, branch.length)
         key = branch.start, window
         if key not in self._masks:
             from_C, to_L = torch.arange(branch.shared, branch.length)[:, None], torch.arange(branch.length)
@@ -55,6 +59,12 @@ class Tree:
                 sees_CL &= from_C - to_L < window
             self._masks[key] = sees_CL.to(device)
         return self._masks[key]
+
+
+def shortest_window(config: Any) -> int | None:
+    """Return how many tokens the layers with a sliding window see; None for a model without such layers."""
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
 
 def tree_inputs(input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, tree: Tree) -> dict[str, Any]:
@@ -82,7 +92,10 @@ def tree_attention(
     The parameters are those that transformers calls an attention with. `softcap` bounds the scores by a hyperbolic tangent (Gemma 2).
     """
     if tree is None and softcap is None:
-        return sdpa_attention_forward(module, query_1HTE, key_1KTE, value_1KTE, attention_mask, dropout, scaling, **more)
+        whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query_1HTE, key_1KTE, value_1KTE, attention_mask, dropout, scaling, **more
+        )
+        return whole
     if tree is None:
         found = _attend(query_1HTE, key_1KTE, value_1KTE, attention_mask, dropout, scaling, softcap)
     else:
@@ -108,6 +121,9 @@ def _attend(
 ) -> torch.Tensor:
     """Return the attention of some tokens; `mask` says what they see, and None is the causal one."""
     repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and query.is_cuda and type(mask) is torch.Tensor:
+        # With a mask no kernel but the plainest takes fewer heads of keys, and that one keeps all scores.
+        key, value, repeats = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), 1
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, mask, dropout, mask is None, scale=scaling, enable_gqa=repeats > 1)
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from edge_agent.errors import ModelUnsupported
 from profiles.device import DeviceProfile
-from quantization.attention import TREE, Branch, Tree, tree_inputs
+from quantization.attention import TREE, Branch, Tree, shortest_window, tree_inputs
 from quantization.cache import ModelCache, own_weights
 from quantization.model_files import ModelFiles, weight_files
 from quantization.nf4 import choose_kernel, use_kernel
@@ -158,7 +158,7 @@ def read_trees(model: Any) -> None:
     So do architectures whose layers are not all attention, or whose attention transformers does not let one replace.
     """
     decoder, config = model.get_decoder(), model.config.get_text_config()
-    own, windowed = config._attn_implementation, _windowed(config)
+    own = config._attn_implementation
     ids_T = torch.arange(1, 13, device=model.device) % model.get_input_embeddings().num_embeddings
     rows_L = torch.arange(8, device=model.device), torch.tensor([0, 1, 2, 3, 8, 9, 10, 11], device=model.device)
 
@@ -173,15 +173,10 @@ def read_trees(model: Any) -> None:
         positions_T = torch.tensor([*range(8), *range(4, 8)], device=model.device)
         together = decoder(**tree_inputs(ids_T, positions_T, tree), use_cache=False).last_hidden_state[0][torch.cat(rows_L)]
         same = max((found - wanted).norm() / wanted.norm() for found in (together, alone())) < tolerance
-        if same and (not windowed or config.sliding_window in tree.windows):
+        # Rows shorter than a window would not show that it is lost.
+        if same and shortest_window(config) in (None, *tree.windows):
             return
     model.set_attn_implementation(own)
-
-
-def _windowed(config: Any) -> bool:
-    """Whether there are layers that see the last tokens only. A check on rows shorter than their window would not notice a lost one."""
-    kinds = getattr(config, "layer_types", None)
-    return getattr(config, "sliding_window", None) is not None and (kinds is None or "sliding_attention" in kinds)
 
 
 def _first_line(error: Exception) -> str:

@@ -31,8 +31,10 @@ dataset_app.command("build", epilog=EXIT_CODES)(local.dataset_build)
 
 
 @app.callback()
-def _offline() -> None:
+def _environment() -> None:
     """Nothing is fetched while a job runs: no weights, no kernels."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Memory that PyTorch takes from the system anew for every large tensor (profiles/memory.py) comes in huge pages.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would warn that it fetched no kernels

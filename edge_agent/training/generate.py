@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from edge_agent.journal import Journal
+from edge_agent.training.packing import reads_trees
+from quantization.attention import shortest_window
 
 
 class Generated(NamedTuple):
@@ -61,6 +64,8 @@ def generate(
 ) -> list[Generated]:
     """Return what was written after each prompt, with its end-of-sequence token only with `keep_end`; greedy without a temperature.
 
+    What the prompts of a batch begin with in common is computed once.
+
     `max_new_tokens` is for all prompts or one for each. Prompts of like length share a batch, padded on the left. Results depend on
     prompts, limits and seed, and on `batch` by rounding only; but prompts with less room than the others share batches with one
     another, and in each the least room counts. `progress` hears (prompts done, all, tokens). Batches that `journal` has from an
@@ -108,11 +113,34 @@ def _generate(
     )
     width = max(map(len, prompts))
     pads = [width - len(ids) for ids in prompts]
-    ids = torch.tensor([[tokenizer.pad_token_id] * n + [*ids] for n, ids in zip(pads, prompts, strict=True)], device=model.device)
-    mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=model.device)
-    new = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise)[:, width:].tolist()
+    common = _common(model, prompts, width + limit)
+    start, pad_id = [*prompts[0][:common]], tokenizer.pad_token_id
+    ids = torch.tensor([[*start, *[pad_id] * n, *ids[common:]] for n, ids in zip(pads, prompts, strict=True)], device=model.device)
+    mask = torch.tensor([[1] * common + [0] * n + [1] * (width - common - n) for n in pads], device=model.device)
+    cache = {"past_key_values": _read(model, start, len(prompts))} if common else {}
+    new = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise, **cache)[:, width:].tolist()
     lengths = [next((t for t, token in enumerate(row) if token in ends), len(row)) for row in new]
     return [Generated(row[: length + keep_end], length < len(row)) for row, length in zip(new, lengths, strict=True)]
+
+
+def _common(model: Any, prompts: Sequence[Sequence[int]], longest: int) -> int:
+    """Return how many tokens all prompts begin with, one at least left over; 0 where the model's cache could not begin with them.
+
+    A window counts the padding between what is common and the rest; a cache that is no list of keys and values has no beginning.
+    """
+    window = shortest_window(model.config.get_text_config())
+    if len(prompts) == 1 or not reads_trees(model) or (window is not None and window < longest):
+        return 0
+    first, *_, last = sorted(map(tuple, prompts))  # in lexicographic order the two with least in common
+    return min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))), min(map(len, prompts)) - 1)
+
+
+def _read(model: Any, ids: list[int], rows: int) -> DynamicCache:
+    """Return the keys and values of a beginning, for as many rows as begin with it."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -53,7 +53,8 @@ def weighted_loss(
     The gradient of the hidden states is formed with the loss: nothing is computed again in the backward pass, and beside the logits of
     a chunk one tensor of their size in 32 bits exists, another for the tokens that are made unlikely. The head gets no gradient.
     """
-    loss: torch.Tensor = _FrozenHeadLoss.apply(hidden_ND, target_ids_N, likelihood_N, unlikelihood_N, model.get_output_embeddings(), chunk)
+    parts = hidden_ND, target_ids_N, likelihood_N, unlikelihood_N
+    loss: torch.Tensor = _FrozenHeadLoss.apply(*parts, model.get_output_embeddings(), chunk)  # type: ignore[no-untyped-call]
     return loss
 
 

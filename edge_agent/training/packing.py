@@ -45,7 +45,15 @@ def pack(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id
 
 
 def reads_trees(model: Any) -> bool:
-    return model.config.get_text_config()._attn_implementation == TREE
+    return bool(model.config.get_text_config()._attn_implementation == TREE)
+
+
+def longest_first(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[int]:
+    """Return the order of (prompt, answer) rows to pack them in: what is too long shows at once, and equal prompts are neighbours."""
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, answer in rows:
+        longest[prompt] = max(longest.get(prompt, 0), len(prompt) + len(answer))
+    return sorted(range(len(rows)), key=lambda n: (-longest[rows[n][0]], rows[n][0], -len(rows[n][1])))
 
 
 class Layout(NamedTuple):
@@ -62,7 +70,7 @@ def lay_out(rows: Sequence[Sequence[int]]) -> Layout:
     tree = Layout([], [], [[] for _ in rows], [])
     before: Sequence[int] = ()
     path: list[int] = []
-    for number in sorted(range(len(rows)), key=rows.__getitem__):  # neighbours have most in common
+    for number in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):  # neighbours have most in common
         row, start = rows[number], len(tree.ids)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, row, strict=False)))
         tree.ids.extend(row[shared:])

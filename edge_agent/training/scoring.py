@@ -12,31 +12,34 @@ import torch
 from edge_agent.training.contexts import Sample
 from edge_agent.training.head import answer_logp
 from edge_agent.training.methods.method import Context, Method, Scores, Weights
-from edge_agent.training.packing import answer_hidden, pack
+from edge_agent.training.packing import answer_hidden, longest_first, pack
 from edge_agent.training.reporter import OnProgress
 from quantization.plan import Plan
 
 
 @torch.no_grad()
 def score(
-    model: Any, samples: list[Sample], rows: int, chunk: int, pad_id: int, progress: Callable[[int, int, int], None], hidden: bool = False
+    model: Any, samples: list[Sample], batch: int, chunk: int, pad_id: int, progress: Callable[[int, int, int], None], hidden: bool = False
 ) -> Iterator[tuple[int, Scores]]:
     """Yield (index, scores) of each sample once its last context is scored, on the CPU.
 
-    `rows` contexts are scored at once; `progress` hears (done, total, tokens). With `hidden`, base contexts come last, so that no hidden
+    `batch` contexts are scored at once; `progress` hears (done, total, tokens). With `hidden`, base contexts come last, so that no hidden
     state has to wait for another context of its sample.
     """
     model.eval()
     logp: dict[tuple[int, Context], torch.Tensor] = {}
     work = [(i, context) for i, sample in enumerate(samples) for context in sample.prompts]
-    work.sort(key=lambda w: (hidden and w[1] == "base", -len(samples[w[0]].prompts[w[1]]) - len(samples[w[0]].answer)))
+    rows = [(samples[i].prompts[context], samples[i].answer) for i, context in work]
+    work = [work[n] for n in longest_first(rows)]
+    if hidden:
+        work.sort(key=lambda w: w[1] == "base")
     open_ = Counter(i for i, _ in work)
-    for start in range(0, len(work), rows):
-        group = work[start : start + rows]
+    for start in range(0, len(work), batch):
+        group = work[start : start + batch]
         packed = pack(model, [(samples[i].prompts[c], samples[i].answer) for i, c in group], pad_id)
         hidden_ND = answer_hidden(model, packed)
         logp_N = answer_logp(model, hidden_ND, packed.target_ids_N, chunk).cpu()
-        progress(min(start + rows, len(work)), len(work), packed.tokens)
+        progress(min(start + batch, len(work)), len(work), packed.tokens)
         for (i, context), logp_T, hidden_TD in zip(group, logp_N.split(packed.lengths), hidden_ND.split(packed.lengths), strict=True):
             logp[i, context] = logp_T
             open_[i] -= 1
@@ -55,8 +58,8 @@ def weigh(
 
     found: dict[int, tuple[Scores, Weights]] = {}
     scored = [i for i, s in enumerate(samples) if s.target.contexts is not None]
-    rows, chunk = 2 * plan.micro_batch, plan.head_chunk
-    for place, scores in score(model, [samples[i] for i in scored], rows, chunk, pad_id, count, method.needs_hidden):
+    batch, chunk = 2 * plan.micro_batch, plan.head_chunk
+    for place, scores in score(model, [samples[i] for i in scored], batch, chunk, pad_id, count, method.needs_hidden):
         i = scored[place]
         found[i] = replace(scores, hidden_TD=None), method.weights(samples[i].target, scores)
     for i, sample in enumerate(samples):

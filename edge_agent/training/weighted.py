@@ -11,7 +11,7 @@ from edge_agent.training.contexts import Sample
 from edge_agent.training.head import answer_logp, weighted_loss
 from edge_agent.training.loop import Training, check_finite, learning_rate, order, starts_epoch, trained
 from edge_agent.training.methods.method import Scores, Weights
-from edge_agent.training.packing import Pack, answer_hidden, pack
+from edge_agent.training.packing import Pack, answer_hidden, longest_first, pack
 from edge_agent.training.reporter import OnProgress
 from edge_agent.training.scoring import weigh
 
@@ -58,8 +58,7 @@ class Weighted:
         loss, tokens, size = 0.0, 0, plan.micro_batch
         for start in range(0, len(samples), size):
             group = samples[start : start + size]
-            rows = [(s.prompts[s.target.prompt], s.answer) for s in group]
-            packed = pack(self._model, rows, self._training.tokenizer.pad_token_id)
+            packed = pack(self._model, [self._row(s) for s in group], self._training.tokenizer.pad_token_id)
             torch.manual_seed(hash((seed, update, start)) & 0x7FFFFFFF)  # dropout; integers hash the same in every process
             hidden_ND = answer_hidden(self._model, packed)
             likelihood_N, unlikelihood_N = self._on_device(self._of_pass(group, packed, hidden_ND) or weights[start : start + size])
@@ -71,12 +70,18 @@ class Weighted:
         check_finite(loss, update, samples)
         return loss, tokens
 
+    @staticmethod
+    def _row(sample: Sample) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prompt and answer that are trained on."""
+        return sample.prompts[sample.target.prompt], sample.answer
+
     def _batch(self, update: int, progress: OnProgress) -> tuple[list[Sample], list[Weights]]:
         """Return the samples of an update and their weights, which are renewed first where the method asks for it."""
         references, batch = self._training.method.references, self._training.schedule.batch
         if references == "epoch" and starts_epoch(update, len(self._samples), batch):
             self._weights = self._score(self._samples, progress)
-        chosen = sorted(self._batches[update], key=lambda i: -self._samples[i].longest)
+        of_update = self._batches[update]
+        chosen = [of_update[n] for n in longest_first([self._row(self._samples[i]) for i in of_update])]
         samples = [self._samples[i] for i in chosen]
         if references == "live":
             # By its tokens only: the rows of one update are no progress that a person could follow.
