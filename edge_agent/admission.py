@@ -8,6 +8,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.errors import JudgeMissing, human_bytes
 from edge_agent.job import Job
 from edge_agent.messages import MAX_INLINE_BYTES, File, Offer, Reason
+from profiles.calibration import calibrated
 from profiles.device import DeviceProfile
 from quantization.estimate import Lengths, make_estimate
 from quantization.ladder import Rows
@@ -73,4 +74,4 @@ def _check_plan(job: Job, config: AgentConfig, device: DeviceProfile) -> None:
     except OSError as error:
         raise Rejected("model_missing", f"model {job.model!r} cannot be read on this node: {error.strerror}") from None
     shortest = Rows(tokens=(2,), answers=(1,))
-    make_estimate(shape, job, Lengths(train=shortest, score=shortest, generate=(1, 1)), device)
+    make_estimate(shape, job, Lengths(train=shortest, score=shortest, generate=(1, 1)), calibrated(device))

@@ -24,10 +24,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gene
 
 from profiles.device import DeviceProfile
 from profiles.memory import MMAP_THRESHOLD_BYTES
+from quantization.nf4 import BLOCK, SCALES, choose_kernel, use_kernel
+from quantization.vocabulary import Nf4Embedding, Nf4Head, Vocabulary
 
 aten = torch.ops.aten
-BLOCK, NESTED_BLOCK = 64, 256
-"""Weights with one scale in NF4, and scales with one scale of their own."""
 PAGE_BYTES = 4096
 
 
@@ -117,20 +117,46 @@ def takes_trees(config: Any) -> bool:
     return kind is not None and kind._supports_attention_backend and not kind._is_stateful and known
 
 
-def ghost_model(config: Any, device: DeviceProfile, layers: int | None, quantized_head: bool = False) -> Any:
-    """Return the causal language model of a configuration as the trainer would hold it, on the meta device; `layers` leaves out the rest."""
+def ghost_model(
+    config: Any, device: DeviceProfile, layers: int | None = None, stored: torch.dtype = torch.bfloat16, *,
+    quantized_head: bool = False, embedding_on_host: bool = False,
+) -> Any:  # fmt: skip
+    """Return the causal language model of a configuration as the trainer holds it (quantization/load.py), on the meta device.
+
+    With `layers` it has only so many of them. `stored` is the type of the vocabulary's matrices in their file.
+    """
     config = _with_layers(config, layers)
     dtype = getattr(torch, device.compute_dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.requires_grad_(False)
-        head = model.get_output_embeddings()
+        tied = bool(model.all_tied_weights_keys)
+        Vocabulary(stored, quantized_head).place(model)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (quantized_head or module is not head):
-                model.set_submodule(name, _nf4(module, dtype))
+            if isinstance(module, Nf4Head | Nf4Embedding):
+                module.weight = _packed(*_nf4_weight(module.weight, dtype))
+            elif type(module) is nn.Linear and module is not head:
+                model.set_submodule(name, _nf4_layer(module, dtype))
+        if tied:
+            head.weight = embedding.weight
+        elif embedding_on_host:
+            model.set_input_embeddings(_Elsewhere(embedding, dtype))
+    use_kernel(model, choose_kernel("cpu") if device.kind == "cpu" else "bitsandbytes")
     model.is_loaded_in_4bit = True
     model.generation_config = GenerationConfig()
-    return model.eval()
+    return model.requires_grad_(False).eval()
+
+
+class _Elsewhere(nn.Module):
+    """An embedding that is not held: its rows come from a file or from the host."""
+
+    def __init__(self, like: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._width, self._dtype = like.embedding_dim, dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.empty(*ids.shape, self._width, dtype=self._dtype, device=ids.device)
 
 
 def _with_layers(config: Any, layers: int | None) -> Any:
@@ -143,23 +169,26 @@ def _with_layers(config: Any, layers: int | None) -> Any:
     return config
 
 
-def _nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """Return a layer of bitsandbytes with the bytes of a quantised weight, double quantisation included."""
-    weights = linear.weight.numel()
-    scales = -(-weights // BLOCK)
-    nested = QuantState(torch.empty(-(-scales // NESTED_BLOCK)), code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
-    state = QuantState(
-        torch.empty(scales, dtype=torch.uint8), shape=linear.weight.shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4",
-        code=torch.empty(16), offset=torch.empty(()), state2=nested,
-    )  # fmt: skip
+def _nf4_layer(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """Return a layer of bitsandbytes with the bytes of a quantised weight."""
     layer = bitsandbytes.nn.Linear4bit.__new__(bitsandbytes.nn.Linear4bit)
     nn.Module.__init__(layer)
     layer.in_features, layer.out_features, layer.bias = linear.in_features, linear.out_features, linear.bias
     layer.compute_dtype, layer.compute_type_is_set, layer.quant_storage = dtype, True, torch.uint8
-    layer.support_avx512bf16_for_cpu = False
-    layer.weight = _packed(torch.empty((weights + 1) // 2, 1, dtype=torch.uint8), state)
-    layer.quant_state = state
+    layer.weight = _packed(*_nf4_weight(linear.weight, dtype))
+    layer.quant_state = layer.weight.quant_state
     return layer
+
+
+def _nf4_weight(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
+    """Return the parts of a matrix in NF4 with double quantisation."""
+    scales = -(-weight.numel() // BLOCK)
+    nested = QuantState(torch.empty(-(-scales // SCALES)), code=torch.empty(256), blocksize=SCALES, dtype=torch.float32)
+    state = QuantState(
+        torch.empty(scales, dtype=torch.uint8), shape=weight.shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4",
+        code=torch.empty(16), offset=torch.empty(()), state2=nested,
+    )  # fmt: skip
+    return torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8), state
 
 
 def _packed(data: torch.Tensor, state: QuantState) -> nn.Parameter:
@@ -195,7 +224,9 @@ def _replace(module: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) ->
             module._parameters[name] = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
             continue
         for part, key in ((state, "absmax"), (state, "code"), (state, "offset"), (state.state2, "absmax"), (state.state2, "code")):
-            setattr(part, key, fake(getattr(part, key)))
+            tensor = getattr(part, key)
+            if tensor.is_meta:  # not yet done for a matrix that is tied to it
+                setattr(part, key, fake(tensor))
         module._parameters[name] = _packed(fake(parameter), state)
     for name, buffer in module._buffers.items():
         if buffer is not None:

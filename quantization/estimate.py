@@ -19,6 +19,8 @@ NF4_BYTES = 4.127 / 8
 """Bytes of one weight in NF4 with double quantisation, scales included."""
 ADAM_8BIT_BYTES = 1 + 4 / 256
 """Bytes of one moment in 8 bits with the scale of its block."""
+CHECKED_LOGITS = 3 * 8
+"""Rows of logits that the check of a loaded model holds (quantization/load.py)."""
 CLIENT_BYTES = 64 * 2**20
 """What the client of an endpoint takes, which counts where the budget limits the memory of the process."""
 
@@ -53,18 +55,16 @@ class Lengths:
 
 def model_bytes(shape: Shape, device: DeviceProfile, rung: Rung) -> int:
     """Return the bytes of a loaded model."""
-    act, table = device.activation_bytes, shape.vocabulary * shape.hidden
-    tables = 1 if shape.tied else 2
-    other = (shape.other_elements - tables * table) * act
+    table, tables = shape.vocabulary * shape.hidden, 1 if shape.tied else 2
+    other = (shape.other_elements - tables * table) * device.activation_bytes
     held = tables - (1 if rung.embedding_on_host else 0)
-    return int(shape.linear_elements * NF4_BYTES + other + held * table * (NF4_BYTES if rung.quantized_head else act))
+    stored = min(device.activation_bytes, shape.stored_element_bytes)
+    return int(shape.linear_elements * NF4_BYTES + other + held * table * (NF4_BYTES if rung.quantized_head else stored))
 
 
 def load_bytes(shape: Shape, device: DeviceProfile) -> int:
-    """Return what loading takes beside the model: the largest tensor in the compute type and while it is packed; on a CPU the mapped file."""
-    act = device.activation_bytes
-    mapped = shape.stored_bytes + shape.largest_elements * act if device.kind == "cpu" else 0
-    return 3 * shape.largest_linear * act + mapped
+    """Return what loading takes beside the model: weights come one by one, and a check of the whole model dequantises the largest."""
+    return shape.largest_linear * device.activation_bytes + CHECKED_LOGITS * shape.vocabulary * 4
 
 
 def moments_bytes(shape: Shape, job: Job, rung: Rung) -> int:

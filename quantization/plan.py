@@ -69,6 +69,28 @@ class Plan(msgspec.Struct, frozen=True):
         return max((s.peak_bytes for s in self.stages if s.stage == stage), default=None)
 
 
+class RungCost(msgspec.Struct, frozen=True):
+    """The smallest settings of one rung, by arithmetic."""
+
+    number: int
+    rung: str
+    peak_bytes: int
+    saves_bytes: int
+    """Less than as asked."""
+    relative_time: float
+    """Of training, as asked being 1."""
+
+
+class Survey(msgspec.Struct, frozen=True):
+    """A plan, and what else the ladder offers."""
+
+    plan: Plan
+    device: str
+    rungs: tuple[RungCost, ...]
+    smallest_budget_bytes: int
+    """Of the smallest settings, by a dry run; rounded up to MiB."""
+
+
 GENERATING = {"evaluate", "sample", "repair", "judge"}
 """Stages in which a smaller batch of generation helps."""
 Stages = Callable[[Rung, int], tuple[StagePlan, ...]]
@@ -117,7 +139,7 @@ def _over(stages: Sequence[StagePlan], budget_bytes: float) -> set[str]:
 
 def smallest(rungs: Sequence[Rung], guess: Stages) -> Rung:
     """Return the rung that needs least."""
-    return min(rungs, key=lambda rung: max(s.peak_bytes for s in guess(rung, 1)))
+    return min(rungs, key=lambda rung: sorted((s.peak_bytes for s in guess(rung, 1)), reverse=True))
 
 
 def make_plan(

@@ -44,6 +44,11 @@ class Shape:
     """Bytes of all weights on disk."""
 
     @property
+    def stored_element_bytes(self) -> int:
+        """Bytes of one number on disk."""
+        return round(self.stored_bytes / max(1, self.linear_elements + self.other_elements))
+
+    @property
     def linear_elements(self) -> int:
         return sum(t.elements for t in self.linear)
 

@@ -23,12 +23,14 @@ from edge_agent.training.completion import JUDGMENT_TOKENS, longest_prompt, outp
 from edge_agent.training.contexts import answer_ids, contexts_of, encode_target, prompt_ids, record_ids
 from edge_agent.training.methods import METHODS
 from edge_agent.training.methods.method import IsCorrect, Method, Target
-from edge_agent.training.rehearsal import rehearsed_plan
+from edge_agent.training.rehearsal import Rehearsal
 from edge_agent.verify import find_verifier
+from profiles.calibration import calibrated, learn
 from profiles.device import DeviceProfile, detect_profile, free_bytes
+from profiles.recorder import StageRow
 from quantization.estimate import Lengths
 from quantization.load import load_tokenizer
-from quantization.ladder import Layout, Rows
+from quantization.ladder import Rows
 from quantization.model_files import ModelFiles, find_model
 from quantization.plan import Plan
 from quantization.shape import Shape, adapter_elements, read_shape
@@ -221,9 +223,14 @@ class Prepared:
             longest = max(longest, len(prompt_ids(self.tokenizer, request)) + unwritten + JUDGMENT_TOKENS)
         return longest
 
-    def plan(self, layout: Layout | None = None) -> Plan:
-        """Return the plan of the job by a dry run; `layout` is that of the loaded model, if it is known. Raises DoesNotFit."""
-        return rehearsed_plan(self.files, self.shape, self.job, self.lengths, self.device, self.method, layout)
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        """The dry run of the job."""
+        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method)
+
+    def plan(self) -> Plan:
+        """Return the plan of the job by a dry run. Raises DoesNotFit."""
+        return self.rehearsal.plan()
 
 
 def usable_profile(wanted: str) -> DeviceProfile:
@@ -239,11 +246,11 @@ def prepare(directory: JobDirectory, job: Job) -> Prepared:
     return prepare_files(job, *directory.read_dataset(job))
 
 
-def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | None) -> Prepared:
-    """Split the records of a job and find its model."""
+def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | None, device: DeviceProfile | None = None) -> Prepared:
+    """Split the records of a job and find its model; without `device` it is that of this machine."""
     parts = split(records, evaluation, job)
     files = find_model(job.model)
-    device = detect_profile(job.device)
+    device = calibrated(device or detect_profile(job.device))
     prepared = Prepared(job, files, load_tokenizer(files), device, parts.training, parts.development, parts.held_out)
     if job.schedule.patience and not prepared.development_targets:
         raise JobSchema("schedule.patience", "there is no development question to measure on; set evaluation.development, such as 0.1")
@@ -266,3 +273,11 @@ def admit(prepared: Prepared, plan: Plan, directory: JobDirectory) -> None:
     needs = adapter_elements(prepared.shape, prepared.job.lora) * 4 * (2 * 5 + 1) + SPARE_DISK_BYTES
     if shutil.disk_usage(directory.path).free < needs:
         raise DiskFull(str(directory.path), needs)
+
+
+def learn_overhead(device: DeviceProfile, plan: Plan, rows: list[StageRow]) -> None:
+    """Remember what the device would have had to be planned with to cover every stage that was measured."""
+    planned = {row.stage: plan.planned_bytes(row.stage) for row in rows}
+    beyond = [row.peak_bytes - planned_bytes for row in rows if (planned_bytes := planned[row.stage]) and not row.resumed]
+    if beyond:
+        learn(device, device.overhead_bytes + max(beyond))

@@ -27,9 +27,9 @@ from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.attention import TREE
 from quantization.dry_run import LiveBytes, counted, ghost_model, takes_trees
 from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, load_bytes, moments_bytes
-from quantization.ladder import Layout, Rows, Rung, ladder
+from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
 from quantization.model_files import ModelFiles
-from quantization.plan import Plan, StagePlan, make_plan
+from quantization.plan import Plan, RungCost, StagePlan, Survey, make_plan, smallest
 from quantization.shape import Shape, adapter_elements
 
 FEW_LAYERS = 2
@@ -46,14 +46,37 @@ class Rehearsal:
     lengths: Lengths
     device: DeviceProfile
     method: Method
-    layout: Layout | None = None
-    """How rows lie in a pack; None: as the architecture says that it can take them."""
+    padded: bool = False
+    """Rows are padded although the architecture says that it could share their beginnings."""
+    rows: Layout = field(init=False)
+    rungs: list[Rung] = field(init=False)
     _config: Any = field(init=False)
     _known: dict[tuple[object, ...], dict[str, int]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._config = AutoConfig.from_pretrained(self.files.path, trust_remote_code=False, local_files_only=True)
-        self.layout = self.layout or ("shared" if takes_trees(self._config) else "padded")
+        self.rows = "shared" if takes_trees(self._config) and not self.padded else "padded"
+        self.rungs = ladder(self.job, self.shape, self.lengths.train, self.device, self.rows)
+        self._guess_of = estimates(self.shape, self.job, self.lengths, self.device, self.rows)
+
+    def plan(self) -> Plan:
+        """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
+        return make_plan(self.job, self.rungs, self.rows, self._guess_of, self.lengths.score.longest, self.stages)
+
+    def survey(self) -> Survey:
+        """Return the plan, and what else the ladder offers. Raises DoesNotFit."""
+        made, guess, rungs = self.plan(), self._guess_of(1.0), self.rungs
+        rung = smallest(rungs, guess)
+        least = max(s.peak_bytes for s in self.stages(rung, 1))
+        first = relative_time(self.shape, self.lengths.train, rungs[0], self.rows)
+        asked = max(s.peak_bytes for s in guess(rungs[0], 1))
+        costs = []
+        for number in sorted({r.number for r in rungs}):
+            of = smallest([r for r in rungs if r.number == number], guess)
+            peak = max(s.peak_bytes for s in guess(of, 1))
+            time = relative_time(self.shape, self.lengths.train, of, self.rows) / first
+            costs.append(RungCost(number, of.name, peak, asked - peak, round(time, 3)))
+        return Survey(made, self.device.title, tuple(costs), -(-least // 2**20) * 2**20)
 
     def stages(self, rung: Rung, batch: int) -> tuple[StagePlan, ...]:
         """Return the bytes of every stage on a rung, with `batch` prompts generated at once."""
@@ -107,7 +130,7 @@ class Rehearsal:
 
     def _run(self, key: tuple[object, ...], rung: Rung, work: Callable[[Any, _Watch], None]) -> dict[str, int]:
         """Return the bytes that the whole model takes, of each part of the work; `held` are those of model and adapter."""
-        key = (*key, rung.quantized_head)
+        key = (*key, rung.quantized_head, rung.embedding_on_host)
         if key not in self._known:
             text = self._config.get_text_config()
             layers = text.num_hidden_layers
@@ -122,8 +145,11 @@ class Rehearsal:
         return self._known[key]
 
     def _count(self, layers: int | None, rung: Rung, work: Callable[[Any, _Watch], None]) -> dict[str, int]:
-        model = ghost_model(self._config, self.device, layers, rung.quantized_head)
-        if self.layout == "shared":
+        model = ghost_model(
+            self._config, self.device, layers, _stored_type(self.files),
+            quantized_head=rung.quantized_head, embedding_on_host=rung.embedding_on_host,
+        )  # fmt: skip
+        if self.rows == "shared":
             model.set_attn_implementation(TREE)
         with torch.device("meta"):
             model = attach_adapter(model, self.job.lora, 0, self.files.name)
@@ -159,6 +185,12 @@ class _Watch:
             hidden.register_hook(lambda _: self._begin(place))
         if place == "last":
             self._begin("end")
+
+
+def _stored_type(files: ModelFiles) -> torch.dtype:
+    """Return the type of the largest weight in its file, or that of the configuration where there are no files."""
+    largest = max(files.tensors, key=lambda t: t.elements, default=None)
+    return torch.float32 if largest is not None and largest.stored_bytes == 4 * largest.elements else torch.bfloat16
 
 
 def _transient(peaks: dict[str, int], phase: str) -> int:
@@ -236,13 +268,3 @@ def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int) -> N
         kept_BKTE = torch.empty(batch, heads, prompt + new - 1, size, dtype=model.dtype, device=device)
         cache.update(kept_BKTE, kept_BKTE.clone(), layer)
     step(1, prompt + new - 1, cache)
-
-
-def rehearsed_plan(
-    files: ModelFiles, shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, method: Method, layout: Layout | None = None
-) -> Plan:
-    """Return the plan of a job by a dry run, on the fastest settings that fit. Raises DoesNotFit."""
-    exact = Rehearsal(files, shape, job, lengths, device, method, layout)
-    made: Layout = exact.layout or "padded"
-    rungs = ladder(job, shape, lengths.train, device, made)
-    return make_plan(job, rungs, made, estimates(shape, job, lengths, device, made), lengths.score.longest, exact.stages)

@@ -28,7 +28,7 @@ from edge_agent.training.contexts import Sample, encode_target
 from edge_agent.training.evaluate import evaluate
 from edge_agent.training.loop import Training, optimize
 from edge_agent.training.objectives import OBJECTIVES
-from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, prepare, usable_profile
+from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, learn_overhead, prepare, usable_profile
 from edge_agent.training.repair import repair_outputs, turning_point
 from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
 from edge_agent.training.scoring import weigh
@@ -143,6 +143,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
     )  # fmt: skip
     directory.write_result(result)
+    learn_overhead(work.device, plan, result.stages)
     directory.forget_parts()
     return result
 
