@@ -109,7 +109,9 @@ def plan(case: Case, model: Path) -> dict[str, tuple[int, int]]:
     device = msgspec.structs.replace(device_profile("cpu"), overhead_bytes=0)
     rehearsal = Rehearsal(files, read_shape(files), job, lengths, device, METHODS[SftOptions](options))
     rung = Rung(0, case.micro_batch, case.head_chunk, case.checkpointing)
-    stages = {s.phase or s.stage: (s.resident_bytes, s.transient_bytes) for s in rehearsal.stages(rung, case.micro_batch) if s.phase != "score"}
+    stages = {
+        s.phase or s.stage: (s.resident_bytes, s.transient_bytes) for s in rehearsal.stages(rung, case.micro_batch) if s.phase != "score"
+    }
     return {phase: stages[phase] for phase in PHASES}
 
 
@@ -178,7 +180,7 @@ def measure(case: Case, model: Path) -> dict[str, int]:
     phase("backward", loss.backward)
     del loss
     phase("optimizer", update)
-    del optimizer
+    optimizer.state.clear()
     prompts = [prompt for prompt, _ in rows(case.micro_batch)]
     phase("evaluate", lambda: generate(
         adapted, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch=len(prompts), progress=lambda *_: None
@@ -217,9 +219,11 @@ def rows_of(case: Case, planned: dict[str, list[int]], peaks: dict[str, int], ov
 
 def learned(results: list[tuple[Case, dict[str, list[int]], dict[str, int]]]) -> float:
     """Return what the cases that calibrate take beyond tensors and imports: the middle of what would have covered each of them."""
-    return median(
-        max(peaks[p] - peaks["imports"] - sum(planned[p]) for p in PHASES) for case, planned, peaks in results if case.calibrates
-    )
+    return median(max(peaks[p] - peaks["imports"] - sum(planned[p]) for p in PHASES) for case, planned, peaks in results if case.calibrates)
+
+
+def extremes(errors: list[float]) -> tuple[float, float]:
+    return min(errors, default=0.0), max(errors, default=0.0)
 
 
 def table(found: list[Row]) -> Table:
@@ -257,7 +261,7 @@ def main() -> None:
                 results.append((case, *(_in_a_process(task, case, models[case.shape]) for task in ("plan", "measure"))))
                 Console(stderr=True).print(f"{case.shape}: {case.rung}, {case.tokens} tokens, {case.shared} shared")
     overhead_bytes = learned(results)
-    found = [row for result in results for row in rows_of(*result, overhead_bytes)]
+    found = [row for case, planned, peaks in results for row in rows_of(case, planned, peaks, overhead_bytes)]
     counted = [row for row in found if not row.calibrates]
     report = {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
@@ -266,7 +270,9 @@ def main() -> None:
         "overhead_mib": round(overhead_bytes / MIB, 1),
         "combinations": len(counted) // (len(PHASES) + 1),
         "transient_above_1_gib": sum(row.phase == "peak" and row.transient_mib > 1024 for row in counted),
-        "errors": {p: [min(r.error for r in counted if r.phase == p), max(r.error for r in counted if r.phase == p)] for p in (*PHASES, "peak")},
+        "errors": {
+            p: [min(r.error for r in counted if r.phase == p), max(r.error for r in counted if r.phase == p)] for p in (*PHASES, "peak")
+        },
         "rows": found,
     }
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")

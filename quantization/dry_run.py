@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, rounded: Callable[[int], int], all_nonzero: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._all_nonzero = all_nonzero
         self.now_bytes = 0
         self.peaks: dict[str, int] = {}
@@ -141,7 +141,7 @@ def ghost_model(
         if tied:
             head.weight = embedding.weight
         elif embedding_on_host:
-            model.set_input_embeddings(_Elsewhere(embedding, dtype))
+            model.set_input_embeddings(_Elsewhere(embedding.embedding_dim, dtype))
     use_kernel(model, choose_kernel("cpu") if device.kind == "cpu" else "bitsandbytes")
     model.is_loaded_in_4bit = True
     model.generation_config = GenerationConfig()
@@ -151,12 +151,13 @@ def ghost_model(
 class _Elsewhere(nn.Module):
     """An embedding that is not held: its rows come from a file or from the host."""
 
-    def __init__(self, like: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self._width, self._dtype = like.embedding_dim, dtype
+        self._width, self._dtype = width, dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.empty(*ids.shape, self._width, dtype=self._dtype, device=ids.device)
+        """Return rows for the ids in the compute type."""
+        return torch.empty((*ids.shape, self._width), dtype=self._dtype, device=ids.device)
 
 
 def _with_layers(config: Any, layers: int | None) -> Any:
@@ -169,7 +170,7 @@ def _with_layers(config: Any, layers: int | None) -> Any:
     return config
 
 
-def _nf4_layer(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+def _nf4_layer(linear: nn.Linear, dtype: torch.dtype) -> Any:
     """Return a layer of bitsandbytes with the bytes of a quantised weight."""
     layer = bitsandbytes.nn.Linear4bit.__new__(bitsandbytes.nn.Linear4bit)
     nn.Module.__init__(layer)
@@ -192,9 +193,9 @@ def _nf4_weight(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 
 def _packed(data: torch.Tensor, state: QuantState) -> nn.Parameter:
-    weight = nn.Parameter(data, requires_grad=False)
+    weight: Any = nn.Parameter(data, requires_grad=False)
     weight.quant_state, weight.compress_statistics, weight.quant_type = state, True, "nf4"
-    return weight
+    return weight  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -103,9 +103,8 @@ def estimate(
 
     micro, rows = rung.micro_batch, min(2 * rung.micro_batch, max(1, len(lengths.score.tokens)))
     score = max(forward(lengths.score, rows, 0.5), head(lengths.score, rows, 2))
-    streams = shape.layers * lengths.train.computed(micro, layout) * shape.hidden * act
-    if rung.offload_checkpoints:
-        streams /= shape.layers
+    kept = 1 if rung.offload_checkpoints else shape.layers  # checkpoints that are on the device at once
+    streams = kept * lengths.train.computed(micro, layout) * shape.hidden * act
     train = forward(lengths.train, micro, 1 if rung.checkpointing else shape.layers) + (streams if rung.checkpointing else 0)
     training = max(train, train * (not rung.checkpointing) + streams * rung.checkpointing + head(lengths.train, micro, 2))
     evaluate = generation(lengths.generate)

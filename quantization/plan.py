@@ -11,7 +11,7 @@ import msgspec
 
 from edge_agent.errors import DoesNotFit
 from edge_agent.job import Job
-from quantization.ladder import HEAD_CHUNK, Layout, Rung
+from quantization.ladder import Layout, Rung
 
 SEARCH_STEPS = 10
 """Halvings in the search for the longest record that fits."""

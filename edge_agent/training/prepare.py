@@ -29,8 +29,8 @@ from profiles.calibration import calibrated, learn
 from profiles.device import DeviceProfile, detect_profile, free_bytes
 from profiles.recorder import StageRow
 from quantization.estimate import Lengths
-from quantization.load import load_tokenizer
 from quantization.ladder import Rows
+from quantization.load import load_tokenizer
 from quantization.model_files import ModelFiles, find_model
 from quantization.plan import Plan
 from quantization.shape import Shape, adapter_elements, read_shape
@@ -223,14 +223,13 @@ class Prepared:
             longest = max(longest, len(prompt_ids(self.tokenizer, request)) + unwritten + JUDGMENT_TOKENS)
         return longest
 
-    @cached_property
-    def rehearsal(self) -> Rehearsal:
-        """The dry run of the job."""
-        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method)
+    def rehearsal(self, padded: bool = False) -> Rehearsal:
+        """Return the dry run of the job; `padded` where the model turned out not to share the beginnings of rows."""
+        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded)
 
-    def plan(self) -> Plan:
+    def plan(self, padded: bool = False) -> Plan:
         """Return the plan of the job by a dry run. Raises DoesNotFit."""
-        return self.rehearsal.plan()
+        return self.rehearsal(padded).plan()
 
 
 def usable_profile(wanted: str) -> DeviceProfile:

@@ -114,13 +114,15 @@ class Rehearsal:
 
     def _score(self, rung: Rung) -> dict[str, int]:
         rows = min(2 * rung.micro_batch, len(self.lengths.score.tokens))
-        return self._run(("score", rows, rung.head_chunk), rung, partial(_score, rows=self.lengths.score, count=rows, chunk=rung.head_chunk))
+        work = partial(_score, rows=self.lengths.score, count=rows, chunk=rung.head_chunk)
+        return self._run(("score", rows, rung.head_chunk), rung, work)
 
     def _train(self, rung: Rung) -> dict[str, int]:
         accumulates = rung.micro_batch < self.job.schedule.batch
         settings = (rung.micro_batch, rung.head_chunk, rung.checkpointing, rung.adam_8bit)
         passed = self.method.references == "pass"
-        return self._run(("train", *settings), rung, partial(_train, rows=self.lengths.train, rung=rung, accumulates=accumulates, passed=passed))
+        work = partial(_train, rows=self.lengths.train, rung=rung, accumulates=accumulates, passed=passed)
+        return self._run(("train", *settings), rung, work)
 
     def _generation(self, rung: Rung, batch: int, lengths: tuple[int, int], sampled: bool = False) -> int:
         if not lengths[1]:
