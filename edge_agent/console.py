@@ -347,7 +347,8 @@ def survey_view(survey: Survey) -> Group:
         table.add_column(name, justify="left" if name == "stage" else "right")
     for s in plan.stages:
         style = "bold" if s is plan.binding else ""
-        table.add_row(s.name, human_bytes(s.resident_bytes), human_bytes(s.transient_bytes), human_bytes(s.peak_bytes), style=style)
+        transient = human_bytes(s.transient_bytes) if s.transient_bytes else "-"
+        table.add_row(s.name, human_bytes(s.resident_bytes), transient, human_bytes(s.peak_bytes), style=style)
     rungs = Table(title="The ladder, by arithmetic: the smallest settings of every rung", title_justify="left", title_style="bold")
     for name in ("", "settings", "peak", "saves", "time"):
         rungs.add_column(name, justify="left" if name == "settings" else "right")

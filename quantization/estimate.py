@@ -19,6 +19,8 @@ NF4_BYTES = 4.127 / 8
 """Bytes of one weight in NF4 with double quantisation, scales included."""
 ADAM_8BIT_BYTES = 1 + 4 / 256
 """Bytes of one moment in 8 bits with the scale of its block."""
+OBJECT_BYTES = 600 * 2**10
+"""What Python's objects and the smallest blocks of a layer and its adapter take on the host: measured with 12 and with 30 layers."""
 CHECKED_LOGITS = 3 * 8
 """Rows of logits that the check of a loaded model holds (quantization/load.py)."""
 CLIENT_BYTES = 64 * 2**20
@@ -62,6 +64,11 @@ def model_bytes(shape: Shape, device: DeviceProfile, rung: Rung) -> int:
     return int(shape.linear_elements * NF4_BYTES + other + held * table * (NF4_BYTES if rung.quantized_head else stored))
 
 
+def overhead_bytes(shape: Shape, device: DeviceProfile) -> int:
+    """Return what is held beside all tensors, in the memory that the budget limits."""
+    return device.overhead_bytes + (shape.layers * OBJECT_BYTES if device.kind != "discrete" else 0)
+
+
 def load_bytes(shape: Shape, device: DeviceProfile) -> int:
     """Return what loading takes beside the model: weights come one by one, and a check of the whole model dequantises the largest."""
     return shape.largest_linear * device.activation_bytes + CHECKED_LOGITS * shape.vocabulary * 4
@@ -83,7 +90,7 @@ def estimate(
     """Return the bytes of every stage on a rung, with `batch` prompts generated at once."""
     act = device.activation_bytes
     adapter = adapter_elements(shape, job.lora) * 4
-    base = device.overhead_bytes + model_bytes(shape, device, rung)
+    base = overhead_bytes(shape, device) + model_bytes(shape, device, rung)
     trained = base + 2 * adapter + moments_bytes(shape, job, rung) + copies(job, device) * adapter
 
     def forward(rows: Rows, count: int, kept: float) -> float:

