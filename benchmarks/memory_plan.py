@@ -105,7 +105,7 @@ def plan(case: Case, model: Path) -> dict[str, tuple[int, int]]:
 
     files, options = find_model(str(model)), SftOptions()
     job = Job(model=str(model), dataset=Dataset("0" * 64), budget_bytes=2**50, method=options, schedule=Schedule(batch=case.micro_batch))
-    lengths = Lengths(rows(case.micro_batch), rows(2 * case.micro_batch), (case.tokens - case.answer, NEW_TOKENS))
+    lengths = Lengths(rows(case.micro_batch), rows(2 * case.micro_batch), (case.tokens - case.answer, NEW_TOKENS), asked=case.shared)
     device = msgspec.structs.replace(device_profile("cpu"), overhead_bytes=0)
     rehearsal = Rehearsal(files, read_shape(files), job, lengths, device, METHODS[SftOptions](options))
     rung = Rung(0, case.micro_batch, case.head_chunk, case.checkpointing)

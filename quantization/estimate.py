@@ -41,6 +41,8 @@ class Lengths:
     """Longest standard context with an output."""
     judge: tuple[int, int] = (0, 0)
     """Longest request for a judgment by the model itself."""
+    asked: int = 0
+    """Tokens that all prompts of `generate` begin with."""
 
     def shortened(self, share: float) -> Lengths:
         """Return the lengths of records that have a share of these tokens."""
@@ -52,7 +54,9 @@ class Lengths:
             tokens, answers = (tuple(max(1, int(n * share)) for n in numbers) for numbers in (whole.tokens, whole.answers))
             return replace(whole, tokens=tokens, answers=answers, shared=int(whole.shared * share))
 
-        return Lengths(rows(self.train), rows(self.score), pair(self.generate), pair(self.repair), pair(self.judge))
+        return Lengths(
+            rows(self.train), rows(self.score), pair(self.generate), pair(self.repair), pair(self.judge), int(self.asked * share)
+        )
 
 
 def model_bytes(shape: Shape, device: DeviceProfile, rung: Rung) -> int:

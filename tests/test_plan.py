@@ -90,7 +90,7 @@ def test_sizes_of_an_unknown_family_need_its_weight_files() -> None:
 def test_arithmetic_matches_the_published_floor(
     config: dict[str, Any], linear: float, tables: float, adapter: float, checkpoints: float, matrix: float
 ) -> None:
-    """The parts of the floor, in MiB: NF4, embedding and head, adapter of rank 16 on the MLP at 6 bytes, checkpoints, one matrix in bf16."""
+    """The parts of the floor, in MiB: NF4, vocabulary, adapter of rank 16 on the MLP at 6 bytes, checkpoints, one matrix in bf16."""
     shape = _shape(config)
     elements = adapter_elements(shape, Lora(targets="mlp"))
     found = (

@@ -56,11 +56,16 @@ class _Longest:
     def longest(self) -> int:
         return max((tokens for tokens, _ in self._rows), default=0)
 
+    @property
+    def shared(self) -> int:
+        """Tokens that all rows begin with, where there are several."""
+        return len(self._shared or ()) if len(self._rows) > 1 else 0
+
     def rows(self, count: int, limit: int) -> Rows:
         """Return the longest rows as they are computed: without the last token, which predicts nothing."""
         tokens = sorted((min(tokens, limit) - 1 for tokens, _ in self._rows), reverse=True)[:count]
         answers = sorted((min(answer, limit) for _, answer in self._rows), reverse=True)[:count]
-        return Rows(tuple(tokens), tuple(answers), len(self._shared or ()) if len(self._rows) > 1 else 0)
+        return Rows(tuple(tokens), tuple(answers), self.shared)
 
 
 def _within(limit: int, prompt: int, new: int) -> tuple[int, int]:
@@ -135,7 +140,7 @@ class Prepared:
         """
         new = self.job.evaluation.max_new_tokens
         self._check_records()
-        train, score, prompt = _Longest(), _Longest(), 0
+        train, score, asked = _Longest(), _Longest(), _Longest()
         for record in (*self.training, *self.development):
             contexts = tuple(c for c in contexts_of(record) if c in self.method.contexts)
             for text in filter(None, (record.answer, record.output if self.method.own_outputs == "before" else None)):
@@ -143,20 +148,20 @@ class Prepared:
                 train.add(sample.prompts["base"], sample.answer)
                 for ids in sample.prompts.values():
                     score.add(ids, sample.answer)
-                prompt = max(prompt, len(sample.prompts["base"]))
+                asked.add(sample.prompts["base"], ())
         if self.samples_outputs or self.method.own_outputs == "during":
             self._add_unwritten(train, score, new + 1)
         self._add_unjudged(score)
         for record in self.held_out:
-            prompt = max(prompt, self._held_out_tokens(record, score))
+            asked.add(self._held_out_ids(record, score), ())
         if self.method.trained_in != ("base",):
             train = score
         repair = (score.longest, new) if self.repairs_outputs else (0, 0)
         batch, limit = self.job.schedule.batch, self.files.context_tokens
         judge = self._judging_tokens
         return Lengths(
-            train.rows(batch, limit), score.rows(2 * batch, limit), _within(limit, prompt, new), _within(limit, *repair),
-            _within(limit, max(0, judge - JUDGMENT_TOKENS), min(judge, JUDGMENT_TOKENS)),
+            train.rows(batch, limit), score.rows(2 * batch, limit), _within(limit, asked.longest, new), _within(limit, *repair),
+            _within(limit, max(0, judge - JUDGMENT_TOKENS), min(judge, JUDGMENT_TOKENS)), asked.shared,
         )  # fmt: skip
 
     def _add_unwritten(self, train: _Longest, score: _Longest, tokens: int) -> None:
@@ -172,8 +177,8 @@ class Prepared:
                     for _ in self.method.contexts:
                         score.add((*base, *range(-longest + len(base), 0)), range(tokens))
 
-    def _held_out_tokens(self, record: Record, score: _Longest) -> int:
-        """Return the tokens of a question to measure on; free text is scored as well. Raises RecordTooLong."""
+    def _held_out_ids(self, record: Record, score: _Longest) -> list[int]:
+        """Return the prompt of a question to measure on; free text is scored as well. Raises RecordTooLong."""
         ids, limit = record_ids(self.tokenizer, self.prompts, record), self.files.context_tokens
         if len(ids) >= limit:
             raise RecordTooLong("held-out questions", record.id, len(ids) + 1, limit, "question and one token more")
@@ -182,7 +187,7 @@ class Prepared:
             if len(ids) + len(reference) > limit:
                 raise RecordTooLong("held-out questions", record.id, len(ids) + len(reference), limit, "question with its reference")
             score.add(ids, reference)
-        return len(ids)
+        return ids
 
     def _add_unjudged(self, score: _Longest) -> None:
         """Count the judge contexts of the given outputs whose judgments are still to be written.

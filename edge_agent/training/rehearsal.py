@@ -127,7 +127,9 @@ class Rehearsal:
     def _generation(self, rung: Rung, batch: int, lengths: tuple[int, int], sampled: bool = False) -> int:
         if not lengths[1]:
             return 0
-        peaks = self._run(("generate", batch, lengths), rung, partial(_generate, batch=batch, prompt=lengths[0], new=lengths[1]))
+        common = self.lengths.asked if batch > 1 and self.rows == "shared" and lengths == self.lengths.generate else 0
+        work = partial(_generate, batch=batch, prompt=lengths[0], new=lengths[1], common=min(common, lengths[0] - 1))
+        peaks = self._run(("generate", batch, lengths), rung, work)
         return max(_transient(peaks, "generate"), _transient(peaks, "draw") if sampled else 0)
 
     def _run(self, key: tuple[object, ...], rung: Rung, work: Callable[[Any, _Watch], None]) -> dict[str, int]:
@@ -248,8 +250,8 @@ def _train(model: Any, watch: _Watch, rows: Rows, rung: Rung, accumulates: bool,
 
 
 @torch.no_grad()
-def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int) -> None:
-    """Read the prompts, then write the last token with the cache of all before it."""
+def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int, common: int) -> None:
+    """Read what the prompts have in common, then the rest of each, then write the last token with the cache of all before it."""
     device, text = model.device, model.config.get_text_config()
 
     def step(tokens: int, seen: int, cache: DynamicCache) -> None:
@@ -262,7 +264,13 @@ def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int) -> N
         watch.begin("draw")
         GumbelNoise(1.0, [0] * batch, device)(ids_BT, logits_BV)
 
-    step(prompt, 0, DynamicCache(config=model.config))
+    cache = DynamicCache(config=text)
+    if common:
+        watch.begin("generate")
+        ids_BT = torch.ones(1, common, dtype=torch.long, device=device)
+        model.get_decoder()(input_ids=ids_BT, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(batch)
+    step(prompt - common, common, cache)
     cache = DynamicCache(config=model.config)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
