@@ -1,14 +1,14 @@
-"""Holds an epoch of the engine against TRL and the released scheme: `python benchmarks/step.py` writes benchmarks/results/step-DEVICE.json.
+"""Holds an epoch of the engine against TRL and the released scheme: `python benchmarks/step.py` writes results/step-DEVICE-SHAPE.json.
 
 Seconds and peak memory of an epoch of NLFT and of SFT on the same records, beside TRL's SFTTrainer with the same QLoRA settings in each of
 its options, and the scheme of the released NLFT code (three padded rows a record, all with gradient). Records are GSM8K questions with a
-real model's outputs, half of them wrong, with an instruction of 500 tokens and with an empty one; the model has a real shape and
-random weights in NF4, LoRA of rank 16 on all projections, activation checkpointing in all. Every arm is a process of its own; rounds go
-through all arms in turn, one at a time, so that ratios are of neighbours. The ratio is the median over the rounds of an arm's seconds over those
+real model's outputs, half of them wrong, with an instruction of 500 tokens and with an empty one; the model has a real shape and random
+weights in NF4, LoRA of rank 16 on all projections, activation checkpointing in all. Every arm is a process of its own; rounds go through
+all arms in turn, one at a time, so that ratios are of neighbours. The ratio is the median over the rounds of an arm's seconds over those
 of the fastest option of TRL in the same round.
 
-`--shape` takes the shapes of benchmarks/shapes.py, `--device cuda` runs on a GPU. Needs GSM8K's files (`--data`), and trl (`pip install '.[bench]'`).
-About 50 minutes on two cores. Does not cover accuracy: benchmarks/methods.py.
+`--shape` takes the shapes of benchmarks/shapes.py, `--device cuda` runs on a GPU. Needs GSM8K's files (`--data`), and trl (the extra
+`bench`). About 50 minutes on two cores. Does not cover accuracy: benchmarks/methods.py.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Arm:
         command = [sys.executable, str(Path(__file__).parent / "step_arms.py"), msgspec.json.encode(settings).decode()]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1"}
         self.name = settings.arm
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )

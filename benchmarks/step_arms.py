@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from edge_agent.job import Lora, NlftOptions, Schedule, SftOptions
 from edge_agent.training.contexts import Sample
 from edge_agent.training.loop import Training, order, trained
-from edge_agent.training.methods.method import Scores
 from edge_agent.training.methods.nlft import Nlft, token_weights
 from edge_agent.training.methods.sft import Sft
 from edge_agent.training.scoring import weigh
@@ -34,10 +33,11 @@ from edge_agent.training.weighted import Weighted
 from profiles.device import device_profile
 from profiles.memory import CudaMemory, HostMemory, Memory, fix_malloc
 from quantization.adapter import attach_adapter, checkpoint_activations
+from quantization.ladder import HEAD_CHUNK
 from quantization.load import load_model
 from quantization.model_files import find_model
 from quantization.nf4 import use_kernel
-from quantization.plan import HEAD_CHUNK, Plan
+from quantization.plan import Plan
 
 SEED, BATCH, LEARNING_RATE = 7, 8, 2e-4
 LORA = Lora(rank=16, alpha=16.0, dropout=0.0, targets="all")
@@ -122,7 +122,8 @@ def _plain_model(work: Work) -> Any:
 def released(work: Work) -> Callable[[], int]:
     """The scheme of the released NLFT code, written anew on the same model: three padded rows a record, all with gradient.
 
-    A correct output takes the base row twice, as there; the softmax over the vocabulary of every row and place is kept in 32 bits.
+    A correct output takes the base row twice, as there; the softmax over the vocabulary of every row and place is kept in 32 bits. Clusters
+    are left out: they need hidden states as well, and cost little beside the rest.
     """
     model = attach_adapter(_plain_model(work), LORA, SEED, work.settings.model)
     checkpoint_activations(model)
@@ -146,7 +147,6 @@ def released(work: Work) -> Callable[[], int]:
                 for k in range(3)
             )
             judged = judge.detach().log() if sample.target.kind == "incorrect" else None
-            # Clusters need hidden states, which a whole model does not return by itself; they cost nothing beside it.
             weights = token_weights(sample.target.kind, base.detach().log(), standard.detach().log(), judged, None, _unclustered(options))
             loss = loss - (weights.likelihood_T * base.log() + weights.unlikelihood_T * (1 - base).log()).sum()
         (loss / answer_tokens).backward()
@@ -186,11 +186,9 @@ def trl(work: Work, **options: Any) -> None:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    rows = [{"input_ids": [*s.prompts["base"], *s.answer], "prompt": len(s.prompts["base"])} for s in work.samples]
-    data = Dataset.from_list(
-        [{"input_ids": r["input_ids"], "completion_mask": [0] * r["prompt"] + [1] * (len(r["input_ids"]) - r["prompt"])} for r in rows]
-    )
-    longest = max(len(r["input_ids"]) for r in rows)
+    rows = [(s.prompts["base"], s.answer) for s in work.samples]
+    data = Dataset.from_list([{"input_ids": [*p, *a], "completion_mask": [0] * len(p) + [1] * len(a)} for p, a in rows])
+    longest = max(len(p) + len(a) for p, a in rows)
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work.settings.micro_batch,
         gradient_accumulation_steps=BATCH // work.settings.micro_batch, num_train_epochs=1000, learning_rate=LEARNING_RATE,
@@ -218,7 +216,7 @@ OURS: dict[str, Callable[[Work], Callable[[], int]]] = {
 TRL: dict[str, dict[str, Any]] = {
     "TRL": {},
     "TRL, grouped by length": {"train_sampling_strategy": "group_by_length"},
-    "TRL, padding-free": {"padding_free": True},
+    "TRL, padding-free": {"padding_free": True, "max_length": None},
     "TRL, packed": {"packing": True, "max_length": LONG_ENOUGH},
 }
 """SFTTrainer by its options. Its loss never holds the logits of all tokens in any of them."""

@@ -8,9 +8,12 @@ from edge_agent.config import AgentConfig
 from edge_agent.errors import JudgeMissing, human_bytes
 from edge_agent.job import Job
 from edge_agent.messages import MAX_INLINE_BYTES, File, Offer, Reason
+from profiles.calibration import calibrated
 from profiles.device import DeviceProfile
+from quantization.estimate import Lengths, make_estimate
+from quantization.ladder import Rows
 from quantization.model_files import find_model
-from quantization.plan import Lengths, make_plan, read_shape
+from quantization.shape import read_shape
 
 
 class Rejected(Exception):
@@ -70,4 +73,5 @@ def _check_plan(job: Job, config: AgentConfig, device: DeviceProfile) -> None:
         shape = read_shape(find_model(str(config.models[job.model])))
     except OSError as error:
         raise Rejected("model_missing", f"model {job.model!r} cannot be read on this node: {error.strerror}") from None
-    make_plan(shape, job, Lengths(train=2, score=2, answer=1, generate=2, repair=0, judge=0), device)
+    shortest = Rows(tokens=(2,), answers=(1,))
+    make_estimate(shape, job, Lengths(train=shortest, score=shortest, generate=(1, 1)), calibrated(device))

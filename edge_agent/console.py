@@ -23,7 +23,7 @@ from edge_agent.messages import JobProgress
 from edge_agent.report import Accuracy, Built, Energy, Event, Example, FreeText, Judgments, Measured, PassAtK, Result
 from profiles.recorder import StageRow
 from profiles.sensors import Resources
-from quantization.plan import Plan
+from quantization.plan import Survey
 
 V = TypeVar("V", bound="LiveView")
 
@@ -338,18 +338,28 @@ def _age(then: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def plan_table(plan: Plan) -> Group:
-    """Return the plan of a job, stage by stage."""
-    table = Table(title=f"Plan (budget {human_bytes(plan.budget_bytes)})", title_justify="left", title_style="bold")
+def survey_view(survey: Survey) -> Group:
+    """Return the plan of a job, stage by stage, why it is so, and what the other rungs would take."""
+    plan = survey.plan
+    title = f"Plan for {survey.device} (budget {human_bytes(plan.budget_bytes)})"
+    table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("stage", "resident", "transient", "peak"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for s in plan.stages:
         style = "bold" if s is plan.binding else ""
-        table.add_row(s.stage, human_bytes(s.resident_bytes), human_bytes(s.transient_bytes), human_bytes(s.peak_bytes), style=style)
-    checkpointing = "on" if plan.checkpointing else "off"
+        transient = human_bytes(s.transient_bytes) if s.transient_bytes else "-"
+        table.add_row(s.name, human_bytes(s.resident_bytes), transient, human_bytes(s.peak_bytes), style=style)
+    rungs = Table(title="The ladder, by arithmetic: the smallest settings of every rung", title_justify="left", title_style="bold")
+    for name in ("", "settings", "peak", "saves", "time"):
+        rungs.add_column(name, justify="left" if name == "settings" else "right")
+    for r in survey.rungs:
+        style = "bold" if r.number == plan.number else ""
+        cells = (human_bytes(r.peak_bytes), human_bytes(r.saves_bytes) if r.saves_bytes else "-", f"x {r.relative_time:.2f}")
+        rungs.add_row(str(r.number), r.rung, *cells, style=style)
+    why = "everything fits as asked" if plan.number == 0 else "the fastest settings that fit"
+    rows = "what rows have in common is computed once" if plan.rows == "shared" else "rows are padded: the architecture reads no trees"
     facts = (
-        f"rung: {plan.rung}; micro-batch {plan.micro_batch}, head chunks of {plan.head_chunk} rows, "
-        f"activation checkpointing {checkpointing}, {plan.generate_batch} questions generated at once; "
-        f"stage {plan.binding.stage} binds"
+        f"rung {plan.number}: {plan.rung} ({why}); {plan.generate_batch} questions generated at once; {rows}\n"
+        f"{plan.binding.name} binds; the smallest budget that works is {-(-survey.smallest_budget_bytes // 2**20)}MiB"
     )
-    return Group(table, Text(facts))
+    return Group(table, Text(facts), rungs)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import psutil
 
-_MMAP_THRESHOLD_BYTES = 2 * 2**20
+MMAP_THRESHOLD_BYTES = 128 * 2**10
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -84,7 +84,7 @@ def trim_heap() -> None:
 
 
 def fix_malloc() -> bool:
-    """Make glibc return every block of 2 MiB or more when it is freed, so that the resident set is what is in use.
+    """Make glibc return every block of 128 KiB or more when it is freed, so that the resident set is what is in use.
 
     Returns False where the C library has no mallopt.
     """
@@ -93,5 +93,5 @@ def fix_malloc() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, _MMAP_THRESHOLD_BYTES) and mallopt(_M_ARENA_MAX, 2)
+        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_ARENA_MAX, 2)
     )

@@ -19,7 +19,7 @@ from edge_agent.errors import AdapterMismatch, ModelUnsupported
 from edge_agent.files import write_directory
 from edge_agent.job import Lora
 from quantization.fused import fuse
-from quantization.plan import MLP
+from quantization.shape import MLP
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

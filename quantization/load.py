@@ -18,8 +18,8 @@ from quantization.attention import TREE, Branch, Tree, shortest_window, tree_inp
 from quantization.cache import ModelCache, own_weights
 from quantization.model_files import ModelFiles, weight_files
 from quantization.nf4 import choose_kernel, use_kernel
-from quantization.plan import read_shape
 from quantization.quantizer import Nf4Config
+from quantization.shape import read_shape
 from quantization.stored import Damaged, StoredTensor, stored_tensors
 from quantization.vocabulary import find_vocabulary
 

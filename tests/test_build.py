@@ -400,5 +400,5 @@ def test_judging_model_is_part_of_the_plan(questions: Path, tmp_path: Path) -> N
         work = prepare_files(job, read_records(questions), None)
         peaks[source] = work.plan().planned_bytes("judge") or 0, work.plan().planned_bytes("sample") or 0
     longest = max(len(prompt_ids(work.tokenizer, work.prompts.judging_messages(r.question, r.answer or "", ""))) for r in work.training)
-    assert work.lengths.judge == longest + 256 + JUDGMENT_TOKENS
+    assert work.lengths.judge == (longest + 256, JUDGMENT_TOKENS)
     assert peaks["model"][0] > peaks["model"][1] == peaks["critic"][1] > peaks["critic"][0]

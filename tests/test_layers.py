@@ -47,7 +47,8 @@ TORCH_FREE = (
     "edge_agent.doctor", "edge_agent.cli", "edge_agent.console", "edge_agent.job_directory", "edge_agent.job_building",
     "edge_agent.dataset", "edge_agent.splitting", "edge_agent.dataset_check", "edge_agent.dataset_view", "edge_agent.report",
     "edge_agent.answers", "edge_agent.saliency", "edge_agent.critic", "edge_agent.judging", "edge_agent.demo.tour",
-    "quantization.plan", "quantization.model_files", "profiles.device", "profiles.recorder", "profiles.memory", "profiles.sensors",
+    "quantization.plan", "quantization.estimate", "quantization.ladder", "quantization.shape", "profiles.calibration",
+    "quantization.model_files", "profiles.device", "profiles.recorder", "profiles.memory", "profiles.sensors",
     "profiles.energy", "profiles.sampler",
 )  # fmt: skip
 

@@ -1,89 +1,218 @@
-"""The plan of bytes: the ladder, its refusals, and its promise against measured peaks."""
+"""The plan in closed form: sizes from configurations, the ladder and its order, refusals, calibration."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from edge_agent.errors import DoesNotFit
+from edge_agent.errors import DoesNotFit, ModelUnsupported
 from edge_agent.job import Dataset, Job, Lora, ReftOptions, Schedule, SftOptions
-from profiles.device import device_profile
-from quantization.model_files import Tensor
-from quantization.plan import Lengths, Rung, Shape, adapter_elements, ladder, make_plan, stage_plans
+from profiles.calibration import KEPT, calibrated, learn
+from profiles.device import DeviceProfile, device_profile
+from quantization.estimate import NF4_BYTES, Lengths, estimate, make_estimate
+from quantization.ladder import Rows, Rung, ladder, relative_time
+from quantization.model_files import ModelFiles, find_model
+from quantization.shape import Shape, adapter_elements, read_shape
 
-LENGTHS = Lengths(train=1024, score=1400, answer=256, generate=900, repair=1400, judge=1200)
+LENGTHS = Lengths(
+    Rows((1023,) * 8, (256,) * 8, 500), Rows((1399,) * 16, (256,) * 16, 500), (644, 256), repair=(1144, 256), judge=(1072, 128)
+)
+MIB, GIB = 2**20, 2**30
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_1B = {
+    "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN_HALF_B = {
+    "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN_1B = {
+    "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "intermediate_size": 8960, "num_attention_heads": 12,
+    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 500}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED, "mistral": GROUPED, "smollm3": GROUPED | TOKENS, "qwen2": GROUPED | {"tie_word_embeddings": True}, "qwen3": GROUPED,
+    "gemma": GROUPED, "gemma2": GROUPED | {"head_dim": 32}, "gemma3_text": GROUPED, "phi": SMALL,
+    "phi3": GROUPED | TOKENS,
+}  # fmt: skip
+
+
+def _shape(config: dict[str, Any]) -> Shape:
+    return read_shape(ModelFiles("m", Path("m"), config, (), ""))
 
 
 def _job(budget_bytes: int) -> Job:
     return Job(model="m", dataset=Dataset("0" * 64), budget_bytes=budget_bytes)
 
 
-def _llama_8b() -> Shape:
-    """Llama-3-8B from its published sizes."""
-    sizes = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)} | dict.fromkeys(
-        ("gate_proj", "up_proj", "down_proj"), (14336, 4096)
-    )
-    linear = tuple(Tensor(f"{i}.{n}", s, 2 * s[0] * s[1]) for i in range(32) for n, s in sizes.items())
-    return Shape(4096, 14336, 4096, 1024, 32, 128256, linear, 2 * 128256 * 4096, 128256 * 4096, 2 * 8_030_000_000)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_from_a_configuration_are_those_of_the_model(family: str) -> None:
+    """Without weight files every family has the parameters of transformers' own model: those in NF4, all others, embeddings tied or not."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    shape = _shape(config.to_dict())
+    assert shape.linear_elements == linear
+    assert shape.other_elements == sum(p.numel() for p in model.parameters()) - linear
+    assert shape.tied == bool(model.all_tied_weights_keys)
 
 
-def test_resident_bytes_match_published_arithmetic() -> None:
-    """Llama-3-8B: 3,434 MiB of NF4 and 2,004 MiB of embedding and head, rank 16 on the MLP with 28.3 million parameters."""
-    shape = _llama_8b()
-    job = msgspec.structs.replace(_job(2**40), lora=Lora(targets="mlp"))
-    assert adapter_elements(shape, job.lora) == pytest.approx(28.3e6, rel=0.01)
-    device = msgspec.structs.replace(device_profile("cuda"), overhead_bytes=0, reserve_bytes=0)
-    load = stage_plans(shape, job, LENGTHS, device, next(ladder(job)), 1)[0]
-    assert load.resident_bytes / 2**20 == pytest.approx(3433.9 + 2004.0, rel=0.01)
+def test_sizes_of_an_unknown_family_need_its_weight_files() -> None:
+    """Without weight files a configuration of another family is refused by name."""
+    with pytest.raises(ModelUnsupported, match="'mamba' are not known without them"):
+        _shape(LLAMA_8B | {"model_type": "mamba"})
+
+
+@pytest.mark.parametrize(
+    ("config", "linear", "tables", "adapter", "checkpoints", "matrix"),
+    [
+        (LLAMA_8B, 3433.9, 2004.0, 162.8, 256.0, 112.0),
+        (LLAMA_1B, 478.8, 501.0, 45.2, 64.0, 32.0),
+        (QWEN_HALF_B, 176.2, 259.7, 38.3, 42.0, 8.3),
+        (QWEN_1B, 644.8, 445.1, 81.1, 84.0, 26.3),
+    ],
+)
+def test_arithmetic_matches_the_published_floor(
+    config: dict[str, Any], linear: float, tables: float, adapter: float, checkpoints: float, matrix: float
+) -> None:
+    """The parts of the floor, in MiB: NF4, vocabulary, adapter of rank 16 on the MLP at 6 bytes, checkpoints, one matrix in bf16."""
+    shape = _shape(config)
+    elements = adapter_elements(shape, Lora(targets="mlp"))
+    found = (
+        shape.linear_elements * NF4_BYTES, shape.vocabulary * shape.hidden * 2 * (1 if shape.tied else 2), elements * 6,
+        shape.layers * 1024 * shape.hidden * 2, shape.largest_linear * 2,
+    )  # fmt: skip
+    assert [part / MIB for part in found] == pytest.approx([linear, tables, adapter, checkpoints, matrix], rel=0.03)
 
 
 def test_a_smaller_budget_takes_a_lower_rung() -> None:
-    """From plenty to the floor the chosen rung goes down the ladder and never over the budget; below it the job is refused."""
-    shape, device = _llama_8b(), device_profile("cuda")
-    rungs = []
-    for gib in (160, 80, 40, 24, 16, 12, 10, 9):
-        plan = make_plan(shape, _job(gib * 2**30), LENGTHS, device)
-        assert plan.peak_bytes <= gib * 2**30
-        rungs.append((plan.checkpointing, -plan.micro_batch))
-    assert rungs == sorted(rungs)
-    assert rungs[0] == (False, -8)
-    assert rungs[-1] == (True, -1)
+    """From plenty to the floor the peak stays under the budget and the rungs take more time; below the floor the job is refused."""
+    shape, device = _shape(LLAMA_8B), device_profile("cuda")
+    order = ladder(_job(GIB), shape, LENGTHS.train, device)
+    places = []
+    for gib in (160, 80, 40, 24, 16, 12, 10, 8, 7):
+        plan = make_estimate(shape, _job(gib * GIB), LENGTHS, device)
+        assert plan.peak_bytes <= gib * GIB
+        places.append(next(i for i, rung in enumerate(order) if (rung.number, rung.name) == (plan.number, plan.rung)))
+    assert places == sorted(places)
+    assert places[0] == 0
+    assert order[places[-1]].number >= 4
     with pytest.raises(DoesNotFit):
-        make_plan(shape, _job(4 * 2**30), LENGTHS, device)
+        make_estimate(shape, _job(3 * GIB), LENGTHS, device)
+
+
+def test_checkpointing_comes_before_a_micro_batch_that_loses_the_common_beginning() -> None:
+    """A long instruction is computed once for a pack: eight rows with checkpointing are faster than one row without."""
+    shape, job = _shape(LLAMA_8B), _job(GIB)
+    shared = Rows((700,) * 8, (100,) * 8, 600)
+    order = ladder(job, shape, shared, device_profile("cuda"))
+    assert order.index(Rung(3, 8, checkpointing=True)) < order.index(Rung(1, 1))
+    alone = Rows((700,) * 8, (100,) * 8, 0)
+    order = ladder(job, shape, alone, device_profile("cuda"))
+    assert order.index(Rung(1, 1)) < order.index(Rung(3, 8, checkpointing=True))
+
+
+def test_rungs_that_quantise_come_last_and_within_a_kind_the_fastest_first() -> None:
+    """No rung that changes results precedes one that does not, and times never fall from one rung to the next of its kind."""
+    shape, device = _shape(LLAMA_8B), device_profile("cuda")
+    order = ladder(_job(GIB), shape, LENGTHS.train, device)
+    kinds = [max(rung.number, 3) for rung in order]
+    assert kinds == sorted(kinds)
+    for kind in set(kinds):
+        times = [relative_time(shape, LENGTHS.train, rung) for rung in order if max(rung.number, 3) == kind]
+        assert times == sorted(times)
+    assert {rung.number for rung in order} == set(range(8))
+    on_cpu = ladder(_job(GIB), _shape(QWEN_1B), LENGTHS.train, device_profile("cpu"))
+    assert {rung.number for rung in on_cpu} == set(range(6))
+
+
+def test_an_evaluation_that_does_not_fit_leaves_the_training_alone() -> None:
+    """Where only generation is too large, fewer prompts are generated at once, and the rung stays."""
+    shape, device = _shape(LLAMA_8B), device_profile("cuda")
+    roomy = make_estimate(shape, _job(160 * GIB), LENGTHS, device)
+    long = Lengths(LENGTHS.train, LENGTHS.score, (30_000, 256))
+    plan = make_estimate(shape, _job(80 * GIB), long, device)
+    assert plan.generate_batch < roomy.generate_batch
+    assert plan.rung == roomy.rung == "as asked"
 
 
 def test_reft_is_planned_with_its_sampling() -> None:
-    """Its train stage counts one more copy of the adapter and the generation; no other stage changes."""
-    shape, device = _llama_8b(), device_profile("cuda")
+    """Its train stage counts one more copy of the adapter and the generation; of the others only `save` holds the copy."""
+    shape, device = _shape(LLAMA_8B), device_profile("cuda")
     job = msgspec.structs.replace(_job(2**40), schedule=Schedule(batch=64))
-    rung = Rung("test", 1, 32, True)
+    rung = Rung(3, 1, 32, checkpointing=True)
     plain, reft = (
-        {s.stage: s for s in stage_plans(shape, msgspec.structs.replace(job, method=m), LENGTHS, device, rung, 64)}
+        {s.stage: s for s in estimate(shape, msgspec.structs.replace(job, method=m), LENGTHS, device, rung, 64, "shared")}
         for m in (SftOptions(), ReftOptions())
     )
-    assert {name for name in plain if plain[name] != reft[name]} == {"train"}
+    assert {name for name in plain if plain[name] != reft[name]} == {"train", "save"}
     assert reft["train"].resident_bytes - plain["train"].resident_bytes == adapter_elements(shape, job.lora) * 4
     assert reft["train"].transient_bytes == reft["evaluate"].transient_bytes > plain["train"].transient_bytes
 
 
 def test_refusal_names_a_budget_that_works() -> None:
     """The smallest budget that the error names is accepted, and one MiB less is not."""
-    shape, device = _llama_8b(), device_profile("cuda")
+    shape, device = _shape(LLAMA_8B), device_profile("cuda")
     with pytest.raises(DoesNotFit) as refused:
-        make_plan(shape, _job(2**30), LENGTHS, device)
+        make_estimate(shape, _job(GIB), LENGTHS, device)
     enough = refused.value.needs_bytes
-    assert make_plan(shape, _job(enough), LENGTHS, device).peak_bytes == enough
+    assert make_estimate(shape, _job(enough), LENGTHS, device).peak_bytes == enough
     with pytest.raises(DoesNotFit, match=r"the longest record that fits has [1-9]"):
-        make_plan(shape, _job(enough - 2**20), LENGTHS, device)
+        make_estimate(shape, _job(enough - MIB), LENGTHS, device)
 
 
 def test_tiny_model_has_the_sizes_of_its_files(tiny_model: Path) -> None:
-    """The shape comes from config.json and the headers of the weight files."""
-    from quantization.model_files import find_model
-    from quantization.plan import read_shape
-
-    shape = read_shape(find_model(str(tiny_model)))
+    """The shape comes from config.json and the headers of the weight files, and is the one that the configuration alone gives."""
+    files = find_model(str(tiny_model))
+    shape = read_shape(files)
     assert (shape.hidden, shape.mlp, shape.query, shape.key, shape.layers) == (192, 512, 192, 96, 4)
     assert len(shape.linear) == 4 * 7
+    declared = _shape(files.config)
+    assert (declared.linear_elements, declared.other_elements) == (shape.linear_elements, shape.other_elements)
+
+
+def test_calibration_takes_the_middle_of_the_last_jobs(tmp_path: Path) -> None:
+    """The overhead is the median of what finished jobs have shown, of this device only, and never far from the declared one."""
+    file, device, other = tmp_path / "state" / "calibration.json", device_profile("cpu"), device_profile("cuda")
+    assert calibrated(device, file) == device
+    for overhead_bytes in (500_000_000, 510_000_000, 2**50):
+        learn(device, overhead_bytes, file)
+    assert calibrated(device, file).overhead_bytes == 510_000_000
+    assert calibrated(other, file) == other
+    for _ in range(KEPT):
+        learn(device, 0, file)
+    assert calibrated(device, file).overhead_bytes == device.overhead_bytes // 4
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b'{"Processor": "many"}', b"{"])
+def test_a_broken_calibration_is_ignored_with_a_line_in_the_log(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be read changes no plan, and the next job writes it anew."""
+    file, device = tmp_path / "calibration.json", device_profile("cpu")
+    file.write_bytes(content)
+    assert calibrated(device, file) == device
+    assert "calibration_ignored" in caplog.text
+    learn(device, 500_000_000, file)
+    assert calibrated(device, file).overhead_bytes == 500_000_000
+
+
+def test_profile_without_weights_is_planned_like_one_with(tiny_model: Path) -> None:
+    """A device that is not here is planned by its declared figures alone."""
+    shape, job = read_shape(find_model(str(tiny_model))), _job(8 * GIB)
+    here: DeviceProfile = device_profile("jetson-orin-nano-8gb")
+    plan = make_estimate(shape, job, LENGTHS, here)
+    assert all(stage.resident_bytes >= here.overhead_bytes for stage in plan.stages)

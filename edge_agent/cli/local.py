@@ -24,6 +24,7 @@ from edge_agent.cli.shared import (
     JsonOption,
     LimitOption,
     ModelOption,
+    ProfileOption,
     QuestionsOption,
     SetOption,
     VerifierOption,
@@ -31,7 +32,7 @@ from edge_agent.cli.shared import (
     print_json,
 )
 from edge_agent.config import AGENT_CONFIG, JUDGES_VARIABLE, AgentConfig, Endpoint, read_config, read_judges
-from edge_agent.console import LiveView, built_table, comparison_view, measurement_table, plan_table, summary
+from edge_agent.console import LiveView, built_table, comparison_view, measurement_table, summary, survey_view
 from edge_agent.dataset_check import check
 from edge_agent.dataset_view import dataset_tables
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, DatasetSchema, EdgeAgentError, JobSchema, Stopped
@@ -43,6 +44,7 @@ from edge_agent.json_items import MAX_RECORDS
 from edge_agent.report import Event
 from edge_agent.sizes import parse_size
 from edge_agent.supervised import Supervision
+from profiles.device import device_profile
 
 
 def train(
@@ -153,7 +155,7 @@ def plan(
     budget: BudgetOption = None,
     eval_data: EvalDataOption = None,
     limit: LimitOption = None,
-    device: DeviceOption = None,
+    device: ProfileOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -161,22 +163,23 @@ def plan(
     with explained(as_json):
         from edge_agent.training.prepare import prepare_files
 
+        profile = device_profile(device) if device not in (None, "auto") else None
         if directory is not None:
-            _only_directory(model, data, budget, eval_data, limit, device, settings)
+            _only_directory(model, data, budget, eval_data, limit, settings)
             source = JobDirectory(directory)
             job = source.read_job()
-            prepared = prepare_files(job, *source.read_dataset(job))
+            prepared = prepare_files(job, *source.read_dataset(job), profile)
         else:
             if model is None or data is None or budget is None:
                 raise typer.BadParameter("give --model, --data and --budget, or a job directory")
-            fields = {"budget_bytes": parse_size(budget), "dataset.limit": limit, "method.name": "nlft", "device": device}
+            fields = {"budget_bytes": parse_size(budget), "dataset.limit": limit, "method.name": "nlft"}
             job = build_job(model, data, eval_data, fields, settings or [])
-            prepared = prepare_files(job, datasets.read_records(data), datasets.read_records(eval_data) if eval_data else None)
-        made = prepared.plan()
+            prepared = prepare_files(job, datasets.read_records(data), datasets.read_records(eval_data) if eval_data else None, profile)
+        survey = prepared.rehearsal().survey()
         if as_json:
-            print_json(made)
+            print_json(survey)
         else:
-            Console().print(plan_table(made))
+            Console().print(survey_view(survey), highlight=False)
 
 
 def evaluate(

@@ -34,6 +34,10 @@ DataOption = Annotated[Path | None, typer.Option("--data", help="Dataset, JSONL 
 EvalDataOption = Annotated[Path | None, typer.Option("--eval-data", help="Dataset of the questions to measure on; default: hold some out.")]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Memory that the run may take, such as 6GiB.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option("--device", help="auto (this machine), or the name of a profile (docs/job.md), such as rtx-4090-24gb."),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", help="Train on this many questions, drawn by the seed.")]
 QuestionsOption = Annotated[int | None, typer.Option("--questions", help="Measure on at most this many held-out questions.")]
 SetOption = Annotated[

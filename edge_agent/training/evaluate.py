@@ -15,7 +15,7 @@ from edge_agent.training.generate import Generated, generate
 from edge_agent.training.methods.method import Target
 from edge_agent.training.scoring import score
 from edge_agent.verify import find_verifier
-from quantization.plan import HEAD_CHUNK
+from quantization.ladder import HEAD_CHUNK
 
 
 def evaluate(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -21,14 +23,55 @@ from edge_agent.training.completion import JUDGMENT_TOKENS, longest_prompt, outp
 from edge_agent.training.contexts import answer_ids, contexts_of, encode_target, prompt_ids, record_ids
 from edge_agent.training.methods import METHODS
 from edge_agent.training.methods.method import IsCorrect, Method, Target
+from edge_agent.training.rehearsal import Rehearsal
 from edge_agent.verify import find_verifier
+from profiles.calibration import calibrated, learn
 from profiles.device import DeviceProfile, detect_profile, free_bytes
+from profiles.recorder import StageRow
+from quantization.estimate import Lengths
+from quantization.ladder import Rows
 from quantization.load import load_tokenizer
 from quantization.model_files import ModelFiles, find_model
-from quantization.plan import Lengths, Plan, Shape, adapter_elements, make_plan, read_shape
+from quantization.plan import Plan
+from quantization.shape import Shape, adapter_elements, read_shape
 
 SPARE_DISK_BYTES = 16 * 2**20
 NO_TARGETS = "gives the method nothing to train on (no answer or output that it uses)"
+
+
+class _Longest:
+    """Keeps the lengths of rows, and what all of them have in common at their beginning."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, int]] = []
+        self._shared: Sequence[int] | None = None
+
+    def add(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        self._rows.append((len(prompt) + len(answer), len(answer)))
+        if self._shared is None:
+            self._shared = prompt
+        self._shared = self._shared[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._shared, prompt, strict=False)))]
+
+    @property
+    def longest(self) -> int:
+        return max((tokens for tokens, _ in self._rows), default=0)
+
+    @property
+    def shared(self) -> int:
+        """Tokens that all rows begin with, where there are several."""
+        return len(self._shared or ()) if len(self._rows) > 1 else 0
+
+    def rows(self, count: int, limit: int) -> Rows:
+        """Return the longest rows as they are computed: without the last token, which predicts nothing."""
+        tokens = sorted((min(tokens, limit) - 1 for tokens, _ in self._rows), reverse=True)[:count]
+        answers = sorted((min(answer, limit) for _, answer in self._rows), reverse=True)[:count]
+        return Rows(tuple(tokens), tuple(answers), self.shared)
+
+
+def _within(limit: int, prompt: int, new: int) -> tuple[int, int]:
+    """Return a prompt and what is generated after it, within the model's context."""
+    new = min(new, limit)
+    return min(prompt, limit - new), new
 
 
 @dataclass(frozen=True)
@@ -95,52 +138,71 @@ class Prepared:
 
         Raises RecordTooLong where a record does not fit the model's context.
         """
-        limit, new = self.files.context_tokens, self.job.evaluation.max_new_tokens
-        train = answer = prompt = 0
+        new = self.job.evaluation.max_new_tokens
         self._check_records()
-        longest = self._unjudged_tokens
+        train, score, asked = _Longest(), _Longest(), _Longest()
         for record in (*self.training, *self.development):
             contexts = tuple(c for c in contexts_of(record) if c in self.method.contexts)
             for text in filter(None, (record.answer, record.output if self.method.own_outputs == "before" else None)):
-                sample = encode_target(self.tokenizer, self.prompts, Target(record, text, "correct", contexts), limit)
-                train = max(train, len(sample.prompts["base"]) + len(sample.answer))
-                longest, answer = max(longest, sample.longest), max(answer, len(sample.answer))
-                prompt = max(prompt, len(sample.prompts["base"]))
+                sample = encode_target(self.tokenizer, self.prompts, Target(record, text, "correct", contexts), self.files.context_tokens)
+                train.add(sample.prompts["base"], sample.answer)
+                for ids in sample.prompts.values():
+                    score.add(ids, sample.answer)
+                asked.add(sample.prompts["base"], ())
         if self.samples_outputs or self.method.own_outputs == "during":
-            train, answer = max(train, prompt + new + 1), max(answer, new + 1)
-        if self.samples_outputs:
-            bare = [r for r in self.training if r.output is None]
-            longest = max(longest, new + 1 + max(longest_prompt(self.tokenizer, self.prompts, r, self.method.contexts) for r in bare))
-        longest = max(longest, train)
+            self._add_unwritten(train, score, new + 1)
+        self._add_unjudged(score)
         for record in self.held_out:
-            tokens = len(record_ids(self.tokenizer, self.prompts, record))
-            if tokens >= limit:
-                raise RecordTooLong("held-out questions", record.id, tokens + 1, limit, "question and one token more")
-            prompt = max(prompt, tokens)
-            if self.verifier is None:
-                reference = len(answer_ids(self.tokenizer, record.reference or ""))
-                if tokens + reference > limit:
-                    raise RecordTooLong("held-out questions", record.id, tokens + reference, limit, "question with its reference")
-                longest, answer = max(longest, tokens + reference), max(answer, reference)
+            asked.add(self._held_out_ids(record, score), ())
         if self.method.trained_in != ("base",):
-            train = longest
-        repair = longest + new if self.repairs_outputs else 0
-        return Lengths(*(min(n, limit) for n in (train, longest, answer, prompt + new, repair, self._judging_tokens)))
+            train = score
+        repair = (score.longest, new) if self.repairs_outputs else (0, 0)
+        batch, limit = self.job.schedule.batch, self.files.context_tokens
+        judge = self._judging_tokens
+        return Lengths(
+            train.rows(batch, limit), score.rows(2 * batch, limit), _within(limit, asked.longest, new), _within(limit, *repair),
+            _within(limit, max(0, judge - JUDGMENT_TOKENS), min(judge, JUDGMENT_TOKENS)), asked.shared,
+        )  # fmt: skip
 
-    @property
-    def _unjudged_tokens(self) -> int:
-        """Longest judge context of the given outputs whose judgments are still to be written.
+    def _add_unwritten(self, train: _Longest, score: _Longest, tokens: int) -> None:
+        """Count the outputs that are still to be written, each as long as it may be."""
+        outputs = max(1, self.job.sampling.outputs)
+        for record in self.training:
+            if record.output is None or self.method.own_outputs == "during":
+                base = record_ids(self.tokenizer, self.prompts, record)
+                longest = longest_prompt(self.tokenizer, self.prompts, record, self.method.contexts)
+                for _ in range(outputs):
+                    train.add(base, range(tokens))
+                    score.add((*base, *range(-longest + len(base), 0)), range(tokens))
+                    for _ in self.method.contexts:
+                        score.add((*base, *range(-longest + len(base), 0)), range(tokens))
+
+    def _held_out_ids(self, record: Record, score: _Longest) -> list[int]:
+        """Return the prompt of a question to measure on; free text is scored as well. Raises RecordTooLong."""
+        ids, limit = record_ids(self.tokenizer, self.prompts, record), self.files.context_tokens
+        if len(ids) >= limit:
+            raise RecordTooLong("held-out questions", record.id, len(ids) + 1, limit, "question and one token more")
+        if self.verifier is None:
+            reference = answer_ids(self.tokenizer, record.reference or "")
+            if len(ids) + len(reference) > limit:
+                raise RecordTooLong("held-out questions", record.id, len(ids) + len(reference), limit, "question with its reference")
+            score.add(ids, reference)
+        return ids
+
+    def _add_unjudged(self, score: _Longest) -> None:
+        """Count the judge contexts of the given outputs whose judgments are still to be written.
 
         Raises RecordTooLong where one would not fit.
         """
-        longest = 0
         for record in self.training if "judge" in self.method.contexts else []:
             if record.output and record.answer and not record.judgment and not self.is_correct(record):
-                tokens = longest_prompt(self.tokenizer, self.prompts, record, ("judge",)) + len(answer_ids(self.tokenizer, record.output))
-                if tokens > self.files.context_tokens:
-                    raise RecordTooLong("dataset.jsonl", record.id, tokens, self.files.context_tokens, "judge context with its output")
-                longest = max(longest, tokens)
-        return longest
+                prompt = longest_prompt(self.tokenizer, self.prompts, record, ("judge",))
+                answer = answer_ids(self.tokenizer, record.output)
+                if prompt + len(answer) > self.files.context_tokens:
+                    limit = self.files.context_tokens
+                    raise RecordTooLong("dataset.jsonl", record.id, prompt + len(answer), limit, "judge context with its output")
+                base = record_ids(self.tokenizer, self.prompts, record)
+                score.add((*base, *range(-prompt + len(base), 0)), answer)
 
     def _check_records(self) -> None:
         """Raise DatasetSchema for an answer that cannot be compared, RecordTooLong where an output to be written has no room."""
@@ -166,9 +228,13 @@ class Prepared:
             longest = max(longest, len(prompt_ids(self.tokenizer, request)) + unwritten + JUDGMENT_TOKENS)
         return longest
 
-    def plan(self) -> Plan:
-        """Return the plan of the job. Raises DoesNotFit."""
-        return make_plan(self.shape, self.job, self.lengths, self.device)
+    def rehearsal(self, padded: bool = False) -> Rehearsal:
+        """Return the dry run of the job; `padded` where the model turned out not to share the beginnings of rows."""
+        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded)
+
+    def plan(self, padded: bool = False) -> Plan:
+        """Return the plan of the job by a dry run. Raises DoesNotFit."""
+        return self.rehearsal(padded).plan()
 
 
 def usable_profile(wanted: str) -> DeviceProfile:
@@ -184,11 +250,11 @@ def prepare(directory: JobDirectory, job: Job) -> Prepared:
     return prepare_files(job, *directory.read_dataset(job))
 
 
-def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | None) -> Prepared:
-    """Split the records of a job and find its model."""
+def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | None, device: DeviceProfile | None = None) -> Prepared:
+    """Split the records of a job and find its model; without `device` it is that of this machine."""
     parts = split(records, evaluation, job)
     files = find_model(job.model)
-    device = detect_profile(job.device)
+    device = calibrated(device or detect_profile(job.device))
     prepared = Prepared(job, files, load_tokenizer(files), device, parts.training, parts.development, parts.held_out)
     if job.schedule.patience and not prepared.development_targets:
         raise JobSchema("schedule.patience", "there is no development question to measure on; set evaluation.development, such as 0.1")
@@ -211,3 +277,11 @@ def admit(prepared: Prepared, plan: Plan, directory: JobDirectory) -> None:
     needs = adapter_elements(prepared.shape, prepared.job.lora) * 4 * (2 * 5 + 1) + SPARE_DISK_BYTES
     if shutil.disk_usage(directory.path).free < needs:
         raise DiskFull(str(directory.path), needs)
+
+
+def learn_overhead(device: DeviceProfile, plan: Plan, rows: list[StageRow]) -> None:
+    """Remember what the device would have had to be planned with to cover every stage that was measured."""
+    planned = {row.stage: plan.planned_bytes(row.stage) for row in rows}
+    beyond = [row.peak_bytes - planned_bytes for row in rows if (planned_bytes := planned[row.stage]) and not row.resumed]
+    if beyond:
+        learn(device, device.overhead_bytes + max(beyond))

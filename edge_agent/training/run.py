@@ -28,7 +28,8 @@ from edge_agent.training.contexts import Sample, encode_target
 from edge_agent.training.evaluate import evaluate
 from edge_agent.training.loop import Training, optimize
 from edge_agent.training.objectives import OBJECTIVES
-from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, prepare, usable_profile
+from edge_agent.training.packing import reads_trees
+from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, learn_overhead, prepare, usable_profile
 from edge_agent.training.repair import repair_outputs, turning_point
 from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
 from edge_agent.training.scoring import weigh
@@ -95,6 +96,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("load"):
         _cap_memory(job, work)
         model, tokenizer = load_model(work.files, work.device, cache=find_cache()), work.tokenizer
+    if plan.rows == "shared" and not reads_trees(model):  # it says that it can, and its own check found otherwise
+        plan = reporter.plan = work.plan(padded=True)
     with reporter.stage("evaluate") as row:
         before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
     completion = _completion(model, work, plan, endpoint, directory, reporter)
@@ -143,6 +146,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
     )  # fmt: skip
     directory.write_result(result)
+    learn_overhead(work.device, plan, result.stages)
     directory.forget_parts()
     return result
 

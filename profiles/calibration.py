@@ -1,0 +1,64 @@
+"""What a device takes beyond what a plan can count, learned from finished jobs: one small file for all devices of a user.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from profiles.device import DeviceProfile
+
+log = logging.getLogger(__name__)
+
+KEPT = 16
+"""Jobs that are remembered; their median decides, so that one odd job does not."""
+WIDEST = 4
+"""A calibration is never further from the declared overhead than by this factor."""
+
+
+def calibration_file() -> Path:
+    """Return where the file of this user is."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "edge-agent" / "calibration.json"
+
+
+def calibrated(device: DeviceProfile, file: Path | None = None) -> DeviceProfile:
+    """Return the profile with the overhead that finished jobs on it have shown, or as it is declared where there are none."""
+    known = _read(file or calibration_file()).get(device.title)
+    if not known:
+        return device
+    return msgspec.structs.replace(device, overhead_bytes=_bounded(device, int(median(known))))
+
+
+def learn(device: DeviceProfile, overhead_bytes: int, file: Path | None = None) -> None:
+    """Remember the overhead that would have covered every stage of a job. A file that cannot be written is a line in the log."""
+    place = file or calibration_file()
+    known = _read(place)
+    known[device.title] = [*known.get(device.title, []), _bounded(device, overhead_bytes)][-KEPT:]
+    part = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(msgspec.json.encode(known))
+        part.replace(place)
+    except OSError as error:
+        log.warning("calibration_unwritten file=%s error=%s", place, error)
+
+
+def _bounded(device: DeviceProfile, overhead_bytes: int) -> int:
+    return min(max(overhead_bytes, device.overhead_bytes // WIDEST), device.overhead_bytes * WIDEST)
+
+
+def _read(file: Path) -> dict[str, list[int]]:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, list[int]])
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        log.warning("calibration_ignored file=%s error=%s", file, error)
+    return {}

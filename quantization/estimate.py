@@ -1,0 +1,165 @@
+"""The bytes of every stage in closed form, for admission: arithmetic on sizes and lengths, a millisecond and no torch.
+
+It is what the tensors take that a stage is made of, without fragmentation: close to a dry run, and never a reason to refuse alone what a
+dry run would find to fit, because a node that takes a job plans it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from edge_agent.job import Job, ReftOptions
+from profiles.device import DeviceProfile
+from quantization.ladder import Layout, Rows, Rung, ladder
+from quantization.plan import Plan, StagePlan, Stages, make_plan
+from quantization.shape import Shape, adapter_elements
+
+NF4_BYTES = 4.127 / 8
+"""Bytes of one weight in NF4 with double quantisation, scales included."""
+ADAM_8BIT_BYTES = 1 + 4 / 256
+"""Bytes of one moment in 8 bits with the scale of its block."""
+OBJECT_BYTES = 600 * 2**10
+"""What Python's objects and the smallest blocks of a layer and its adapter take on the host: measured with 12 and with 30 layers."""
+CHECKED_LOGITS = 3 * 8
+"""Rows of logits that the check of a loaded model holds (quantization/load.py)."""
+CLIENT_BYTES = 64 * 2**20
+"""What the client of an endpoint takes, which counts where the budget limits the memory of the process."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The longest sequences of a job, in tokens."""
+
+    train: Rows
+    """Prompts that are trained on, with their answers."""
+    score: Rows
+    """Prompts of all contexts with their answers."""
+    generate: tuple[int, int]
+    """Longest prompt to answer, and the tokens to generate after it; so the next two, 0 where nothing is generated."""
+    repair: tuple[int, int] = (0, 0)
+    """Longest standard context with an output."""
+    judge: tuple[int, int] = (0, 0)
+    """Longest request for a judgment by the model itself."""
+    asked: int = 0
+    """Tokens that all prompts of `generate` begin with."""
+
+    def shortened(self, share: float) -> Lengths:
+        """Return the lengths of records that have a share of these tokens."""
+
+        def pair(whole: tuple[int, int]) -> tuple[int, int]:
+            return int(whole[0] * share), int(whole[1] * share)
+
+        def rows(whole: Rows) -> Rows:
+            tokens, answers = (tuple(max(1, int(n * share)) for n in numbers) for numbers in (whole.tokens, whole.answers))
+            return replace(whole, tokens=tokens, answers=answers, shared=int(whole.shared * share))
+
+        return Lengths(
+            rows(self.train), rows(self.score), pair(self.generate), pair(self.repair), pair(self.judge), int(self.asked * share)
+        )
+
+
+def model_bytes(shape: Shape, device: DeviceProfile, rung: Rung) -> int:
+    """Return the bytes of a loaded model."""
+    table, tables = shape.vocabulary * shape.hidden, 1 if shape.tied else 2
+    other = (shape.other_elements - tables * table) * device.activation_bytes
+    held = tables - (1 if rung.embedding_on_host else 0)
+    stored = min(device.activation_bytes, shape.stored_element_bytes)
+    return int(shape.linear_elements * NF4_BYTES + other + held * table * (NF4_BYTES if rung.quantized_head else stored))
+
+
+def overhead_bytes(shape: Shape, device: DeviceProfile) -> int:
+    """Return what is held beside all tensors, in the memory that the budget limits."""
+    return device.overhead_bytes + (shape.layers * OBJECT_BYTES if device.kind != "discrete" else 0)
+
+
+def load_bytes(shape: Shape, device: DeviceProfile) -> int:
+    """Return what loading takes beside the model: weights come one by one, and a check of the whole model dequantises the largest."""
+    return shape.largest_linear * device.activation_bytes + CHECKED_LOGITS * shape.vocabulary * 4
+
+
+def moments_bytes(shape: Shape, job: Job, rung: Rung) -> int:
+    """Return the bytes of the optimizer's two moments."""
+    return int(adapter_elements(shape, job.lora) * 2 * (ADAM_8BIT_BYTES if rung.adam_8bit else 4))
+
+
+def copies(job: Job, device: DeviceProfile) -> int:
+    """Return how many more adapters a training run holds: ReFT that of its warm-up, early stopping the best one, on the host."""
+    return isinstance(job.method, ReftOptions) + (device.kind != "discrete" and job.schedule.patience is not None)
+
+
+def estimate(
+    shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, rung: Rung, batch: int, layout: Layout
+) -> tuple[StagePlan, ...]:
+    """Return the bytes of every stage on a rung, with `batch` prompts generated at once."""
+    act = device.activation_bytes
+    adapter = adapter_elements(shape, job.lora) * 4
+    base = overhead_bytes(shape, device) + model_bytes(shape, device, rung)
+    trained = base + 2 * adapter + moments_bytes(shape, job, rung) + copies(job, device) * adapter
+
+    def forward(rows: Rows, count: int, kept: float) -> float:
+        """Of `kept` layers everything stays for the backward pass; one more works on a dequantised matrix."""
+        tokens, gathered = rows.computed(count, layout), sum(rows.tokens[1:count])
+        mask = max(rows.tokens[:count], default=0) * max((n - rows.shared for n in rows.tokens[:count]), default=0) * act
+        layer = tokens * _layer_bytes(shape, act) + gathered * 2 * shape.query * act
+        return kept * layer + tokens * shape.hidden * act + mask + shape.largest_linear * act
+
+    def head(rows: Rows, count: int, tensors: int) -> float:
+        return min(rung.head_chunk, rows.predicted(count)) * shape.vocabulary * 4 * tensors
+
+    def generation(lengths: tuple[int, int]) -> float:
+        prompt, new = lengths
+        cache = batch * (prompt + new) * shape.layers * 2 * shape.key * act
+        return cache + max(batch * prompt * _layer_bytes(shape, act) / 2, batch * shape.vocabulary * 4 * 3) if new else 0
+
+    micro, rows = rung.micro_batch, min(2 * rung.micro_batch, max(1, len(lengths.score.tokens)))
+    score = max(forward(lengths.score, rows, 0.5), head(lengths.score, rows, 2))
+    kept = 1 if rung.offload_checkpoints else shape.layers  # checkpoints that are on the device at once
+    streams = kept * lengths.train.computed(micro, layout) * shape.hidden * act
+    train = forward(lengths.train, micro, 1 if rung.checkpointing else shape.layers) + (streams if rung.checkpointing else 0)
+    training = max(train, train * (not rung.checkpointing) + streams * rung.checkpointing + head(lengths.train, micro, 2))
+    evaluate = generation(lengths.generate)
+    client = CLIENT_BYTES if job.judging.source == "endpoint" and device.kind != "discrete" else 0
+    if job.evaluation.verifier == "none":
+        evaluate = max(evaluate, score)
+    if isinstance(job.method, ReftOptions):
+        training = max(training, evaluate)
+    found = (
+        ("load", base, load_bytes(shape, device)),
+        ("evaluate", base + adapter, evaluate),
+        ("sample", base, generation(lengths.generate)),
+        ("repair", base, max(score, generation(lengths.repair)) if lengths.repair[1] else 0),
+        ("judge", base, generation(lengths.judge) or client),
+        ("score", base + adapter, score),
+        ("train", trained, max(training, score)),
+        ("save", trained - adapter, 2 * adapter),
+    )
+    return tuple(StagePlan(name, int(resident), int(transient)) for name, resident, transient in found)
+
+
+def estimates(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout) -> Callable[[float], Stages]:
+    """Return what gives the bytes of every stage for records of a share of their tokens."""
+
+    def stages_of(share: float) -> Stages:
+        shorter = lengths if share == 1 else lengths.shortened(share)
+        return lambda rung, batch: estimate(shape, job, shorter, device, rung, batch, layout)
+
+    return stages_of
+
+
+def make_estimate(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout = "shared") -> Plan:
+    """Return the plan in closed form, on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
+    rungs = ladder(job, shape, lengths.train, device, layout)
+    return make_plan(job, rungs, layout, estimates(shape, job, lengths, device, layout), lengths.score.longest)
+
+
+def _layer_bytes(shape: Shape, act: int) -> float:
+    """Bytes that one decoder layer keeps per token for its backward pass, LoRA on all linear layers.
+
+    In 32 bits: two norms keep input, normalised and output; attention keeps rotated queries and keys, values and output; the
+    MLP keeps four vectors. In 16 bits the norms' inputs and each adapter's input are kept in 32 bits as well.
+    """
+    wide, narrow = shape.hidden, shape.mlp
+    if act == 4:
+        return 24 * wide + 8 * (shape.query + shape.key) + 16 * narrow
+    return 36 * wide + 8 * shape.query + 4 * shape.key + 12 * narrow
