@@ -23,7 +23,9 @@ from edge_agent.dataset import Record, check_sha256, file_sha256, read_records
 from edge_agent.errors import Busy, Conflict, DirectoryUnusable, JobSchema
 from edge_agent.files import copy_file, write_file
 from edge_agent.job import Job
-from edge_agent.report import Event, Result
+from edge_agent.report import Event, Miss, Result
+from profiles.recorder import StageName
+from quantization.plan import Plan
 
 T = TypeVar("T")
 
@@ -118,6 +120,20 @@ class JobDirectory:
             return msgspec.json.decode(self.result_file.read_bytes(), type=Result)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
+
+    def read_misses(self) -> list[Miss]:
+        """Return the plans of this job that did not hold."""
+        return self.read_rows("misses.jsonl", Miss) or []
+
+    def add_miss(self, stage: StageName, text: str) -> Miss:
+        """Write down that memory lacked in a stage although it was planned; the next plan takes it into account."""
+        plan = msgspec.json.decode((self.path / "plan.json").read_bytes(), type=Plan)
+        miss = Miss(stage, plan.rung, plan.planned_bytes(stage) or plan.peak_bytes, text)
+        self.write_rows("misses.jsonl", [*self.read_misses(), miss])
+        return miss
+
+    def write_plan(self, plan: Plan) -> None:
+        write_file(self.path / "plan.json", msgspec.json.format(msgspec.json.encode(plan)) + b"\n")
 
     def write_result(self, result: Result) -> None:
         write_file(self.result_file, msgspec.json.format(msgspec.json.encode(result)) + b"\n")

@@ -6,6 +6,7 @@ import logging
 import shutil
 import sqlite3
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from queue import SimpleQueue
@@ -247,7 +248,7 @@ class Jobs:
                 trainer.kill()
         elif now - trainer.heard > timers.stall_s:
             trainer.kill(Ending("timed_out", "timeout_stall", f"the trainer gave no sign for {timers.stall_s:,.0f} s and was killed"))
-        elif now - trainer.started > (limit_s := trainer.max_run_s) + RUN_GRACE_S:
+        elif trainer.paused_since is None and now - trainer.started > (limit_s := trainer.max_run_s) + RUN_GRACE_S:
             trainer.kill(Ending("timed_out", "timeout_run", f"the run passed its limit of {limit_s:,.0f} s and was killed"))
 
     def trainer_ended(self, event: TrainerEnded) -> None:
@@ -269,12 +270,20 @@ class Jobs:
         elif ending.reason is None:
             self._store.move(row.id, "ready")
         else:
-            self._interrupted(row, ending.text or "")
+            if ending.reason == "oom_host":
+                self._missed(row, trainer, ending.text or "")
+            self._interrupted(row, ending.text or "", ending.reason)
 
-    def _interrupted(self, row: JobRow, how: str) -> None:
+    def _missed(self, row: JobRow, trainer: Trainer, how: str) -> None:
+        """Have the next start plan for less than the one that lacked memory."""
+        stage = trainer.last_event.stage if trainer.last_event else None
+        with suppress(OSError, msgspec.MsgspecError):  # ended before it had a plan
+            JobDirectory(self._directory(row.id)).add_miss(stage or "load", how)
+
+    def _interrupted(self, row: JobRow, how: str, reason: Reason = "crash_loop") -> None:
         """The trainer, or the agent with it, ended without being asked: start it again, but not for ever."""
         if row.crashes + 1 >= self._config.max_attempts:
-            self._end(row, "failed", "crash_loop", f"{row.crashes + 1} starts ended without a result; the last: {how}")
+            self._end(row, "failed", reason, f"{row.crashes + 1} starts ended without a result; the last: {how}")
             return
         log.warning("job_interrupted job=%s crashes=%d how=%r", row.id, row.crashes + 1, how)
         self._store.move(row.id, "ready", crashed=True)

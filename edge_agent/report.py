@@ -183,6 +183,17 @@ class Failure(msgspec.Struct, frozen=True):
     text: str
 
 
+class Miss(msgspec.Struct, frozen=True):
+    """Memory lacked although it was planned; the run went on from its checkpoint with smaller settings."""
+
+    stage: StageName
+    rung: str
+    """What the plan did to fit."""
+    planned_bytes: int
+    """Of that stage."""
+    text: str
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """`result.json`: the outcome of a job."""
 
@@ -198,6 +209,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     model: Model | None = None
     data: Data | None = None
     plan: Plan | None = None
+    misses: list[Miss] = []
+    """Plans that did not hold, before the one that did."""
     kernel: Literal["bitsandbytes", "torch"] | None = None
     """What computed the model's 4-bit layers: bitsandbytes, or plain PyTorch where its kernels do not run."""
     budget_bytes: int
@@ -251,7 +264,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     resumed: bool
 
 
-EventKind = Literal["stage_started", "stage_finished", "progress", "finished", "failed", "stopped"]
+EventKind = Literal["stage_started", "stage_finished", "progress", "out_of_memory", "paused", "continued", "finished", "failed", "stopped"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

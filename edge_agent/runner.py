@@ -75,6 +75,7 @@ class Trainer:
         self.finished: list[StageDone] = []
         self.heard = self.started
         self.stopping_since: float | None = None
+        self.paused_since: float | None = None
         self.killed_for: Ending | None = None
         self._events, self._log_file = events, directory / "trainer.log"
         self._oom_kills = _oom_kills()
@@ -105,6 +106,10 @@ class Trainer:
             self.finished.append(StageDone(event.stage, event.seconds or 0.0, event.memory_bytes or 0))
         if event.event in ("stage_started", "progress"):
             self.last_event = event
+        elif event.event == "paused":
+            self.paused_since = self.paused_since or self.heard
+        elif event.event == "continued" and self.paused_since is not None:
+            self.started, self.paused_since = self.started + self.heard - self.paused_since, None
 
     def stop(self) -> None:
         """Ask it to write a checkpoint and end; `kill` follows if it does not."""
@@ -147,7 +152,7 @@ class Trainer:
         if self.stopping_since is not None:
             return Ending(None, again=True)
         if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
-            return Ending("failed", "oom_host", "the kernel ended the trainer for want of memory; lower the budget or stop other work")
+            return Ending(None, "oom_host", "the kernel ended the trainer for want of memory", again=True)
         how = f"by signal {_signal_name(-code)}" if code < 0 else f"with exit code {code}"
         return Ending(None, "crash_loop", f"the trainer ended {how}: {self._last_words()}", again=True)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
 MMAP_THRESHOLD_BYTES = 128 * 2**10
+STACK_BYTES = 8 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -41,10 +43,8 @@ class HostMemory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak_bytes(self) -> int:
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+        with suppress(OSError, StopIteration):
+            return _status_bytes("VmHWM")
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def current_bytes(self) -> int:
@@ -75,6 +75,27 @@ class CudaMemory:
 
     def peak_on_gpu_bytes(self) -> tuple[int | None, int | None]:
         return int(self._cuda.max_memory_allocated()), int(self._cuda.max_memory_reserved())
+
+
+@contextmanager
+def capped_host_memory(budget_bytes: int, threads: int) -> Iterator[None]:
+    """Let the process allocate until its resident set is at a budget, and no further: then an allocation fails.
+
+    The kernel limits what is allocated, touched or not; the stacks of as many threads are allowed for beside it.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    allocated, resident = _status_bytes("VmData"), _status_bytes("VmRSS")
+    limit = allocated + max(0, budget_bytes - resident) + threads * STACK_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if before[1] == resource.RLIM_INFINITY else min(limit, before[1]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def trim_heap() -> None:

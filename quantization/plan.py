@@ -5,7 +5,9 @@ How the bytes are found is given: in closed form (quantization/estimate.py), or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -93,6 +95,9 @@ class Survey(msgspec.Struct, frozen=True):
 
 GENERATING = {"evaluate", "sample", "repair", "judge"}
 """Stages in which a smaller batch of generation helps."""
+Missed = Mapping[str, int]
+"""Of stages that lacked memory in an earlier run the bytes that were planned: less has to be planned now."""
+NONE_MISSED: Missed = MappingProxyType({})
 Stages = Callable[[Rung, int], tuple[StagePlan, ...]]
 """The bytes of every stage on a rung, with so many prompts generated at once."""
 
@@ -114,7 +119,7 @@ def plan_on(rung: Rung, batch: int, budget_bytes: int, layout: Layout, stages: S
     )  # fmt: skip
 
 
-def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, guess: Stages) -> Plan | None:
+def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, guess: Stages, missed: Missed = NONE_MISSED) -> Plan | None:
     """Return the plan of the first rung that fits, with the most questions at once that fit on it; None where none fits.
 
     A generation that does not fit gets a smaller batch of its own, and never changes the training. What `guess` finds far over the budget
@@ -125,7 +130,7 @@ def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, gues
             over = _over(guess(rung, batch), job.budget_bytes * GUESS_TOLERANCE)
             if not over:
                 plan = plan_on(rung, batch, job.budget_bytes, layout, stages)
-                over = _over(plan.stages, job.budget_bytes)
+                over = _over(plan.stages, job.budget_bytes, missed)
                 if not over:
                     return plan
             if over - GENERATING:
@@ -133,8 +138,9 @@ def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, gues
     return None
 
 
-def _over(stages: Sequence[StagePlan], budget_bytes: float) -> set[str]:
-    return {s.stage for s in stages if s.peak_bytes > budget_bytes}
+def _over(stages: Sequence[StagePlan], budget_bytes: float, missed: Missed = NONE_MISSED) -> set[str]:
+    """Return the stages that do not fit, a phase for its stage."""
+    return {s.stage for s in stages if s.peak_bytes > budget_bytes or s.peak_bytes >= missed.get(s.stage, math.inf)}
 
 
 def smallest(rungs: Sequence[Rung], guess: Stages) -> Rung:
@@ -143,15 +149,16 @@ def smallest(rungs: Sequence[Rung], guess: Stages) -> Rung:
 
 
 def make_plan(
-    job: Job, rungs: Sequence[Rung], layout: Layout, guess_of: Callable[[float], Stages], longest_tokens: int, stages: Stages | None = None
-) -> Plan:
+    job: Job, rungs: Sequence[Rung], layout: Layout, guess_of: Callable[[float], Stages], longest_tokens: int, stages: Stages | None = None,
+    missed: Missed = NONE_MISSED,
+) -> Plan:  # fmt: skip
     """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work.
 
     `guess_of` gives the bytes in closed form for records of a share of their tokens, the longest of which has `longest_tokens`; `stages`
     the exact ones for all tokens, where they are known.
     """
     guess = guess_of(1.0)
-    made = choose(job, rungs, layout, stages or guess, guess)
+    made = choose(job, rungs, layout, stages or guess, guess, missed)
     if made is not None:
         return made
     rung = smallest(rungs, guess)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from edge_agent.files import write_file
+from edge_agent.training.optimizer import restore_state, saved_state
 
 FILE = "checkpoint.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -38,7 +39,7 @@ def save_checkpoint(directory: Path, parameters: Parameters, optimizer: torch.op
     tensors = {f"kept/{name}": tensor for name, tensor in kept.items()}
     for name, parameter in parameters.items():
         tensors[f"adapter/{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in saved_state(optimizer, parameter).items():
             tensors[f"optimizer/{name}/{key}"] = value
     on_host = {k: v.cpu().contiguous() for k, v in tensors.items()}
     write_file(directory / FILE, save(on_host, metadata={"progress": msgspec.json.encode(progress).decode()}))
@@ -59,9 +60,7 @@ def load_checkpoint(directory: Path, parameters: Parameters, optimizer: torch.op
         return Progress(key), {}
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"adapter/{name}"])
-        state = under(f"optimizer/{name}/", tensors)
-        # The step counter stays on the host, as AdamW keeps it.
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+        restore_state(optimizer, parameter, under(f"optimizer/{name}/", tensors))
     return progress, under("kept/", tensors)
 
 

@@ -24,7 +24,8 @@ from edge_agent.job import Schedule
 from edge_agent.training.checkpoint import Parameters, Progress, Tensors, load_checkpoint, save_checkpoint, under
 from edge_agent.training.contexts import Sample
 from edge_agent.training.methods.method import Method
-from edge_agent.training.reporter import OnProgress
+from edge_agent.training.optimizer import make_optimizer
+from edge_agent.training.reporter import Crowded, OnProgress
 from edge_agent.training.scoring import score
 from quantization.adapter import checkpoint_activations
 from quantization.plan import Plan
@@ -80,10 +81,10 @@ def optimize(model: Any, objective: Objective, training: Training, progress: OnP
     """Train the adapter in place; return where it ended, and whether it went on from a checkpoint.
 
     With patience it stops early, and the adapter is in the end that of the epoch with the lowest development loss.
-    Raises NonFiniteLoss, DiskFull, and TimedOut or Stopped with a checkpoint written.
+    Raises NonFiniteLoss, DiskFull, and TimedOut, Stopped or Crowded with a checkpoint written.
     """
     schedule, parameters = training.schedule, objective.parameters
-    optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimizer = make_optimizer(parameters.values(), schedule, training.plan.adam_8bit)
     state, kept = load_checkpoint(training.directory, parameters, optimizer, training.key)
     best, needed = under("best/", kept), under("objective/", kept)
     if needed:
@@ -109,7 +110,7 @@ def optimize(model: Any, objective: Objective, training: Training, progress: OnP
                 save()
                 saved_at = time.monotonic()
             progress(state.updates, objective.updates, tokens, loss, None)
-    except (Stopped, TimedOut):  # raised by `progress`, between updates or before one has changed the parameters
+    except (Crowded, Stopped, TimedOut):  # raised by `progress`, between updates or before one has changed the parameters
         save()
         raise
     for name, tensor in best.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -47,7 +48,8 @@ def measure_job(directory: JobDirectory) -> Measurement:
         raise JobSchema(str(directory.result_file), "the job has not succeeded; run `edge-agent train` on its directory first")
     work, plan = prepare(directory, job), result.plan
     settings = {"batch": plan.generate_batch, "rows": 2 * plan.micro_batch, "chunk": plan.head_chunk, "seed": job.seed}
-    return _measure(job.model, job.device, directory.adapter, work.held_out, work.prompts, job.evaluation, settings)
+    vocabulary = {"quantized_head": plan.quantized_head, "embedding_on_host": plan.embedding_on_host}
+    return _measure(job.model, job.device, directory.adapter, work.held_out, work.prompts, job.evaluation, settings, vocabulary)
 
 
 def measure_files(
@@ -67,11 +69,12 @@ def measure_files(
 
 
 def _measure(
-    name: str, device: str, adapter: Path | None, held_out: list[Record], prompts: Prompts, evaluation: Evaluation, settings: dict[str, int]
-) -> Measurement:
+    name: str, device: str, adapter: Path | None, held_out: list[Record], prompts: Prompts, evaluation: Evaluation,
+    settings: dict[str, int], vocabulary: Mapping[str, bool] = MappingProxyType({}),
+) -> Measurement:  # fmt: skip
     files = find_model(name)
     with memory_explained(lambda: "evaluate"):
-        tokenizer, model = load_tokenizer(files), load_model(files, detect_profile(device), cache=find_cache())
+        tokenizer, model = load_tokenizer(files), load_model(files, detect_profile(device), cache=find_cache(), **vocabulary)
         if adapter is not None:
             model = load_adapter(model, adapter)
         started = time.monotonic()

@@ -9,11 +9,13 @@ Shapes: B rows, T tokens of the pack, N answer tokens of all rows, D hidden size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.graph import save_on_cpu
 
 from quantization.attention import TREE, Branch, Tree, tree_inputs
 
@@ -106,7 +108,11 @@ def _padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) ->
     return inputs, [list(range(number * width, number * width + len(row))) for number, row in enumerate(rows)]
 
 
-def answer_hidden(model: Any, packed: Pack) -> torch.Tensor:
-    """Return the hidden states after the final norm that predict the answer tokens, N x D."""
-    hidden_BTD: torch.Tensor = model.get_decoder()(**packed.inputs, use_cache=False).last_hidden_state
+def answer_hidden(model: Any, packed: Pack, offload: bool = False) -> torch.Tensor:
+    """Return the hidden states after the final norm that predict the answer tokens, N x D.
+
+    With `offload` what is kept for the backward pass waits in host memory.
+    """
+    with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
+        hidden_BTD: torch.Tensor = model.get_decoder()(**packed.inputs, use_cache=False).last_hidden_state
     return hidden_BTD.flatten(0, 1)[packed.where_N]

@@ -168,10 +168,10 @@ class Reinforced:
 
     def _backward(self, rollout: Rollout, update: int) -> tuple[float, int]:
         self._model.train()
-        chunk, loss, tokens = self._training.plan.head_chunk, 0.0, 0
-        for packed, where in self._packs(rollout, self._training.plan.micro_batch):
-            hidden_ND = answer_hidden(self._model, packed)
-            logp_N = answer_logp(self._model, hidden_ND, packed.target_ids_N, chunk)
+        plan, loss, tokens = self._training.plan, 0.0, 0
+        for packed, where in self._packs(rollout, plan.micro_batch):
+            hidden_ND = answer_hidden(self._model, packed, plan.offload_checkpoints)
+            logp_N = answer_logp(self._model, hidden_ND, packed.target_ids_N, plan.head_chunk)
             loss_N = ppo_loss(logp_N, self._value(hidden_ND.float())[:, 0], rollout, where, self._options)
             part = (loss_N * rollout.shares[where].to(loss_N.device)).sum()
             part.backward()

@@ -32,7 +32,7 @@ from quantization.estimate import Lengths
 from quantization.ladder import Rows
 from quantization.load import load_tokenizer
 from quantization.model_files import ModelFiles, find_model
-from quantization.plan import Plan
+from quantization.plan import NONE_MISSED, Missed, Plan
 from quantization.shape import Shape, adapter_elements, read_shape
 
 SPARE_DISK_BYTES = 16 * 2**20
@@ -232,9 +232,9 @@ class Prepared:
         """Return the dry run of the job; `padded` where the model turned out not to share the beginnings of rows."""
         return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded)
 
-    def plan(self, padded: bool = False) -> Plan:
+    def plan(self, padded: bool = False, missed: Missed = NONE_MISSED) -> Plan:
         """Return the plan of the job by a dry run. Raises DoesNotFit."""
-        return self.rehearsal(padded).plan()
+        return self.rehearsal(padded).plan(missed)
 
 
 def usable_profile(wanted: str) -> DeviceProfile:

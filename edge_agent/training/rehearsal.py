@@ -29,7 +29,7 @@ from quantization.dry_run import LiveBytes, counted, ghost_model, takes_trees
 from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, load_bytes, moments_bytes, overhead_bytes
 from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
 from quantization.model_files import ModelFiles
-from quantization.plan import Plan, RungCost, StagePlan, Survey, make_plan, smallest
+from quantization.plan import NONE_MISSED, Missed, Plan, RungCost, StagePlan, Survey, make_plan, smallest
 from quantization.shape import Shape, adapter_elements
 
 FEW_LAYERS = 2
@@ -59,9 +59,9 @@ class Rehearsal:
         self.rungs = ladder(self.job, self.shape, self.lengths.train, self.device, self.rows)
         self._guess_of = estimates(self.shape, self.job, self.lengths, self.device, self.rows)
 
-    def plan(self) -> Plan:
+    def plan(self, missed: Missed = NONE_MISSED) -> Plan:
         """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
-        return make_plan(self.job, self.rungs, self.rows, self._guess_of, self.lengths.score.longest, self.stages)
+        return make_plan(self.job, self.rungs, self.rows, self._guess_of, self.lengths.score.longest, self.stages, missed)
 
     def survey(self) -> Survey:
         """Return the plan, and what else the ladder offers. Raises DoesNotFit."""

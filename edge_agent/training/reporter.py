@@ -26,12 +26,16 @@ Stopping = Callable[[], bool]
 """Asked at every step whether the run should stop."""
 
 
+class Crowded(Exception):
+    """Others need the memory of this run, which goes on later."""
+
+
 class Reporter:
     """One run's events. `progress` is called often and passes on at most two events a second."""
 
     def __init__(
         self, device: DeviceProfile, listen: Listener, stopping: Stopping, max_run_s: float = math.inf, budget_bytes: int | None = None,
-        meter: Meter = UNMETERED,
+        meter: Meter = UNMETERED, crowded: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         on_gpu = device.torch_device == "cuda"
         memory: Memory = CudaMemory(device.overhead_bytes) if on_gpu else HostMemory()
@@ -40,7 +44,7 @@ class Reporter:
         self.started = time.monotonic()
         self.plan: Plan | None = None
         self._listen, self._stopping, self._max_run_s, self._budget_bytes = listen, stopping, max_run_s, budget_bytes
-        self._shown = 0.0
+        self._crowded, self._waited_s, self._shown = crowded, 0.0, 0.0
 
     def stage(self, name: StageName) -> AbstractContextManager[StageRow]:
         """Measure a stage against the plan, if there is one yet."""
@@ -51,16 +55,19 @@ class Reporter:
         self._listen(Event(time=time.time(), event=kind, **fields))
 
     def progress(self, done: int, total: int, tokens: int, loss: float | None = None, doing: StageName | None = None) -> None:
-        """Count tokens into the running stage and pass progress on. Raises TimedOut past `max_run_s`, Stopped on request.
+        """Count tokens into the running stage and pass progress on.
+
+        Raises TimedOut past `max_run_s`, Stopped on request, Crowded where others need the memory.
 
         `doing` names the work where it is not the stage's own: scores are renewed inside the train stage.
         """
         row, now = self.recorder.rows[-1], time.monotonic()
         row.tokens += tokens
-        if self._stopping():
-            raise Stopped
-        if now - self.started > self._max_run_s:
+        self.check_stop()
+        if now - self.started - self._waited_s > self._max_run_s:
             raise TimedOut(self._max_run_s)
+        if self._crowded():
+            raise Crowded
         if now - self._shown < PROGRESS_INTERVAL_S and done < total:
             return
         self._shown = now
@@ -76,6 +83,15 @@ class Reporter:
             memory_bytes=memory,
             budget_bytes=self._budget_bytes,
         )
+
+    def check_stop(self) -> None:
+        """Raise Stopped on request."""
+        if self._stopping():
+            raise Stopped
+
+    def waited(self, seconds: float) -> None:
+        """Leave out of the run's time what it waited for memory."""
+        self._waited_s += seconds
 
     def _on_stage(self, row: StageRow, finished: bool) -> None:
         self.stage_started = time.monotonic()

@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
-import torch
 
 from edge_agent.answers import Answer, accept, examples, measure
 from edge_agent.config import Endpoint
@@ -25,6 +24,7 @@ from edge_agent.saliency import Saliency
 from edge_agent.training import outcome
 from edge_agent.training.completion import Completion, draw, find_endpoint, judge_outputs, sample_outputs
 from edge_agent.training.contexts import Sample, encode_target
+from edge_agent.training.enforce import capped, persevere
 from edge_agent.training.evaluate import evaluate
 from edge_agent.training.loop import Training, optimize
 from edge_agent.training.objectives import OBJECTIVES
@@ -37,7 +37,9 @@ from edge_agent.training.trace import traced
 from edge_agent.training.weighted import Weighted
 from profiles.device import detect_profile, device_name
 from profiles.energy import find_meter
+from profiles.host import HERE, Machine
 from profiles.memory import fix_malloc
+from profiles.pressure import Pressure
 from profiles.sampler import sampled
 from quantization.adapter import WEIGHTS, attach_adapter, save_adapter
 from quantization.cache import find_cache
@@ -50,13 +52,14 @@ T = TypeVar("T")
 
 def run_job(
     directory: JobDirectory, listen: Listener, expected: Job | None = None, stopping: Stopping = lambda: False,
-    judges: Mapping[str, Endpoint] = MappingProxyType({}), trace: bool = False,
+    judges: Mapping[str, Endpoint] = MappingProxyType({}), trace: bool = False, machine: Machine = HERE,
 ) -> Result:  # fmt: skip
     """Run the job of a directory to its result; a finished job returns its result, an interrupted one goes on.
 
     `expected` is the job that the directory must hold; `stopping` is asked at every step whether to checkpoint and stop; `judges` are
-    the endpoints that the job may name; `trace` has some updates recorded for PyTorch's viewers. Raises an EdgeAgentError; once the run
-    has begun, the same stands in events.jsonl, and in result.json if the job has failed.
+    the endpoints that the job may name; `trace` has some updates recorded for PyTorch's viewers; `machine` is where it is read what
+    memory others need. Raises an EdgeAgentError; once the run has begun, the same stands in events.jsonl, and in result.json if the job
+    has failed.
     """
     with directory.locked():
         job = directory.read_job()
@@ -67,11 +70,11 @@ def run_job(
             return earlier
         fix_malloc()
         device = usable_profile(job.device)
-        tell = _both(directory.append_event, listen)
-        reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device))
-        with sampled(reporter.recorder, device, directory.profile):
+        tell, pressure = _both(directory.append_event, listen), Pressure(device, machine)
+        reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device), pressure.crowded)
+        with sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes):
             try:
-                result = _stages(directory, job, reporter, judges, trace)
+                result = persevere(partial(_stages, directory, job, reporter, judges, trace), directory, reporter, pressure)
             except Exception as error:
                 raise _failed(directory, job, reporter, error) from error
         reporter.emit("finished", seconds=result.seconds)
@@ -90,14 +93,18 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("plan"):
         work = prepare(directory, job)
         endpoint = find_endpoint(job.judging, judges)
-        plan = reporter.plan = work.plan()
+        misses = directory.read_misses()
+        missed: dict[str, int] = {m.stage: min(n.planned_bytes for n in misses if n.stage == m.stage) for m in misses}
+        plan = reporter.plan = work.plan(missed=missed)
         admit(work, plan, directory)
         directory.begin(f"{job.digest} {work.files.fingerprint}")
+        directory.write_plan(plan)
     with reporter.stage("load"):
-        _cap_memory(job, work)
-        model, tokenizer = load_model(work.files, work.device, cache=find_cache()), work.tokenizer
+        vocabulary = {"quantized_head": plan.quantized_head, "embedding_on_host": plan.embedding_on_host}
+        model, tokenizer = load_model(work.files, work.device, cache=find_cache(), **vocabulary), work.tokenizer
     if plan.rows == "shared" and not reads_trees(model):  # it says that it can, and its own check found otherwise
-        plan = reporter.plan = work.plan(padded=True)
+        plan = reporter.plan = work.plan(padded=True, missed=missed)
+        directory.write_plan(plan)
     with reporter.stage("evaluate") as row:
         before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
     completion = _completion(model, work, plan, endpoint, directory, reporter)
@@ -140,7 +147,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         data=outcome.describe_data(
             job.dataset.sha256, records, cut_off, repairs, judgments, len(work.held_out), samples, weights, work.is_correct
         ),
-        plan=plan, kernel=kernel_of(model), updates=state.updates, losses=list(state.losses), kept_update=state.kept or state.updates,
+        plan=plan, misses=misses, kernel=kernel_of(model), updates=state.updates, losses=list(state.losses), kept_update=state.kept or state.updates,
         development_losses=list(state.development), accuracy=measured, accepted=accepted, acceptance=acceptance,
         examples=examples(before, after),
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
@@ -204,12 +211,6 @@ def _key(job: Job, work: Prepared, samples: list[Sample]) -> str:
     """Identify job, model and samples, so that a checkpoint of anything else is not taken up."""
     ids = msgspec.json.encode([(s.prompts, s.answer) for s in samples])
     return hashlib.sha256(f"{job.digest} {work.files.fingerprint} ".encode() + ids).hexdigest()
-
-
-def _cap_memory(job: Job, work: Prepared) -> None:
-    if work.device.torch_device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, job.budget_bytes - work.device.overhead_bytes) / total))
 
 
 def _result(job: Job, reporter: Reporter, state: Any, records: int = 0) -> Result:

@@ -60,7 +60,7 @@ class Weighted:
             group = samples[start : start + size]
             packed = pack(self._model, [self._row(s) for s in group], self._training.tokenizer.pad_token_id)
             torch.manual_seed(hash((seed, update, start)) & 0x7FFFFFFF)  # dropout; integers hash the same in every process
-            hidden_ND = answer_hidden(self._model, packed)
+            hidden_ND = answer_hidden(self._model, packed, plan.offload_checkpoints)
             likelihood_N, unlikelihood_N = self._on_device(self._of_pass(group, packed, hidden_ND) or weights[start : start + size])
             total = weighted_loss(self._model, hidden_ND, packed.target_ids_N, likelihood_N, unlikelihood_N, plan.head_chunk)
             part = total / answer_tokens

@@ -1,0 +1,95 @@
+"""Keeps a run within its budget, and on its way where memory lacks all the same: one rung lower, or later."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from edge_agent.errors import DoesNotFit, NoRoom, OutOfMemory
+from edge_agent.job_directory import JobDirectory
+from edge_agent.training.reporter import Crowded, Reporter, out_of_memory
+from profiles.device import DeviceProfile
+from profiles.memory import capped_host_memory, trim_heap
+from profiles.pressure import Pressure
+
+T = TypeVar("T")
+LOOK_S, TELL_S = 0.5, 60.0
+"""While a run waits for room: seconds between looks, and between the events that say that it waits."""
+
+
+@contextmanager
+def capped(device: DeviceProfile, budget_bytes: int) -> Iterator[None]:
+    """Let an allocation fail that would take the process over its budget: PyTorch's on a GPU, all of the process on a CPU."""
+    if device.torch_device == "cpu":
+        with capped_host_memory(budget_bytes, torch.get_num_threads()):
+            yield
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget_bytes - device.overhead_bytes) / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def persevere(run: Callable[[], T], directory: JobDirectory, reporter: Reporter, pressure: Pressure) -> T:
+    """Return what `run` returns, which goes on from what the directory keeps.
+
+    Where memory lacks although it was planned, the miss is written down, which the next plan takes into account, and it is run again on
+    what is a lower rung then. Where others need the memory, it is given back, and the run goes on when there is room. Raises
+    OutOfMemory where no lower rung is left.
+    """
+    waited = False
+    while True:
+        try:
+            return run()
+        except Crowded:
+            lack = None
+        except NoRoom:
+            if not waited:
+                raise
+            lack = None
+        except DoesNotFit as error:
+            if not (misses := directory.read_misses()):
+                raise
+            raise OutOfMemory(misses[-1].stage, f"{misses[-1].text}; no smaller settings are left") from error
+        except (MemoryError, RuntimeError) as error:  # PyTorch's own are of the second kind
+            lack = out_of_memory(reporter.recorder.current_stage, error)
+            if lack is None or reporter.plan is None:
+                raise
+        # Here the error is gone, and with it the frames that hold the model.
+        _give_back()
+        if lack is None:
+            _wait_for_room(reporter, pressure)
+            waited = True
+        else:
+            miss = directory.add_miss(reporter.recorder.current_stage, str(lack))
+            reporter.emit("out_of_memory", stage=miss.stage, text=f"{miss.text[:900]}; it was planned with {miss.rung}")
+
+
+def _give_back() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim_heap()
+
+
+def _wait_for_room(reporter: Reporter, pressure: Pressure) -> None:
+    """Return when the run may have its memory again. Raises Stopped on request."""
+    needed = reporter.plan.peak_bytes if reporter.plan else 0
+    began = told = time.monotonic()
+    reporter.emit("paused", stage=reporter.recorder.current_stage)
+    while not pressure.has_room(needed):
+        reporter.check_stop()
+        time.sleep(LOOK_S)
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            reporter.emit("paused", stage=reporter.recorder.current_stage)
+    seconds = time.monotonic() - began
+    reporter.waited(seconds)
+    reporter.emit("continued", seconds=seconds)
