@@ -24,7 +24,7 @@ from profiles.device import device_profile
 from quantization.adapter import attach_adapter
 from quantization.load import load_model
 from quantization.model_files import find_model, weight_files
-from quantization.nf4 import dequantize, quantize
+from quantization.nf4 import KERNEL_VARIABLE, choose_kernel, dequantize, quantize
 from quantization.stored import stored_tensors
 from quantization.vocabulary import FileEmbedding
 
@@ -82,8 +82,9 @@ def test_evaluating_first_changes_no_gradient(tiny_model: Path) -> None:
 
 @pytest.mark.skipif(not _has_avx512bf16(), reason="THE TRAP NEEDS A CPU WITH AVX512-BF16: this check of the guard did not run")
 @pytest.mark.filterwarnings("ignore")
-def test_without_the_guard_gradients_would_be_wrong(tiny_model: Path) -> None:
+def test_without_the_guard_gradients_would_be_wrong(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard is needed: with it off, the same comparison fails on this CPU."""
+    monkeypatch.setenv(KERNEL_VARIABLE, "bitsandbytes")
     alone = _gradients(tiny_model, evaluate_first=False, guard=True)
     after = _gradients(tiny_model, evaluate_first=True, guard=False)
     assert any(name not in after or not torch.allclose(alone[name], after[name], rtol=0.05) for name in alone)
@@ -106,7 +107,7 @@ def _rounded(directory: Path, *, quantized_head: bool = False, embedding_on_host
     if quantized_head and head.weight is not embedding.weight and not embedding_on_host:
         held.append(embedding)
     for module in held:
-        module.weight.data = dequantize(quantize(module.weight.data, torch.float32, "bitsandbytes"), torch.float32)
+        module.weight.data = dequantize(quantize(module.weight.data, torch.float32, choose_kernel("cpu")), torch.float32)
     return model.eval()
 
 
