@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
 MMAP_THRESHOLD_BYTES = 128 * 2**10
-STACK_BYTES = 8 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -77,20 +75,26 @@ class CudaMemory:
         return int(self._cuda.max_memory_allocated()), int(self._cuda.max_memory_reserved())
 
 
-@contextmanager
-def capped_host_memory(budget_bytes: int, threads: int) -> Iterator[None]:
-    """Let the process allocate until its resident set is at a budget, and no further: then an allocation fails.
+class HostCap:
+    """Lets the process allocate until its resident set is at a budget, and no further: then an allocation fails.
 
-    The kernel limits what is allocated, touched or not; the stacks of as many threads are allowed for beside it.
+    The kernel limits what is allocated from now on, touched or not; so threads should be there already, whose stacks are large and empty.
+    Pages of files that are read come beside it until `renew` is called again.
     """
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    allocated, resident = _status_bytes("VmData"), _status_bytes("VmRSS")
-    limit = allocated + max(0, budget_bytes - resident) + threads * STACK_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if before[1] == resource.RLIM_INFINITY else min(limit, before[1]), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget_bytes = budget_bytes
+        self._before = resource.getrlimit(resource.RLIMIT_DATA)
+
+    def renew(self) -> None:
+        """Look again at what is left of the budget."""
+        limit = _status_bytes("VmData") + max(0, self._budget_bytes - _status_bytes("VmRSS"))
+        hard = self._before[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+    def lift(self) -> None:
+        """Let it allocate as before."""
+        resource.setrlimit(resource.RLIMIT_DATA, self._before)
 
 
 def _status_bytes(field: str) -> int:

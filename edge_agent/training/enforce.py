@@ -14,7 +14,7 @@ from edge_agent.errors import DoesNotFit, NoRoom, OutOfMemory
 from edge_agent.job_directory import JobDirectory
 from edge_agent.training.reporter import Crowded, Reporter, out_of_memory
 from profiles.device import DeviceProfile
-from profiles.memory import capped_host_memory, trim_heap
+from profiles.memory import HostCap, trim_heap
 from profiles.pressure import Pressure
 
 T = TypeVar("T")
@@ -23,18 +23,20 @@ LOOK_S, TELL_S = 0.5, 60.0
 
 
 @contextmanager
-def capped(device: DeviceProfile, budget_bytes: int) -> Iterator[None]:
+def capped(device: DeviceProfile, budget_bytes: int, reporter: Reporter) -> Iterator[None]:
     """Let an allocation fail that would take the process over its budget: PyTorch's on a GPU, all of the process on a CPU."""
-    if device.torch_device == "cpu":
-        with capped_host_memory(budget_bytes, torch.get_num_threads()):
-            yield
+    if device.torch_device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget_bytes - device.overhead_bytes) / total))
+        yield
         return
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget_bytes - device.overhead_bytes) / total))
+    torch.ones(2**20).exp_()  # starts PyTorch's threads
+    cap = HostCap(budget_bytes)
+    reporter.look = cap.renew
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        cap.lift()
 
 
 def persevere(run: Callable[[], T], directory: JobDirectory, reporter: Reporter, pressure: Pressure) -> T:

@@ -72,7 +72,7 @@ def run_job(
         device = usable_profile(job.device)
         tell, pressure = _both(directory.append_event, listen), Pressure(device, machine)
         reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device), pressure.crowded)
-        with sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes):
+        with sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes, reporter):
             try:
                 result = persevere(partial(_stages, directory, job, reporter, judges, trace), directory, reporter, pressure)
             except Exception as error:
@@ -147,8 +147,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         data=outcome.describe_data(
             job.dataset.sha256, records, cut_off, repairs, judgments, len(work.held_out), samples, weights, work.is_correct
         ),
-        plan=plan, misses=misses, kernel=kernel_of(model), updates=state.updates, losses=list(state.losses), kept_update=state.kept or state.updates,
-        development_losses=list(state.development), accuracy=measured, accepted=accepted, acceptance=acceptance,
+        plan=plan, misses=misses, kernel=kernel_of(model), updates=state.updates, losses=list(state.losses),
+        kept_update=state.kept or state.updates, development_losses=list(state.development), accuracy=measured, accepted=accepted, acceptance=acceptance,
         examples=examples(before, after),
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
     )  # fmt: skip

@@ -1,0 +1,167 @@
+"""A budget holds whatever the plan has missed, and a run gives its memory back where others need it; neither loses anything."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from conftest import DEADLINE_S, Cli, write_domain
+from machines import MEMINFO, server, write
+from safetensors.torch import load_file
+
+from edge_agent.errors import Stopped
+from edge_agent.job import Job
+from edge_agent.job_building import build_job
+from edge_agent.job_directory import JobDirectory
+from edge_agent.report import Event
+from edge_agent.training.run import run_job
+from profiles.device import device_profile
+from profiles.host import Machine
+from profiles.memory import HostCap
+from profiles.pressure import CHECK_S, TIMES, Pressure
+
+MIB = 2**20
+SETTINGS: dict[str, Any] = {
+    "schedule.batch": 32, "schedule.updates": 4, "schedule.checkpoint_s": 0, "schedule.learning_rate": 0.002, "evaluation.questions": 5,
+    "evaluation.max_new_tokens": 60, "sampling.outputs": 2, "device": "cpu",
+}  # fmt: skip
+
+
+def _adapter(job: Path) -> torch.Tensor:
+    weights = load_file(job / "adapter" / "adapter_model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_domain(tmp_path_factory.mktemp("enforce") / "chain.jsonl", "chain", 24, 5)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tiny_model: Path, cli: Cli) -> Any:
+    """The report of a run with all the memory that it asks for."""
+    return _train(cli, data, tiny_model, data.parent / "whole", 1024 * MIB)
+
+
+def _train(cli: Cli, data: Path, model: Path, out: Path, budget_bytes: int) -> Any:
+    settings = [f"--set={name}={value}" for name, value in SETTINGS.items() if name != "device"]
+    ran = cli("train", "--model", model, "--data", data, "--out", out, "--budget", budget_bytes, "--device", "cpu", "--json", *settings)
+    assert ran.code == 0, ran.out + ran.err
+    return ran.json
+
+
+def test_a_run_that_lacks_memory_goes_on_one_rung_lower(
+    data: Path, whole: Any, tiny_model: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a plan that is far too low the cap ends a stage; the run itself goes on with smaller settings, to the same adapter."""
+    peaks = {row["stage"]: row["peak_bytes"] for row in whole["stages"]}
+    budget_bytes = (peaks["train"] + peaks["load"]) // 2
+    planned = max(stage["resident_bytes"] + stage["transient_bytes"] for stage in whole["plan"]["stages"])
+    device = device_profile("cpu")
+    wrong = {device.title: [device.overhead_bytes - (planned - budget_bytes) - MIB]}
+    write(tmp_path, {"edge-agent/calibration.json": json.dumps(wrong)})
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    result = _train(cli, data, tiny_model, tmp_path / "job", budget_bytes)
+    assert result["state"] == "succeeded"
+    assert result["misses"][0]["rung"] == "as asked"
+    assert all(miss["planned_bytes"] <= budget_bytes and "memory" in miss["text"] for miss in result["misses"])
+    assert result["plan"]["number"] > 0
+    assert result["peak_bytes"] <= budget_bytes
+    wanted, found = _adapter(data.parent / "whole"), _adapter(tmp_path / "job")
+    assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+    events = [json.loads(line) for line in (tmp_path / "job" / "events.jsonl").read_text().splitlines()]
+    assert [e["stage"] for e in events if e["event"] == "out_of_memory"] == [miss["stage"] for miss in result["misses"]]
+
+
+def test_a_cap_on_the_host_fails_the_allocation_that_would_pass_it() -> None:
+    """What fits is allocated, what does not raises, and afterwards there is no cap."""
+    torch.ones(2**20).exp_()
+    resident = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")) * 1024
+    cap = HostCap(resident + 256 * MIB)
+    cap.renew()
+    try:
+        torch.ones(128 * MIB // 4)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            torch.ones(512 * MIB // 4)
+    finally:
+        cap.lift()
+    torch.ones(512 * MIB // 4)
+
+
+def _free(machine: Machine, free_bytes: int) -> None:
+    write(machine.proc, {"meminfo": MEMINFO.format(total=32_000_000, available=free_bytes // 1024)})
+
+
+def test_pressure_is_what_lasts(tmp_path: Path) -> None:
+    """Memory that is short once is no reason to pause; short several times in a row it is, and so are stalls."""
+    device, machine, now = device_profile("cpu"), server(tmp_path), [0.0]
+    pressure = Pressure(device, machine, lambda: now[0])
+
+    def looks(count: int) -> list[bool]:
+        found = []
+        for _ in range(count):
+            now[0] += CHECK_S
+            found.append(pressure.crowded())
+        return found
+
+    assert looks(2) == [False, False]
+    _free(machine, device.reserve_bytes // 4)
+    assert looks(TIMES) == [False] * (TIMES - 1) + [True]
+    assert not pressure.has_room(device.reserve_bytes)
+    _free(machine, 3 * device.reserve_bytes)
+    assert pressure.has_room(device.reserve_bytes)
+    assert looks(1) == [False]
+    write(
+        machine.proc,
+        {"pressure/memory": "some avg10=40.00 avg60=9.00 avg300=0.00 total=9\nfull avg10=31.50 avg60=7.00 avg300=0.00 total=7"},
+    )
+    assert looks(TIMES)[-1]
+    assert not pressure.has_room(0)
+
+
+def _job(data: Path, model: Path, out: Path) -> JobDirectory:
+    job: Job = build_job(str(model), data, None, {**SETTINGS, "budget_bytes": 2048 * MIB}, [])
+    directory = JobDirectory(out)
+    directory.create(job, data, None)
+    return directory
+
+
+def test_a_run_pauses_while_others_need_the_memory(data: Path, whole: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """It gives its model back in the middle of training, goes on from its checkpoint when there is room, and its adapter is the same."""
+    directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine")
+    events: list[Event] = []
+    paused = threading.Event()
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.event == "stage_started" and event.stage == "train" and not paused.is_set():
+            _free(machine, MIB)
+            time.sleep(TIMES * CHECK_S)  # until it has been seen as often as it takes
+        if event.event == "paused":
+            paused.set()
+            threading.Timer(1.0, _free, (machine, 2**34)).start()
+
+    deadline = time.monotonic() + DEADLINE_S
+    result = run_job(directory, listen, stopping=lambda: time.monotonic() > deadline, machine=machine)
+    kinds = [e.event for e in events]
+    assert kinds.count("paused") == kinds.count("continued") == 1
+    assert result.state == "succeeded"
+    assert result.resumed
+    wanted, found = _adapter(data.parent / "whole"), _adapter(tmp_path / "job")
+    assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+def test_a_run_that_waits_for_memory_can_be_stopped(data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """On request it ends while it waits, and what is done is kept."""
+    directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine", available_kb=1024)
+    events: list[Event] = []
+    with pytest.raises(Stopped):
+        run_job(directory, events.append, stopping=lambda: any(e.event == "paused" for e in events), machine=machine)
+    assert events[-1].event == "stopped"
+    assert msgspec.json.decode(directory.events.read_bytes().splitlines()[-1], type=Event).event == "stopped"
