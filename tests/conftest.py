@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,8 @@ from chat_server import KEY, Server
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What one run learns of the device must not decide another one, and nothing of the user is touched.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
 # Tiny models are slower on more threads, and results must not depend on the machine's number of cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
