@@ -10,7 +10,9 @@ from typing import Protocol
 
 import psutil
 
-MMAP_THRESHOLD_BYTES = 128 * 2**10
+MMAP_THRESHOLD_BYTES = 512 * 2**10
+"""Smaller, and small models take twice the time, most of it the kernel's; larger, and the heap has holes that no plan foresees."""
+FILE_PAGES_BYTES = 8 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -75,15 +77,26 @@ class CudaMemory:
         return int(self._cuda.max_memory_allocated()), int(self._cuda.max_memory_reserved())
 
 
+LACKS = ("can't allocate memory", "cannot allocate memory", "nvml_success == r")
+"""How PyTorch, the C library, and PyTorch's allocator on a Jetson say that there is no memory left."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(text in str(error).lower() for text in LACKS)
+
+
 class HostCap:
     """Lets the process allocate until its resident set is at a budget, and no further: then an allocation fails.
 
     The kernel limits what is allocated from now on, touched or not; so threads should be there already, whose stacks are large and empty.
-    Pages of files that are read come beside it until `renew` is called again.
+    What comes beside it until `renew` is called again: pages of files, programs among them, for which a little is left, and holes of the
+    heap that are filled again.
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes
+        self._budget_bytes = budget_bytes - FILE_PAGES_BYTES
         self._before = resource.getrlimit(resource.RLIMIT_DATA)
 
     def renew(self) -> None:
@@ -109,7 +122,7 @@ def trim_heap() -> None:
 
 
 def fix_malloc() -> bool:
-    """Make glibc return every block of 128 KiB or more when it is freed, so that the resident set is what is in use.
+    """Make glibc return every block of 512 KiB or more when it is freed, so that the resident set is what is in use.
 
     Returns False where the C library has no mallopt.
     """

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from edge_agent.errors import ModelUnsupported
 from profiles.device import DeviceProfile
+from profiles.memory import lacks_memory
 from quantization.attention import TREE, Branch, Tree, shortest_window, tree_inputs
 from quantization.cache import ModelCache, own_weights
 from quantization.model_files import ModelFiles, weight_files
@@ -55,9 +56,9 @@ def load_model(
     transformers_logging.disable_progress_bar()
     try:
         model = _load(files, device, quantized_head, embedding_on_host, cache)
-    except torch.OutOfMemoryError:
-        raise
     except BROKEN as error:
+        if lacks_memory(error):
+            raise
         raise ModelUnsupported(files.name, f"transformers cannot load it: {_first_line(error)}") from error
     model.requires_grad_(False)
     _check_quantised(files, model)
@@ -108,9 +109,9 @@ def _read(cache: ModelCache, key: str, config: Any, settings: Nf4Config, device:
         return None
     try:
         return _build(config, weights, device, torch.bfloat16, settings.of_cache())
-    except torch.OutOfMemoryError:
-        raise
-    except BROKEN:
+    except BROKEN as error:
+        if lacks_memory(error):
+            raise
         cache.discard(key)
         return None
 

@@ -27,8 +27,10 @@ from profiles.memory import HostCap
 from profiles.pressure import CHECK_S, TIMES, Pressure
 
 MIB = 2**20
+HOLES_BYTES = 16 * MIB
+"""What the attempt that fails may take beyond the budget: pages of files and holes of the heap (profiles/memory.py)."""
 SETTINGS: dict[str, Any] = {
-    "schedule.batch": 32, "schedule.updates": 4, "schedule.checkpoint_s": 0, "schedule.learning_rate": 0.002, "evaluation.questions": 5,
+    "schedule.batch": 32, "schedule.updates": 8, "schedule.checkpoint_s": 0, "schedule.learning_rate": 0.002, "evaluation.questions": 5,
     "evaluation.max_new_tokens": 60, "sampling.outputs": 2, "device": "cpu",
 }  # fmt: skip
 
@@ -72,7 +74,7 @@ def test_a_run_that_lacks_memory_goes_on_one_rung_lower(
     assert result["misses"][0]["rung"] == "as asked"
     assert all(miss["planned_bytes"] <= budget_bytes and "memory" in miss["text"] for miss in result["misses"])
     assert result["plan"]["number"] > 0
-    assert result["peak_bytes"] <= budget_bytes
+    assert result["peak_bytes"] <= budget_bytes + HOLES_BYTES
     wanted, found = _adapter(data.parent / "whole"), _adapter(tmp_path / "job")
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
     events = [json.loads(line) for line in (tmp_path / "job" / "events.jsonl").read_text().splitlines()]
@@ -140,9 +142,9 @@ def test_a_run_pauses_while_others_need_the_memory(data: Path, whole: Any, tiny_
 
     def listen(event: Event) -> None:
         events.append(event)
-        if event.event == "stage_started" and event.stage == "train" and not paused.is_set():
+        if event.event == "progress" and event.stage == "train" and not paused.is_set():
             _free(machine, MIB)
-            time.sleep(TIMES * CHECK_S)  # until it has been seen as often as it takes
+            time.sleep(CHECK_S)  # so that each of the next updates looks again
         if event.event == "paused":
             paused.set()
             threading.Timer(1.0, _free, (machine, 2**34)).start()

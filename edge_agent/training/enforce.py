@@ -60,7 +60,7 @@ def persevere(run: Callable[[], T], directory: JobDirectory, reporter: Reporter,
             if not (misses := directory.read_misses()):
                 raise
             raise OutOfMemory(misses[-1].stage, f"{misses[-1].text}; no smaller settings are left") from error
-        except (MemoryError, RuntimeError) as error:  # PyTorch's own are of the second kind
+        except (MemoryError, OSError, RuntimeError) as error:  # PyTorch's own are of the last kind
             lack = out_of_memory(reporter.recorder.current_stage, error)
             if lack is None or reporter.plan is None:
                 raise

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+ROWS = 32
+"""Rows of logits that are widened to 32 bits at once."""
+
 
 class AnswerScores(NamedTuple):
     """Log-probabilities of the answer tokens, and of the likeliest token in the place of each, in 32 bits; of all rows, or of one."""
@@ -51,7 +54,7 @@ def weighted_loss(
     """Return the sum over tokens of likelihood * -log b + unlikelihood * -log(1 - b), in 32 bits.
 
     The gradient of the hidden states is formed with the loss: nothing is computed again in the backward pass, and beside the logits of
-    a chunk one tensor of their size in 32 bits exists, another for the tokens that are made unlikely. The head gets no gradient.
+    a chunk, which its gradient takes the place of, a few rows of them exist in 32 bits. The head gets no gradient.
     """
     parts = hidden_ND, target_ids_N, likelihood_N, unlikelihood_N
     loss: torch.Tensor = _FrozenHeadLoss.apply(*parts, model.get_output_embeddings(), chunk)  # type: ignore[no-untyped-call]
@@ -78,8 +81,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(needed):
                 hidden_CD = hidden_CD.detach().requires_grad_(needed)
                 logits_CV = head(hidden_CD)
-            loss, grad_CV = _loss_and_gradient(logits_CV.detach(), *of_chunk)
-            total += loss
+            grad_CV = logits_CV.detach()
+            total += _loss_and_gradient(grad_CV, *of_chunk)
             if grad_ND is not None:
                 (grad_ND[start : start + chunk],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
         ctx.save_for_backward(grad_ND)
@@ -93,23 +96,24 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 def _loss_and_gradient(
     logits_CV: torch.Tensor, ids_C: torch.Tensor, likelihood_C: torch.Tensor, unlikelihood_C: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of a chunk and its gradient for the logits, in their type.
+) -> torch.Tensor:
+    """Return the loss of a chunk, and put its gradient for the logits in their place, in their type; a few rows at a time in 32 bits.
 
     With l and u the weights and p the softmax, the gradient is (l + u) p - l at the target and (l + u) p - u q elsewhere, where q is the
     softmax over all tokens but the target.
     """
-    logp_CV = logits_CV.log_softmax(1, dtype=torch.float32)
-    loss = -(likelihood_C * logp_CV.gather(1, ids_C[:, None])[:, 0]).sum()
-    lost = unlikelihood_C.nonzero().flatten()
-    if len(lost):
-        # 1 - b is the sum over all other tokens, exact and with a gradient even where b is 1 in floating point.
-        others_UV = logp_CV[lost].scatter_(1, ids_C[lost, None], float("-inf"))
-        rest_U = others_UV.logsumexp(1)
-        loss = loss - (unlikelihood_C[lost] * rest_U).sum()
-        others_UV = others_UV.sub_(rest_U[:, None]).exp_().mul_(-unlikelihood_C[lost, None])
-    grad_CV = logp_CV.exp_().mul_((likelihood_C + unlikelihood_C)[:, None])
-    grad_CV.scatter_add_(1, ids_C[:, None], -likelihood_C[:, None])
-    if len(lost):
-        grad_CV.index_add_(0, lost, others_UV)
-    return loss, grad_CV.to(logits_CV.dtype)
+    total = torch.zeros((), device=logits_CV.device)
+    for start in range(0, len(logits_CV), ROWS):
+        rows = slice(start, start + ROWS)
+        logits_RV, ids_R1, likelihood_R1, unlikelihood_R1 = logits_CV[rows], *(x[rows, None] for x in (ids_C, likelihood_C, unlikelihood_C))
+        logp_RV = logits_RV.log_softmax(1, dtype=torch.float32)
+        total -= (likelihood_R1 * logp_RV.gather(1, ids_R1)).sum()
+        grad_RV = logp_RV.exp().mul_(likelihood_R1 + unlikelihood_R1).scatter_add_(1, ids_R1, -likelihood_R1)
+        if unlikelihood_R1.any():
+            # 1 - b is the sum over all other tokens, exact and with a gradient even where b is 1 in floating point.
+            others_RV = logp_RV.scatter_(1, ids_R1, float("-inf"))
+            rest_R1 = others_RV.logsumexp(1, keepdim=True)
+            total -= (unlikelihood_R1 * rest_R1).sum()
+            grad_RV -= others_RV.sub_(rest_R1).exp_().mul_(unlikelihood_R1)
+        logits_RV.copy_(grad_RV)
+    return total

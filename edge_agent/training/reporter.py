@@ -14,7 +14,7 @@ from edge_agent.errors import OutOfMemory, Stopped, TimedOut
 from edge_agent.report import Event, EventKind
 from profiles.device import DeviceProfile
 from profiles.energy import Meter
-from profiles.memory import CudaMemory, HostMemory, Memory
+from profiles.memory import CudaMemory, HostMemory, Memory, lacks_memory
 from profiles.recorder import UNMETERED, Recorder, StageName, StageRow
 from quantization.plan import Plan
 
@@ -107,7 +107,7 @@ class Reporter:
 
 def out_of_memory(stage: str, error: Exception) -> OutOfMemory | None:
     """Return what a lack of memory is reported as; None for another error."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if lacks_memory(error):
         return OutOfMemory(stage, str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
     return None
 
@@ -117,7 +117,7 @@ def memory_explained(stage: Callable[[], str]) -> Iterator[None]:
     """Raise OutOfMemory, which says what to do, for a lack of memory in the stage that then runs."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # PyTorch's own are of the second kind
+    except (MemoryError, OSError, RuntimeError) as error:  # PyTorch's own are of the last kind
         if lack := out_of_memory(stage(), error):
             raise lack from error
         raise

@@ -148,7 +148,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
             job.dataset.sha256, records, cut_off, repairs, judgments, len(work.held_out), samples, weights, work.is_correct
         ),
         plan=plan, misses=misses, kernel=kernel_of(model), updates=state.updates, losses=list(state.losses),
-        kept_update=state.kept or state.updates, development_losses=list(state.development), accuracy=measured, accepted=accepted, acceptance=acceptance,
+        kept_update=state.kept or state.updates, development_losses=list(state.development),
+        accuracy=measured, accepted=accepted, acceptance=acceptance,
         examples=examples(before, after),
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
     )  # fmt: skip
