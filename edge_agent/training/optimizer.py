@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
 from bitsandbytes.optim import AdamW8bit
 
 from edge_agent.job import Schedule
 
 BLOCK = 256
-MOMENTS = (("exp_avg", "1"), ("exp_avg_sq", "2"))
-"""PyTorch's name of a moment, and its number in bitsandbytes' names."""
+MOMENTS = (("exp_avg", "1", True), ("exp_avg_sq", "2", False))
+"""PyTorch's name of a moment, its number in bitsandbytes' names, and whether it has a sign."""
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], schedule: Schedule, eight_bit: bool) -> torch.optim.Optimizer:
@@ -28,41 +28,35 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], schedule: Schedule,
 
 
 def saved_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return what the optimizer remembers of a parameter, as tensors."""
-    return {name: torch.as_tensor(value) for name, value in optimizer.state[parameter].items()}
+    """Return what the optimizer remembers of a parameter, as tensors, without the maps from bytes to values, which are constants."""
+    return {name: torch.as_tensor(value) for name, value in optimizer.state[parameter].items() if not name.startswith("qmap")}
 
 
 def restore_state(optimizer: Any, parameter: torch.nn.Parameter, saved: dict[str, torch.Tensor]) -> None:
     """Give back what `saved_state` returned, in the bits of this optimizer; in its own bits nothing is rounded."""
-    state: dict[str, Any] = {name: value.to(parameter.device) for name, value in saved.items()}
-    if isinstance(optimizer, AdamW8bit):
-        state = state if "state1" in state else _narrowed(optimizer, parameter, state)
-        optimizer.state[parameter] = state | {"step": int(saved["step"])}
-    else:
-        state = state if "exp_avg" in state else _widened(state)
+    saved = {name: value if name == "step" else value.to(parameter.device) for name, value in saved.items()}
+    if not isinstance(optimizer, AdamW8bit):
+        moments = {name: _widened(saved, number, signed) if name not in saved else saved[name] for name, number, signed in MOMENTS}
         # The step counter stays on the host, as AdamW keeps it.
-        optimizer.state[parameter] = state | {"step": saved["step"].float()}
-
-
-def _narrowed(optimizer: Any, parameter: torch.nn.Parameter, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return moments of 32 bits in 8."""
+        optimizer.state[parameter] = moments | {"step": saved["step"].float()}
+        return
     optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
-    made: dict[str, Any] = optimizer.state[parameter]
-    for name, number in MOMENTS:
-        if made[f"state{number}"].dtype == torch.uint8:
-            made[f"state{number}"], scales = quantize_blockwise(state[name], code=made[f"qmap{number}"], blocksize=BLOCK)
-            made[f"absmax{number}"] = scales.absmax
+    state: dict[str, Any] = optimizer.state[parameter]
+    state["step"] = int(saved["step"])
+    for name, number, _ in MOMENTS:
+        if name not in saved:
+            state.update({key: saved[key] for key in (f"state{number}", f"absmax{number}") if key in saved})
+        elif state[f"state{number}"].dtype == torch.uint8:
+            state[f"state{number}"], scales = quantize_blockwise(saved[name], code=state[f"qmap{number}"], blocksize=BLOCK)
+            state[f"absmax{number}"] = scales.absmax
         else:
-            made[f"state{number}"] = state[name]
-    return made
+            state[f"state{number}"] = saved[name]
 
 
-def _widened(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return moments of 8 bits in 32."""
-    made = {}
-    for name, number in MOMENTS:
-        moment = state[f"state{number}"]
-        if moment.dtype == torch.uint8:
-            moment = dequantize_blockwise(moment, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=BLOCK)
-        made[name] = moment
-    return made
+def _widened(saved: dict[str, torch.Tensor], number: str, signed: bool) -> torch.Tensor:
+    """Return a moment of bitsandbytes in 32 bits."""
+    moment = saved[f"state{number}"]
+    if moment.dtype != torch.uint8:
+        return moment
+    values = create_dynamic_map(signed=signed).to(moment.device)
+    return dequantize_blockwise(moment, absmax=saved[f"absmax{number}"], code=values, blocksize=BLOCK)  # type: ignore[no-any-return]
