@@ -52,6 +52,10 @@ class LiveView:
             self._line(event.stage or "", event.seconds or 0.0, event.memory_bytes or 0)
         elif event.event in ("stage_started", "progress"):
             self.show(event, [])
+        elif event.event == "out_of_memory":
+            self._console.print(f"[yellow]↓[/] {event.stage}: {escape(event.text or '')}; going on with smaller settings", highlight=False)
+        elif event.event == "paused":
+            self._console.print(f"[yellow]‖[/] {event.stage}: others need the memory; going on when there is room", highlight=False)
 
     def _line(self, stage: str, seconds: float, peak_bytes: int) -> None:
         self._console.print(f"[green]✓[/] {stage:<9}[dim]{seconds:8.1f} s   peak {human_bytes(peak_bytes)}[/]", highlight=False)
