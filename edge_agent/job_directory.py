@@ -97,12 +97,16 @@ class JobDirectory:
     def begin(self, key: str) -> None:
         """Keep what an earlier run of the same job and model left, and drop what any other left."""
         file = self.path / ".key"
-        if not file.exists() or file.read_text(encoding="utf-8") != key:
+        if not self._has_begun(key):
             self.forget_parts()
             for name in MADE:
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.adapter, ignore_errors=True)
             write_file(file, key.encode())
+
+    def _has_begun(self, key: str) -> bool:
+        file = self.path / ".key"
+        return file.exists() and file.read_text(encoding="utf-8") == key
 
     def read_rows(self, name: str, kind: type[T]) -> list[T] | None:
         """Return the rows that an earlier run of this job left in a JSONL file, or None."""
@@ -130,7 +134,15 @@ class JobDirectory:
         plan = msgspec.json.decode((self.path / "plan.json").read_bytes(), type=Plan)
         miss = Miss(stage, plan.rung, plan.planned_bytes(stage) or plan.peak_bytes, text)
         self.write_rows("misses.jsonl", [*self.read_misses(), miss])
+        (self.path / "plan.json").unlink()
         return miss
+
+    def read_plan(self, key: str) -> Plan | None:
+        """Return the plan that the same job and model have begun with, which a later run keeps; None where it has to be made."""
+        try:
+            return msgspec.json.decode((self.path / "plan.json").read_bytes(), type=Plan) if self._has_begun(key) else None
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
 
     def write_plan(self, plan: Plan) -> None:
         write_file(self.path / "plan.json", msgspec.json.format(msgspec.json.encode(plan)) + b"\n")

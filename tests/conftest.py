@@ -75,11 +75,12 @@ Cli = Callable[..., Ran]
 
 @pytest.fixture(scope="session")
 def cli() -> Cli:
-    """Run `edge-agent` with arguments, as its own process."""
+    """Run `edge-agent` with arguments, as its own process; `state` is where it finds what other runs have taught it, if not nowhere."""
 
-    def run(*arguments: object, cwd: Path | None = None) -> Ran:
+    def run(*arguments: object, cwd: Path | None = None, state: Path | None = None) -> Ran:
         command = [sys.executable, "-m", "edge_agent", *map(str, arguments)]
-        environment = os.environ | {"COLUMNS": "120"}
+        nowhere = tempfile.mkdtemp(dir=os.environ["XDG_STATE_HOME"])
+        environment = os.environ | {"COLUMNS": "120", "XDG_STATE_HOME": str(state or nowhere)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=DEADLINE_S, check=False)
         return Ran(done.returncode, done.stdout, done.stderr)
 

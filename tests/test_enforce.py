@@ -51,16 +51,14 @@ def whole(data: Path, tiny_model: Path, cli: Cli) -> Any:
     return _train(cli, data, tiny_model, data.parent / "whole", 1024 * MIB)
 
 
-def _train(cli: Cli, data: Path, model: Path, out: Path, budget_bytes: int) -> Any:
-    settings = [f"--set={name}={value}" for name, value in SETTINGS.items() if name != "device"]
-    ran = cli("train", "--model", model, "--data", data, "--out", out, "--budget", budget_bytes, "--device", "cpu", "--json", *settings)
+def _train(cli: Cli, data: Path, model: Path, out: Path, budget_bytes: int, state: Path | None = None) -> Any:
+    options = [f"--set={name}={value}" for name, value in SETTINGS.items()]
+    ran = cli("train", "--model", model, "--data", data, "--out", out, "--budget", budget_bytes, "--json", *options, state=state)
     assert ran.code == 0, ran.out + ran.err
     return ran.json
 
 
-def test_a_run_that_lacks_memory_goes_on_one_rung_lower(
-    data: Path, whole: Any, tiny_model: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_lacks_memory_goes_on_one_rung_lower(data: Path, whole: Any, tiny_model: Path, cli: Cli, tmp_path: Path) -> None:
     """Under a plan that is far too low the cap ends a stage; the run itself goes on with smaller settings, to the same adapter."""
     peaks = {row["stage"]: row["peak_bytes"] for row in whole["stages"]}
     budget_bytes = (peaks["train"] + peaks["load"]) // 2
@@ -68,8 +66,7 @@ def test_a_run_that_lacks_memory_goes_on_one_rung_lower(
     device = device_profile("cpu")
     wrong = {device.title: [device.overhead_bytes - (planned - budget_bytes) - MIB]}
     write(tmp_path, {"edge-agent/calibration.json": json.dumps(wrong)})
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    result = _train(cli, data, tiny_model, tmp_path / "job", budget_bytes)
+    result = _train(cli, data, tiny_model, tmp_path / "job", budget_bytes, tmp_path)
     assert result["state"] == "succeeded"
     assert result["misses"][0]["rung"] == "as asked"
     assert all(miss["planned_bytes"] <= budget_bytes and "memory" in miss["text"] for miss in result["misses"])

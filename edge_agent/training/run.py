@@ -93,11 +93,11 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("plan"):
         work = prepare(directory, job)
         endpoint = find_endpoint(job.judging, judges)
-        misses = directory.read_misses()
+        key, misses = f"{job.digest} {work.files.fingerprint}", directory.read_misses()
         missed: dict[str, int] = {m.stage: min(n.planned_bytes for n in misses if n.stage == m.stage) for m in misses}
-        plan = reporter.plan = work.plan(missed=missed)
+        plan = reporter.plan = directory.read_plan(key) or work.plan(missed=missed)
         admit(work, plan, directory)
-        directory.begin(f"{job.digest} {work.files.fingerprint}")
+        directory.begin(key)
         directory.write_plan(plan)
     with reporter.stage("load"):
         vocabulary = {"quantized_head": plan.quantized_head, "embedding_on_host": plan.embedding_on_host}
