@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 from profiles.device import DeviceProfile, free_bytes
-from profiles.host import HERE, Machine
+from profiles.host import HERE, Absent, Machine
 
 CHECK_S, TIMES = 1.0, 3
 """Seconds between looks, and how many in a row have to show a lack: what is over in a moment is none."""
@@ -36,10 +37,17 @@ class Pressure:
     def has_room(self, needed_bytes: int) -> bool:
         """Whether a run that takes so much would leave the device's reserve to others."""
         self._seen = 0
-        return self._stalled() < STALLED_PERCENT and free_bytes(self._device, self._machine) >= needed_bytes + self._device.reserve_bytes
+        return self._stalled() < STALLED_PERCENT and self._free() >= needed_bytes + self._device.reserve_bytes
 
     def _lacks(self) -> bool:
-        return free_bytes(self._device, self._machine) < LEFT * self._device.reserve_bytes or self._stalled() >= STALLED_PERCENT
+        return self._free() < LEFT * self._device.reserve_bytes or self._stalled() >= STALLED_PERCENT
+
+    def _free(self) -> float:
+        """What is free; where nothing tells it, there is no reason to wait."""
+        try:
+            return free_bytes(self._device, self._machine)
+        except (OSError, Absent):
+            return math.inf
 
     def _stalled(self) -> float:
         """Percent of the last ten seconds; 0 where the kernel does not count it."""

@@ -32,7 +32,8 @@ def capped(device: DeviceProfile, budget_bytes: int, reporter: Reporter) -> Iter
         return
     torch.ones(2**20).exp_()  # starts PyTorch's threads
     cap = HostCap(budget_bytes)
-    reporter.look = cap.renew
+    # There is no model yet while it is planned, and a budget that is too small is to be said in words.
+    reporter.look = lambda stage: cap.lift() if stage == "plan" else cap.renew()
     try:
         yield
     finally:

@@ -45,8 +45,8 @@ class Reporter:
         self.plan: Plan | None = None
         self._listen, self._stopping, self._max_run_s, self._budget_bytes = listen, stopping, max_run_s, budget_bytes
         self._crowded, self._waited_s, self._shown = crowded, 0.0, 0.0
-        self.look: Callable[[], None] = lambda: None
-        """Called at the beginning of every stage, and with its progress."""
+        self.look: Callable[[StageName], None] = lambda _: None
+        """Called with every stage at its beginning, and with its progress."""
 
     def stage(self, name: StageName) -> AbstractContextManager[StageRow]:
         """Measure a stage against the plan, if there is one yet."""
@@ -73,7 +73,7 @@ class Reporter:
         if now - self._shown < PROGRESS_INTERVAL_S and done < total:
             return
         self._shown = now
-        self.look()
+        self.look(row.stage)
         rate = row.tokens / max(now - self.stage_started, 1e-9)
         memory = self.recorder.memory.current_bytes()
         self.emit(
@@ -102,7 +102,7 @@ class Reporter:
             self.emit("stage_finished", stage=row.stage, seconds=row.seconds, memory_bytes=row.peak_bytes)
         else:
             self.emit("stage_started", stage=row.stage)
-            self.look()
+            self.look(row.stage)
 
 
 def out_of_memory(stage: str, error: Exception) -> OutOfMemory | None:
