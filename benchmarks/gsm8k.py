@@ -54,22 +54,33 @@ def instruction(directory: Path, tokenizer: Any, tokens: int) -> Prompts:
     return Prompts(instruction=text)
 
 
-def records(directory: Path) -> Iterator[Record]:
-    """Yield questions with a model's own output, a correct and an incorrect one by turns; incorrect ones are judged by the critic."""
+def records(directory: Path, joined: int = 1) -> Iterator[Record]:
+    """Yield questions with a model's own output, a correct and an incorrect one by turns; incorrect ones are judged by the critic.
+
+    With `joined` a record is so many of them in one.
+    """
     kinds: dict[bool, list[Record]] = {True: [], False: []}
     for row in _lines(directory / "model_outputs_6b.jsonl"):
         output, correct = (row["finetuning"][name] for name in ("solution", "is_correct"))
         judgment = None if correct else judge_output(output, row["answer"])
         kinds[correct].append(Record(row["question"], CALCULATION.sub("", row["answer"]), CALCULATION.sub("", output), judgment))
-    for pair in zip(kinds[True], kinds[False], strict=False):
-        yield from pair
+    for start in range(0, min(map(len, kinds.values())) - joined + 1, joined):
+        for correct in (True, False):
+            yield _join(kinds[correct][start : start + joined])
 
 
-def samples(directory: Path, count: int, instruction_tokens: int, options: NlftOptions) -> tuple[Any, list[Sample]]:
-    """Return a tokenizer and as many samples for NLFT, half of them incorrect."""
+def _join(parts: list[Record]) -> Record:
+    questions, answers, outputs = (
+        "\n".join(texts) for texts in zip(*((p.question, p.answer or "", p.output or "") for p in parts), strict=True)
+    )
+    return Record(questions, answers, outputs, "\n".join(part.judgment for part in parts if part.judgment) or None)
+
+
+def samples(directory: Path, count: int, instruction_tokens: int, joined: int, options: NlftOptions) -> tuple[Any, list[Sample]]:
+    """Return a tokenizer and as many samples for NLFT, half of them incorrect, of `joined` questions each."""
     tokenizer = train_tokenizer(directory)
     prompts = instruction(directory, tokenizer, instruction_tokens)
-    chosen = [r for r, _ in zip(records(directory), range(count), strict=False)]
+    chosen = [r for r, _ in zip(records(directory, joined), range(count), strict=False)]
     targets = Nlft(options).targets(chosen, lambda r: r.judgment is None)
     return tokenizer, [encode_target(tokenizer, prompts, t, LONGEST) for t in targets]
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import subprocess
 import sys
@@ -47,6 +46,7 @@ class Row(msgspec.Struct):
     micro_batch: int
     instruction: int
     records: int
+    joined: int
     arm: str
     seconds: list[float]
     tokens: int
@@ -99,7 +99,7 @@ def measure(settings: list[Settings], rounds: int, shape: str) -> list[Row]:
         peaks = {arm.name: arm.epoch("memory").peak_bytes for arm in arms}
     return [
         Row(
-            shape, s.micro_batch, s.instruction, s.records, s.arm, [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens,
+            shape, s.micro_batch, s.instruction, s.records, s.joined, s.arm, [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens,
             peaks[s.arm],
         )
         for s in settings
@@ -134,6 +134,15 @@ def table(rows: list[Row]) -> Table:
     return view
 
 
+def write_report(out: Path, device: str, rows: list[Row]) -> None:
+    """Write rows with machine, versions and date."""
+    report = {
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), "machine": device_name(device),
+        "versions": versions() | {"trl": version("trl")}, "rows": rows,
+    }  # fmt: skip
+    out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=NAMES, default="llama-100m")
@@ -156,13 +165,8 @@ def main() -> None:
                 found = measure(settings, options.rounds, options.shape)
                 Console(width=max(Console().width, 100)).print(table(found))
                 rows += found
-    report = {
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), "machine": device_name(options.device),
-        "versions": versions() | {"trl": version("trl")}, "rows": rows,
-    }  # fmt: skip
     out = options.out or Path(__file__).parent / "results" / f"step-{options.device}-{options.shape}.json"
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-    print(json.dumps({"written": str(out)}))
+    write_report(out, options.device, rows)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ class Settings(msgspec.Struct, frozen=True):
     device: str
     micro_batch: int
     instruction: int
+    """Tokens."""
     records: int
+    joined: int = 1
+    """Questions in a record."""
 
 
 class Epoch(msgspec.Struct, frozen=True):
@@ -256,7 +259,9 @@ def main() -> None:
     os.dup2(2, 1)  # libraries may print
     device = "cpu" if settings.device == "cpu" else "cuda:0"
     MEMORY.append(HostMemory() if settings.device == "cpu" else CudaMemory(0))
-    tokenizer, rows = samples(Path(settings.data), settings.records, settings.instruction, NlftOptions(standard_answers=False))
+    tokenizer, rows = samples(
+        Path(settings.data), settings.records, settings.instruction, settings.joined, NlftOptions(standard_answers=False)
+    )
     work = Work(settings, tokenizer, rows, device)
     if settings.arm in TRL:
         trl(work, **TRL[settings.arm])

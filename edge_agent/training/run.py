@@ -19,7 +19,7 @@ from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DiskFull, EdgeAg
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
-from edge_agent.report import Adapter, Event, Failure, Judgments, Model, Repairs, Result
+from edge_agent.report import Adapter, Event, Failure, Judgments, Miss, Model, Repairs, Result
 from edge_agent.saliency import Saliency
 from edge_agent.training import outcome
 from edge_agent.training.completion import Completion, draw, find_endpoint, judge_outputs, sample_outputs
@@ -93,18 +93,14 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("plan"):
         work = prepare(directory, job)
         endpoint = find_endpoint(job.judging, judges)
-        key, misses = f"{job.digest} {work.files.fingerprint}", directory.read_misses()
-        missed: dict[str, int] = {m.stage: min(n.planned_bytes for n in misses if n.stage == m.stage) for m in misses}
-        plan = reporter.plan = directory.read_plan(key) or work.plan(missed=missed)
-        admit(work, plan, directory)
-        directory.begin(key)
-        directory.write_plan(plan)
+        plan, misses = _plan(directory, work)
+        reporter.plan = plan
     with reporter.stage("load"):
         vocabulary = {"quantized_head": plan.quantized_head, "embedding_on_host": plan.embedding_on_host}
         model, tokenizer = load_model(work.files, work.device, cache=find_cache(), **vocabulary), work.tokenizer
     if plan.rows == "shared" and not reads_trees(model):  # it says that it can, and its own check found otherwise
-        plan = reporter.plan = work.plan(padded=True, missed=missed)
-        directory.write_plan(plan)
+        plan, misses = _plan(directory, work, padded=True)
+        reporter.plan = plan
     with reporter.stage("evaluate") as row:
         before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
     completion = _completion(model, work, plan, endpoint, directory, reporter)
@@ -157,6 +153,22 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     learn_overhead(work.device, plan, result.stages)
     directory.forget_parts()
     return result
+
+
+def _plan(directory: JobDirectory, work: Prepared, padded: bool = False) -> tuple[Plan, list[Miss]]:
+    """Return the plan that the job has begun with, or a new one that takes less than those that did not hold, and which these were.
+
+    Raises DoesNotFit, NoRoom or DiskFull.
+    """
+    key, misses = f"{work.job.digest} {work.files.fingerprint}", directory.read_misses()
+    missed: dict[str, int] = {m.stage: min(n.planned_bytes for n in misses if n.stage == m.stage) for m in misses}
+    plan = None if padded else directory.read_plan(key)
+    plan = plan or work.plan(padded, missed)
+    if not padded:  # the model is there already
+        admit(work, plan, directory)
+    directory.begin(key)
+    directory.write_plan(plan)
+    return plan, misses
 
 
 def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> tuple[list[Record], int, Repairs, Judgments]:

@@ -1,0 +1,73 @@
+"""What an epoch costs as it grows: `python benchmarks/scaling.py` writes benchmarks/results/scaling-DEVICE-SHAPE.json.
+
+One of records, tokens of a record, tokens of the instruction, and micro-batch grows, the rest stays. The exponent is the slope of the
+logarithm of the seconds over that of what grows: 1 is in proportion. Where more of an epoch is shared (a longer instruction, a larger
+micro-batch) less than 1 is due. The arms are those of benchmarks/step.py, a process each; seconds are medians of the rounds.
+
+About 40 minutes on two cores. Does not cover accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from statistics import linear_regression, median
+from typing import Any
+
+from gsm8k import DATA
+from rich.console import Console
+from rich.table import Table
+from shapes import NAMES, write_model
+from step import Row, measure, write_report
+from step_arms import Settings
+
+MIB = 2**20
+ARMS = ("SFT", "NLFT, scored live")
+BASE = {"micro_batch": 4, "instruction": 500, "records": 8, "joined": 1}
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "records": (8, 16, 32, 64), "joined": (1, 2, 4, 8), "instruction": (0, 250, 500, 1000, 2000), "micro_batch": (1, 2, 4, 8),
+}  # fmt: skip
+
+
+def exponent(values: tuple[int, ...], seconds: list[float]) -> float:
+    """Return the slope of the logarithms, over the values that are not 0."""
+    pairs = [(math.log(v), math.log(s)) for v, s in zip(values, seconds, strict=True) if v]
+    return linear_regression(*map(list, zip(*pairs, strict=True))).slope
+
+
+def table(name: str, rows: list[Row]) -> Table:
+    view = Table("arm", *map(str, SWEEPS[name]), "exponent", title=f"seconds an epoch (MiB) by {name}")
+    for arm in ARMS:
+        of_arm = [r for r in rows if r.arm == arm]
+        seconds = [median(r.seconds) for r in of_arm]
+        cells = [f"{s:.2f} ({r.peak_bytes / MIB:,.0f})" for s, r in zip(seconds, of_arm, strict=True)]
+        view.add_row(arm, *cells, f"{exponent(SWEEPS[name], seconds):.2f}")
+    return view
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=NAMES, default="llama-100m")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data", type=Path, default=DATA, help="directory of GSM8K's train.jsonl and model_outputs_6b.jsonl")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    options: Any = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as directory:
+        model = write_model(Path(directory) / options.shape, options.shape)
+        for name, values in SWEEPS.items():
+            found: list[Row] = []
+            for value in values:
+                sizes = BASE | {name: value}
+                settings = [Settings(arm, str(model), str(options.data), options.device, **sizes) for arm in ARMS]
+                found += measure(settings, options.rounds, options.shape)
+            Console(width=max(Console().width, 100)).print(table(name, found))
+            rows += found
+    write_report(options.out or Path(__file__).parent / "results" / f"scaling-{options.device}-{options.shape}.json", options.device, rows)
+
+
+if __name__ == "__main__":
+    main()
