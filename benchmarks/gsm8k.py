@@ -70,10 +70,10 @@ def records(directory: Path, joined: int = 1) -> Iterator[Record]:
 
 
 def _join(parts: list[Record]) -> Record:
-    questions, answers, outputs = (
-        "\n".join(texts) for texts in zip(*((p.question, p.answer or "", p.output or "") for p in parts), strict=True)
-    )
-    return Record(questions, answers, outputs, "\n".join(part.judgment for part in parts if part.judgment) or None)
+    texts = [[p.question, p.answer or "", p.output or ""] for p in parts]
+    judgments = [p.judgment for p in parts if p.judgment]
+    question, answer, output = ("\n".join(column) for column in zip(*texts, strict=True))
+    return Record(question, answer, output, "\n".join(judgments) or None)
 
 
 def samples(directory: Path, count: int, instruction_tokens: int, joined: int, options: NlftOptions) -> tuple[Any, list[Sample]]:

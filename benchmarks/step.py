@@ -99,8 +99,8 @@ def measure(settings: list[Settings], rounds: int, shape: str) -> list[Row]:
         peaks = {arm.name: arm.epoch("memory").peak_bytes for arm in arms}
     return [
         Row(
-            shape, s.micro_batch, s.instruction, s.records, s.joined, s.arm, [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens,
-            peaks[s.arm],
+            shape, s.micro_batch, s.instruction, s.records, s.joined, s.arm,
+            [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens, peaks[s.arm],
         )
         for s in settings
     ]  # fmt: skip
