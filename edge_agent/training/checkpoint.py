@@ -60,7 +60,8 @@ def load_checkpoint(directory: Path, parameters: Parameters, optimizer: torch.op
         return Progress(key), {}
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"adapter/{name}"])
-        restore_state(optimizer, parameter, under(f"optimizer/{name}/", tensors))
+        if remembered := under(f"optimizer/{name}/", tensors):  # nothing where it has just been made to forget
+            restore_state(optimizer, parameter, remembered)
     return progress, under("kept/", tensors)
 
 
