@@ -1,14 +1,16 @@
 """Holds the planned memory against the measured: `python benchmarks/memory_plan.py` writes results/memory_plan.json.
 
 Models of real shapes with random weights, and the shipped one, load, score, train for one update and generate, each in a process of its
-own, on rungs 0 to 3 of the ladder. The error of a phase is (planned - measured) / (measured - imports), with the resident set after the
+own, on rungs 0 to 5 of the ladder. The error of a phase is (planned - measured) / (measured - imports), with the resident set after the
 imports as baseline: what a plan can get wrong. Below 0 a run takes more than was planned, above 0 the plan is wasteful.
 
-Measured is the kernel's peak of the resident set, forgotten before every phase; nothing of the planner is in that process. What a device
-takes beyond the tensors is learned from the cases marked `calibrates` (profiles/calibration.py), and no error of theirs is counted.
+Measured is the kernel's peak of the resident set, forgotten before every phase; nothing of the planner is in that process. What a stage
+takes beyond what can be counted is learned from the cases marked `calibrates`, as a node learns it from finished jobs
+(profiles/calibration.py), and no error of theirs is counted.
 
-`--shapes tiny` runs some shapes only, `--out FILE` writes elsewhere. All of it takes about 15 minutes on two cores, 8 GiB of memory and
-2 GiB of temporary disk. Does not cover GPUs, nor wall time: others may use the machine.
+`--shapes tiny` runs some shapes only, `--out FILE` writes elsewhere, `--measured FILE` plans the cases of an earlier run again and
+measures nothing. All of it takes about 20 minutes on two idle cores, 8 GiB of memory and 2 GiB of temporary disk. Does not cover GPUs,
+rungs 6 and 7, nor wall time: others may use the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,21 +33,26 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from quantization.ladder import Rung
+
 RESULTS = Path(__file__).parent / "results" / "memory_plan.json"
 MIB = 2**20
 NEW_TOKENS = 24
-PHASES = ("load", "score", "forward", "backward", "optimizer", "evaluate")
+AT_ONCE = 2
+STAGES = {"load": "load", "score": "score", "forward": "train", "backward": "train", "optimizer": "train", "evaluate": "evaluate"}
+"""Of every phase that is measured the stage that it belongs to."""
+WITHIN = (-0.02, 0.08)
+"""What the error of a phase should lie between."""
 
 
-class Case(msgspec.Struct, frozen=True):
+class Case(msgspec.Struct, frozen=True, omit_defaults=True):
     """One run: rows of `tokens` that begin with the same `shared` ones and end in answers of a quarter of them."""
 
     shape: str
+    rung: int
     micro_batch: int
     tokens: int
     shared: int
-    checkpointing: bool = False
-    head_chunk: int = 256
     calibrates: bool = False
 
     @property
@@ -51,42 +60,64 @@ class Case(msgspec.Struct, frozen=True):
         return self.tokens // 4
 
     @property
-    def rung(self) -> str:
-        checkpointing = ", checkpointing" if self.checkpointing else ""
-        return f"micro-batch {self.micro_batch}, head chunks of {self.head_chunk}{checkpointing}"
+    def settings(self) -> Rung:
+        """Each rung with the measures that it is named for and none of those before it, so that each is measured alone."""
+        return Rung(
+            self.rung, self.micro_batch, 32 if self.rung == 2 else 256, self.rung == 3, adam_8bit=self.rung >= 4,
+            quantized_head=self.rung >= 5,
+        )  # fmt: skip
 
 
+TINY, LLAMA, SMOLLM, QWEN = "tiny", "llama-100m", "smollm2-135m", "qwen2.5-0.5b"
 CASES = (
-    *(Case("tiny", m, t, 100, c, calibrates=True) for m, t, c in ((8, 400, False), (2, 800, True))),
-    Case("llama-100m", 2, 600, 100, calibrates=True),
-    Case("smollm2-135m", 2, 500, 100, checkpointing=True, calibrates=True),
-    *(Case("tiny", m, t, s) for m, t, s in ((8, 1000, 0), (8, 1600, 600))),
-    *(Case("llama-100m", m, t, s) for m, t, s in ((1, 1200, 0), (4, 400, 100), (8, 300, 0), (4, 800, 500), (8, 700, 500))),
-    *(Case("llama-100m", m, t, s, True) for m, t, s in ((1, 1200, 0), (8, 400, 100), (8, 700, 500), (4, 1500, 0))),
-    *(Case("llama-100m", m, t, s, c, 32) for m, t, s, c in ((1, 500, 0, False), (8, 600, 500, True), (2, 1000, 200, False))),
-    *(Case("smollm2-135m", m, t, s) for m, t, s in ((1, 700, 0), (4, 300, 100), (8, 600, 500), (2, 900, 0))),
-    *(Case("smollm2-135m", m, t, s, True) for m, t, s in ((4, 800, 500), (8, 300, 0), (1, 1600, 0))),
-    *(Case("smollm2-135m", m, t, s, c, 32) for m, t, s, c in ((1, 600, 0, False), (4, 600, 400, True))),
-    *(Case("qwen2.5-0.5b", m, t, s) for m, t, s in ((1, 500, 0), (2, 400, 200), (4, 550, 500))),
-    *(Case("qwen2.5-0.5b", m, t, s, True) for m, t, s in ((1, 1000, 0), (4, 400, 100))),
-    *(Case("qwen2.5-0.5b", m, t, s, c, 32) for m, t, s, c in ((1, 400, 0, False), (4, 600, 500, True))),
+    *(Case(TINY, *sizes, calibrates=True) for sizes in ((0, 8, 400, 100), (3, 2, 800, 100))),
+    Case(LLAMA, 0, 2, 600, 100, calibrates=True),
+    Case(SMOLLM, 3, 2, 500, 100, calibrates=True),
+    *(Case(TINY, *sizes) for sizes in ((0, 8, 1000, 0), (0, 16, 1200, 200), (0, 24, 900, 0), (1, 4, 1800, 600), (2, 8, 1900, 0))),
+    *(Case(TINY, *sizes) for sizes in ((3, 16, 1000, 400), (3, 8, 500, 300), (4, 8, 900, 300), (4, 4, 500, 100))),
+    *(Case(TINY, *sizes) for sizes in ((5, 8, 900, 0), (5, 4, 600, 200))),
+    *(Case(LLAMA, *sizes) for sizes in ((0, 4, 700, 500), (0, 4, 350, 0), (1, 1, 900, 0), (2, 2, 700, 0), (3, 2, 500, 0))),
+    *(Case(LLAMA, *sizes) for sizes in ((3, 4, 400, 300), (4, 2, 400, 100), (4, 1, 700, 0), (5, 2, 300, 0))),
+    *(Case(SMOLLM, *sizes) for sizes in ((0, 2, 380, 0), (0, 4, 350, 250), (1, 1, 750, 0), (2, 2, 400, 50), (3, 2, 400, 0))),
+    *(Case(SMOLLM, *sizes) for sizes in ((3, 2, 700, 500), (4, 2, 300, 0), (5, 1, 500, 0))),
+    *(Case(QWEN, *sizes) for sizes in ((1, 1, 450, 0), (2, 2, 300, 150), (3, 1, 400, 0), (5, 1, 300, 0))),
 )
 
 
-class Row(msgspec.Struct):
-    """One phase of one run, in MiB above the resident set after the imports."""
+class Phase(msgspec.Struct, frozen=True):
+    """One phase of one run, beyond the resident set after the imports."""
 
-    shape: str
-    rung: str
-    tokens: int
-    shared: int
-    calibrates: bool
-    phase: str
-    planned_mib: float
-    measured_mib: float
-    transient_mib: float
+    planned_bytes: int
+    transient_bytes: int
     """Planned: what comes and goes."""
+    measured_bytes: int
     error: float
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One case, in bytes: what is held and what comes and goes as a dry run counts it, the measured peaks, and what comes of both."""
+
+    case: Case
+    counted: dict[str, tuple[int, int]]
+    peaks: dict[str, int]
+    phases: dict[str, Phase] = {}
+
+
+class Report(msgspec.Struct):
+    """The committed results. `errors` are the least and the largest of every phase, calibrating runs left out."""
+
+    date: str
+    machine: str
+    versions: dict[str, str]
+    learned_bytes: dict[str, int]
+    plan_s: float
+    """Processor seconds of one dry run, the median."""
+    combinations: int
+    transient_above_1_gib: int
+    errors: dict[str, tuple[float, float]]
+    outside: dict[str, int]
+    """Runs whose error is not within the bounds, of every phase."""
+    runs: list[Run]
 
 
 def plan(case: Case, model: Path) -> dict[str, tuple[int, int]]:
@@ -96,7 +127,7 @@ def plan(case: Case, model: Path) -> dict[str, tuple[int, int]]:
     from edge_agent.training.rehearsal import Rehearsal
     from profiles.device import device_profile
     from quantization.estimate import Lengths
-    from quantization.ladder import Rows, Rung
+    from quantization.ladder import Rows
     from quantization.model_files import find_model
     from quantization.shape import read_shape
 
@@ -108,21 +139,22 @@ def plan(case: Case, model: Path) -> dict[str, tuple[int, int]]:
     lengths = Lengths(rows(case.micro_batch), rows(2 * case.micro_batch), (case.tokens - case.answer, NEW_TOKENS), asked=case.shared)
     device = msgspec.structs.replace(device_profile("cpu"), overhead_bytes=0)
     rehearsal = Rehearsal(files, read_shape(files), job, lengths, device, METHODS[SftOptions](options))
-    rung = Rung(0, case.micro_batch, case.head_chunk, case.checkpointing)
     stages = {
-        s.phase or s.stage: (s.resident_bytes, s.transient_bytes) for s in rehearsal.stages(rung, case.micro_batch) if s.phase != "score"
-    }
-    return {phase: stages[phase] for phase in PHASES}
+        s.phase or s.stage: (s.resident_bytes, s.transient_bytes)
+        for s in rehearsal.stages(case.settings, case.micro_batch) if s.phase != "score"
+    }  # fmt: skip
+    return {phase: stages[phase] for phase in STAGES}
 
 
 def measure(case: Case, model: Path) -> dict[str, int]:
     """Return the peaks of the resident set of every phase, and the set after the imports."""
     import torch
 
-    from edge_agent.job import Lora
+    from edge_agent.job import Lora, Schedule
     from edge_agent.training.generate import generate
     from edge_agent.training.head import answer_logp, weighted_loss
     from edge_agent.training.loop import trained
+    from edge_agent.training.optimizer import make_optimizer
     from edge_agent.training.packing import answer_hidden, pack
     from profiles.device import device_profile
     from profiles.memory import fix_malloc
@@ -132,6 +164,7 @@ def measure(case: Case, model: Path) -> dict[str, int]:
 
     fix_malloc()
     torch.manual_seed(0)
+    rung = case.settings
     tokenizer = load_tokenizer(find_model(str(model)))
     peaks = {"imports": _status("VmRSS")}
 
@@ -142,7 +175,9 @@ def measure(case: Case, model: Path) -> dict[str, int]:
         peaks[name] = _status("VmHWM")
         return found
 
-    loaded = phase("load", lambda: load_model(find_model(str(model)), device_profile("cpu")))
+    loaded = phase("load", lambda: load_model(
+        find_model(str(model)), device_profile("cpu"), quantized_head=rung.quantized_head
+    ))  # fmt: skip
     beginning = torch.randint(2, 700, (case.shared,)).tolist()
 
     def rows(count: int) -> list[tuple[list[int], list[int]]]:
@@ -154,12 +189,12 @@ def measure(case: Case, model: Path) -> dict[str, int]:
     @torch.no_grad()
     def score() -> None:
         packed = pack(adapted, rows(2 * case.micro_batch), 1)
-        answer_logp(adapted, answer_hidden(adapted, packed), packed.target_ids_N, case.head_chunk).cpu()
+        answer_logp(adapted, answer_hidden(adapted, packed), packed.target_ids_N, rung.head_chunk).cpu()
 
     phase("score", score)
     parameters = list(trained(adapted).values())
-    optimizer = torch.optim.AdamW(parameters)
-    if case.checkpointing:
+    optimizer = make_optimizer(parameters, Schedule(), rung.adam_8bit)
+    if rung.checkpointing:
         checkpoint_activations(adapted)
     adapted.train()
 
@@ -167,7 +202,7 @@ def measure(case: Case, model: Path) -> dict[str, int]:
         packed = pack(adapted, pairs, 1)
         hidden_ND = answer_hidden(adapted, packed)
         ones_N = torch.ones(len(packed.target_ids_N))
-        return weighted_loss(adapted, hidden_ND, packed.target_ids_N, ones_N, 0 * ones_N, case.head_chunk)
+        return weighted_loss(adapted, hidden_ND, packed.target_ids_N, ones_N, 0 * ones_N, rung.head_chunk)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -193,45 +228,74 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _in_a_process(task: str, case: Case, model: Path) -> Any:
+def _in_a_process(case: Case, model: Path) -> dict[str, int]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "THP_MEM_ALLOC_ENABLE": "1"}  # as the command line has it
-    command = [sys.executable, __file__, "--task", task, "--model", str(model), "--case", msgspec.json.encode(case).decode()]
+    command = [sys.executable, __file__, "--model", str(model), "--case", msgspec.json.encode(case).decode()]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)  # noqa: S603
-    return msgspec.json.decode(done.stdout.splitlines()[-1])
+    Console(stderr=True).print(f"{case.shape}: rung {case.rung}, {case.micro_batch} rows of {case.tokens} tokens, {case.shared} shared")
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=dict[str, int])
 
 
-def rows_of(case: Case, planned: dict[str, list[int]], peaks: dict[str, int], overhead_bytes: float) -> list[Row]:
-    """Return the phases of a case; `overhead_bytes` is what is planned beyond tensors and imports."""
-    found = []
-    for phase in (*PHASES, "peak"):
-        if phase == "peak":
-            resident, transient = max(planned.values(), key=sum)
-            measured = max(peaks[p] for p in PHASES)
-        else:
-            (resident, transient), measured = planned[phase], peaks[phase]
-        total, above = resident + transient + overhead_bytes, measured - peaks["imports"]
-        found.append(Row(
-            case.shape, case.rung, case.tokens, case.shared, case.calibrates, phase, round(total / MIB, 1), round(above / MIB, 1),
-            round(transient / MIB, 1), round(total / above - 1, 4),
-        ))  # fmt: skip
-    return found
+def learn(runs: list[Run]) -> dict[str, int]:
+    """Return what each stage of the runs that calibrate takes beyond what is counted: the middle of what would have covered it."""
+    found: dict[str, list[int]] = {stage: [] for stage in STAGES.values()}
+    for run in runs:
+        if run.case.calibrates:
+            for stage, beyond in found.items():
+                phases = [phase for phase, of in STAGES.items() if of == stage]
+                beyond.append(max(run.peaks[p] for p in phases) - run.peaks["imports"] - max(sum(run.counted[p]) for p in phases))
+    return {stage: int(median(beyond)) for stage, beyond in found.items()}
 
 
-def learned(results: list[tuple[Case, dict[str, list[int]], dict[str, int]]]) -> float:
-    """Return what the cases that calibrate take beyond tensors and imports: the middle of what would have covered each of them."""
-    return median(max(peaks[p] - peaks["imports"] - sum(planned[p]) for p in PHASES) for case, planned, peaks in results if case.calibrates)
+def judged(run: Run, learned_bytes: dict[str, int]) -> Run:
+    """Return a run with the errors of its phases and of its peak."""
+    imports, phases = run.peaks["imports"], {}
+    for phase, stage in STAGES.items():
+        resident, transient = run.counted[phase]
+        phases[phase] = _phase(resident + transient + learned_bytes[stage], transient, run.peaks[phase] - imports)
+    binding = max(phases.values(), key=lambda phase: phase.planned_bytes)
+    phases["peak"] = _phase(binding.planned_bytes, binding.transient_bytes, max(phase.measured_bytes for phase in phases.values()))
+    return msgspec.structs.replace(run, phases=phases)
 
 
-def extremes(errors: list[float]) -> tuple[float, float]:
-    return min(errors, default=0.0), max(errors, default=0.0)
+def _phase(planned_bytes: int, transient_bytes: int, measured_bytes: int) -> Phase:
+    return Phase(planned_bytes, transient_bytes, measured_bytes, round(planned_bytes / measured_bytes - 1, 4))
 
 
-def table(found: list[Row]) -> Table:
-    view = Table("shape", "rung", "tokens", "shared", "phase", "planned MiB", "measured MiB", "error %")
-    for row in found:
-        style = "dim" if row.calibrates else None if -0.02 <= row.error <= 0.08 else "red"
-        cells = (f"{row.planned_mib:,.0f}", f"{row.measured_mib:,.0f}", f"{100 * row.error:+.1f}")
-        view.add_row(row.shape, row.rung, str(row.tokens), str(row.shared), row.phase, *cells, style=style, end_section=row.phase == "peak")
+def report_of(runs: list[Run], plan_s: float) -> Report:
+    from edge_agent.training.outcome import versions
+    from profiles.device import device_name
+
+    learned_bytes = learn(runs)
+    runs = [judged(run, learned_bytes) for run in runs]
+    found = [run.phases for run in runs if not run.case.calibrates]
+    errors = {phase: [phases[phase].error for phases in found] for phase in (*STAGES, "peak")}
+    return Report(
+        datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), device_name("cpu"), versions(), learned_bytes, plan_s,
+        len(found), sum(phases["peak"].transient_bytes > 2**30 for phases in found),
+        {phase: (min(of), max(of)) for phase, of in errors.items()},
+        {phase: sum(not WITHIN[0] <= error <= WITHIN[1] for error in of) for phase, of in errors.items()}, runs,
+    )  # fmt: skip
+
+
+def page(report: Report) -> list[str]:
+    """Return the table of docs/benchmarks.md."""
+    found = [run.phases for run in report.runs if not run.case.calibrates]
+    lines = ["| | learned, MiB | least error | largest error | middle | outside of -2 to +8 % |", "|---|---|---|---|---|---|"]
+    for phase, (least, largest) in report.errors.items():
+        learned_mib = f"{report.learned_bytes[STAGES[phase]] / MIB:.1f}" if phase in STAGES else "-"
+        middle = median(phases[phase].error for phases in found)
+        errors = " | ".join(f"{100 * error:+.1f} %" for error in (least, largest, middle))
+        lines.append(f"| {phase} | {learned_mib} | {errors} | {report.outside[phase]} of {report.combinations} |")
+    return lines
+
+
+def table(runs: list[Run]) -> Table:
+    view = Table("shape", "rung", "rows", "tokens", "shared", "peak MiB", *(f"{phase} %" for phase in (*STAGES, "peak")))
+    for run in runs:
+        case, cells = run.case, (f"{100 * phase.error:+.1f}" for phase in run.phases.values())
+        sizes = (case.rung, case.micro_batch, case.tokens, case.shared, run.phases["peak"].measured_bytes // MIB)
+        view.add_row(case.shape, *map(str, sizes), *cells, style="dim" if case.calibrates else None)
     return view
 
 
@@ -239,45 +303,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", default=sorted({case.shape for case in CASES}))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--task", choices=("plan", "measure"), help=argparse.SUPPRESS)
+    parser.add_argument("--measured", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options: Any = parser.parse_args()
-    if options.task:
-        case = msgspec.json.decode(options.case, type=Case)
-        work: Any = plan if options.task == "plan" else measure
-        sys.stdout.write("\n" + msgspec.json.encode(work(case, options.model)).decode() + "\n")
+    if options.case:
+        of_case = measure(msgspec.json.decode(options.case, type=Case), options.model)
+        sys.stdout.write("\n" + msgspec.json.encode(of_case).decode() + "\n")
         return
     from shapes import write_model
 
-    from edge_agent.training.outcome import versions
-    from profiles.device import device_name
-
-    results = []
+    earlier = msgspec.json.decode(options.measured.read_bytes(), type=Report).runs if options.measured else []
+    cases = [run.case for run in earlier] or [case for case in CASES if case.shape in options.shapes]
     with tempfile.TemporaryDirectory() as directory:
-        models = {name: write_model(Path(directory) / name, name) for name in options.shapes}
-        for case in CASES:
-            if case.shape in models:
-                results.append((case, *(_in_a_process(task, case, models[case.shape]) for task in ("plan", "measure"))))
-                Console(stderr=True).print(f"{case.shape}: {case.rung}, {case.tokens} tokens, {case.shared} shared")
-    overhead_bytes = learned(results)
-    found = [row for case, planned, peaks in results for row in rows_of(case, planned, peaks, overhead_bytes)]
-    counted = [row for row in found if not row.calibrates]
-    report = {
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "machine": device_name("cpu"),
-        "versions": versions(),
-        "overhead_mib": round(overhead_bytes / MIB, 1),
-        "combinations": len(counted) // (len(PHASES) + 1),
-        "transient_above_1_gib": sum(row.phase == "peak" and row.transient_mib > 1024 for row in counted),
-        "errors": {
-            p: [min(r.error for r in counted if r.phase == p), max(r.error for r in counted if r.phase == p)] for p in (*PHASES, "peak")
-        },
-        "rows": found,
-    }
+        models = {name: write_model(Path(directory) / name, name) for name in sorted({case.shape for case in cases})}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            peaks = [run.peaks for run in earlier] or list(pool.map(lambda case: _in_a_process(case, models[case.shape]), cases))
+        runs, seconds = [], []
+        for case, of_case in zip(cases, peaks, strict=True):
+            began = time.process_time()
+            runs.append(Run(case, plan(case, models[case.shape]), of_case))
+            seconds.append(time.process_time() - began)
+    report = report_of(runs, round(median(seconds), 2))
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-    Console(width=max(Console().width, 120)).print(table(found))
-    Console().print(report["errors"])
+    Console(width=max(Console().width, 140)).print(table(report.runs))
+    Console().print("\n".join(page(report)), markup=False)
 
 
 if __name__ == "__main__":

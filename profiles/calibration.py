@@ -1,12 +1,13 @@
 """What a device takes beyond what a plan can count, learned from finished jobs: one small file for all devices of a user.
 
-Imports no torch.
+It is learned stage by stage: the programs that are mapped, and the buffers that libraries keep, grow as a run goes on. Imports no torch.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -14,6 +15,8 @@ import msgspec
 
 from profiles.device import DeviceProfile
 
+Known = dict[str, dict[str, list[int]]]
+"""Bytes by device and stage."""
 log = logging.getLogger(__name__)
 
 KEPT = 16
@@ -29,18 +32,19 @@ def calibration_file() -> Path:
 
 
 def calibrated(device: DeviceProfile, file: Path | None = None) -> DeviceProfile:
-    """Return the profile with the overhead that finished jobs on it have shown, or as it is declared where there are none."""
-    known = _read(file or calibration_file()).get(device.title)
-    if not known:
-        return device
-    return msgspec.structs.replace(device, overhead_bytes=_bounded(device, int(median(known))))
+    """Return the profile with what finished jobs on it have shown, or as it is declared where there are none."""
+    known = _read(file or calibration_file()).get(device.title, {})
+    learned_bytes = {stage: _bounded(device, int(median(found))) for stage, found in known.items() if found}
+    return msgspec.structs.replace(device, learned_bytes=learned_bytes)
 
 
-def learn(device: DeviceProfile, overhead_bytes: int, file: Path | None = None) -> None:
-    """Remember the overhead that would have covered every stage of a job. A file that cannot be written is a line in the log."""
+def learn(device: DeviceProfile, beyond_bytes: Mapping[str, int], file: Path | None = None) -> None:
+    """Remember what would have covered each stage of a job. A file that cannot be written is a line in the log."""
     place = file or calibration_file()
     known = _read(place)
-    known[device.title] = [*known.get(device.title, []), _bounded(device, overhead_bytes)][-KEPT:]
+    of_device = known.setdefault(device.title, {})
+    for stage, found in beyond_bytes.items():
+        of_device[stage] = [*of_device.get(stage, []), _bounded(device, found)][-KEPT:]
     part = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -50,13 +54,13 @@ def learn(device: DeviceProfile, overhead_bytes: int, file: Path | None = None) 
         log.warning("calibration_unwritten file=%s error=%s", place, error)
 
 
-def _bounded(device: DeviceProfile, overhead_bytes: int) -> int:
-    return min(max(overhead_bytes, device.overhead_bytes // WIDEST), device.overhead_bytes * WIDEST)
+def _bounded(device: DeviceProfile, beyond_bytes: int) -> int:
+    return min(max(beyond_bytes, device.overhead_bytes // WIDEST), device.overhead_bytes * WIDEST)
 
 
-def _read(file: Path) -> dict[str, list[int]]:
+def _read(file: Path) -> Known:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, list[int]])
+        return msgspec.json.decode(file.read_bytes(), type=Known)
     except FileNotFoundError:
         pass
     except (OSError, RuntimeError, msgspec.MsgspecError, UnicodeDecodeError) as error:

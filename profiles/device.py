@@ -33,6 +33,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     compute_dtype: Literal["float32", "bfloat16"]
     overhead_bytes: int
     """Memory of a trainer that has loaded no model yet."""
+    learned_bytes: dict[str, int] = {}
+    """Of stages, what they took beyond all that can be counted, as finished jobs have shown (profiles/calibration.py); empty in files."""
     reserve_bytes: int
     """Memory that admission leaves to others."""
     bandwidth_bytes_per_s: int | None = None
@@ -55,6 +57,10 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def activation_bytes(self) -> int:
         """Bytes of one number in the compute type."""
         return 4 if self.compute_dtype == "float32" else 2
+
+    def beyond_bytes(self, stage: str) -> int:
+        """Return what to plan a stage with beyond all that can be counted; a stage that no job has shown takes the most of the others."""
+        return self.learned_bytes.get(stage, max(self.learned_bytes.values(), default=self.overhead_bytes))
 
 
 def profile_names() -> list[str]:

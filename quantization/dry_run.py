@@ -34,17 +34,27 @@ PAGE_BYTES = 4096
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that were made under it and not freed yet, in parts: `peaks` has the most of each part.
 
+    Blocks of the heap that are freed stay with the process, where later ones take their place; so of those the most so far counts.
     Values that the work asks for are not known: a number is 1, and where it asks which elements are not zero it is told all or none.
     """
 
-    def __init__(self, rounded: Callable[[int], int], all_nonzero: bool) -> None:
+    def __init__(self, rounded: Callable[[int], int], all_nonzero: bool, heap_below_bytes: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._all_nonzero = all_nonzero
-        self.now_bytes = 0
+        self._all_nonzero, self._heap_below_bytes = all_nonzero, heap_below_bytes
+        self._mapped_bytes = self._heap_bytes = self._most_heap_bytes = 0
         self.peaks: dict[str, int] = {}
         self._part = ""
         self._held: set[int] = set()
         self._rounded = rounded
+
+    @property
+    def now_bytes(self) -> int:
+        """What the process holds, holes of the heap included."""
+        return self._mapped_bytes + self._most_heap_bytes
+
+    def trim(self) -> None:
+        """Forget the holes of the heap: what is free at its end goes back to the system."""
+        self._most_heap_bytes = self._heap_bytes
 
     def begin(self, part: str) -> None:
         """Count what follows into a part."""
@@ -78,12 +88,19 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._held:
             size = self._rounded(storage.nbytes())
             self._held.add(key)
-            self.now_bytes += size
+            self._add(size)
             weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._held.discard(key)
-        self.now_bytes -= size
+        self._add(-size)
+
+    def _add(self, size: int) -> None:
+        if abs(size) < self._heap_below_bytes:
+            self._heap_bytes += size
+            self._most_heap_bytes = max(self._most_heap_bytes, self._heap_bytes)
+        else:
+            self._mapped_bytes += size
 
 
 def _hidden_bytes(func: Any, args: Any, made: Any) -> int:
@@ -208,7 +225,8 @@ def counted(model: Any, device: DeviceProfile, all_nonzero: bool) -> Iterator[Li
             fakes[id(tensor)] = tensor, torch.empty_like(tensor, device="cpu")
         return fakes[id(tensor)][1]
 
-    live = LiveBytes(_host_block if device.torch_device == "cpu" else _cuda_block, all_nonzero)
+    on_host = device.torch_device == "cpu"
+    live = LiveBytes(_host_block if on_host else _cuda_block, all_nonzero, MMAP_THRESHOLD_BYTES if on_host else 0)
     # Work makes small tensors of its own from numbers, which are real.
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         for module in model.modules():

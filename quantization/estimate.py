@@ -6,8 +6,10 @@ dry run would find to fit, because a node that takes a job plans it again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+
+import msgspec
 
 from edge_agent.job import Job, ReftOptions
 from profiles.device import DeviceProfile
@@ -19,8 +21,11 @@ NF4_BYTES = 4.127 / 8
 """Bytes of one weight in NF4 with double quantisation, scales included."""
 ADAM_8BIT_BYTES = 1 + 4 / 256
 """Bytes of one moment in 8 bits with the scale of its block."""
-OBJECT_BYTES = 600 * 2**10
-"""What Python's objects and the smallest blocks of a layer and its adapter take on the host: measured with 12 and with 30 layers."""
+LAYER_OBJECTS_BYTES, ADAPTER_OBJECTS_BYTES, PASS_OBJECTS_BYTES = 340 * 2**10, 150 * 2**10, 200 * 2**10
+"""What Python's objects and the smallest blocks take on the host, of a layer, of its adapter, and of what is kept of it for the backward
+pass: measured with 4, 12 and 30 layers."""
+ADAPTED = ("evaluate", "score", "train", "save")
+"""Stages in which the adapter is there."""
 CHECKED_LOGITS = 3 * 8
 """Rows of logits that the check of a loaded model holds (quantization/load.py)."""
 CLIENT_BYTES = 64 * 2**20
@@ -68,9 +73,18 @@ def model_bytes(shape: Shape, device: DeviceProfile, rung: Rung) -> int:
     return int(shape.linear_elements * NF4_BYTES + other + held * table * (NF4_BYTES if rung.quantized_head else stored))
 
 
-def overhead_bytes(shape: Shape, device: DeviceProfile) -> int:
-    """Return what is held beside all tensors, in the memory that the budget limits."""
-    return device.overhead_bytes + (shape.layers * OBJECT_BYTES if device.kind != "discrete" else 0)
+def with_overhead(stages: Iterable[StagePlan], shape: Shape, device: DeviceProfile) -> tuple[StagePlan, ...]:
+    """Return stages with what they hold beside all tensors, in the memory that the budget limits."""
+
+    def objects_bytes(stage: str) -> int:
+        if device.kind == "discrete":
+            return 0
+        adapter = ADAPTER_OBJECTS_BYTES if stage in ADAPTED else 0
+        return shape.layers * (LAYER_OBJECTS_BYTES + adapter + (PASS_OBJECTS_BYTES if stage == "train" else 0))
+
+    return tuple(
+        msgspec.structs.replace(s, resident_bytes=s.resident_bytes + device.beyond_bytes(s.stage) + objects_bytes(s.stage)) for s in stages
+    )
 
 
 def load_bytes(shape: Shape, device: DeviceProfile) -> int:
@@ -94,7 +108,7 @@ def estimate(
     """Return the bytes of every stage on a rung, with `batch` prompts generated at once."""
     act = device.activation_bytes
     adapter = adapter_elements(shape, job.lora) * 4
-    base = overhead_bytes(shape, device) + model_bytes(shape, device, rung)
+    base = model_bytes(shape, device, rung)
     trained = base + 2 * adapter + moments_bytes(shape, job, rung) + copies(job, device) * adapter
 
     def forward(rows: Rows, count: int, kept: float) -> float:
@@ -134,7 +148,7 @@ def estimate(
         ("train", trained, max(training, score)),
         ("save", trained - adapter, 2 * adapter),
     )
-    return tuple(StagePlan(name, int(resident), int(transient)) for name, resident, transient in found)
+    return with_overhead((StagePlan(name, int(resident), int(transient)) for name, resident, transient in found), shape, device)
 
 
 def estimates(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout) -> Callable[[float], Stages]:

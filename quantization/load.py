@@ -6,7 +6,6 @@ from contextlib import suppress
 from typing import Any
 
 import bitsandbytes
-import msgspec
 import torch
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
@@ -77,7 +76,9 @@ def _load(files: ModelFiles, device: DeviceProfile, quantized_head: bool, embedd
     else:
         vocabulary = find_vocabulary(checkpoint, config.get_text_config(), quantized_head, embedding_on_host)
         settings = Nf4Config(dtype, kernel, vocabulary)
-        key = cache and cache.key(files, device=msgspec.structs.asdict(device), kernel=kernel, head=quantized_head, host=embedding_on_host)
+        key = cache and cache.key(
+            files, device=(device.torch_device, device.compute_dtype), kernel=kernel, head=quantized_head, host=embedding_on_host
+        )
         model = cache and key and _read(cache, key, config, settings, device)
         if model is None:
             model = _build(config, checkpoint, device, torch.bfloat16, settings)

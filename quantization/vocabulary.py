@@ -112,7 +112,8 @@ class Nf4Head(Linear4bit):  # type: ignore[misc]
 
 def _logits(x: torch.Tensor, head: NarrowHead | Nf4Head) -> torch.Tensor:
     logits_BV: torch.Tensor = _SlicedProduct.apply(x.flatten(0, -2), head)  # type: ignore[no-untyped-call]
-    logits = logits_BV.view(*x.shape[:-1], head.out_features)
+    # No view where none is needed: once its numbers are replaced, a view makes autograd copy the whole gradient (training/head.py).
+    logits = logits_BV if x.dim() == 2 else logits_BV.view(*x.shape[:-1], head.out_features)
     # Where transformers ties the head to an embedding in NF4, it pads the bias to the number of bytes.
     return logits if head.bias is None else logits + head.bias[: head.out_features].to(x.dtype)
 

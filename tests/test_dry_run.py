@@ -65,6 +65,37 @@ def test_count_sees_what_is_made_and_what_is_freed(tiny_model: Path) -> None:
         assert live.peaks["work"] - before == pytest.approx(4 * 2**20, rel=0.01)
 
 
+def test_holes_of_the_heap_stay_until_they_are_filled(tiny_model: Path) -> None:
+    """Small blocks that are freed count on, later ones take their place, and `trim` gives them back."""
+    ghost = ghost_model(AutoConfig.from_pretrained(tiny_model), CPU)
+    with counted(ghost, CPU, all_nonzero=False) as live:
+        before = live.now_bytes
+        small = [torch.zeros(64 * 1024) for _ in range(8)]  # 256 KiB each
+        taken = live.now_bytes - before
+        assert taken == pytest.approx(2 * 2**20, rel=0.01)
+        small.clear()
+        assert live.now_bytes - before == taken
+        small = [torch.zeros(64 * 1024) for _ in range(4)]
+        assert live.now_bytes - before == taken
+        live.trim()
+        assert live.now_bytes - before == pytest.approx(taken / 2)
+
+
+def test_offloaded_checkpoints_take_nothing_on_the_device(tiny_model: Path) -> None:
+    """Rung 7 takes less by the inputs of all layers but the first, whose the decoder holds, and the last, which is at work."""
+    rehearsal = _rehearsal(tiny_model)
+    rehearsal.device = device_profile("cuda")
+    kept, offloaded = (
+        {s.name: s.transient_bytes for s in rehearsal.stages(Rung(7, 8, checkpointing=True, offload_checkpoints=offloads), 8)}
+        for offloads in (False, True)
+    )
+    tokens, shape = rehearsal.lengths.train.computed(8), rehearsal.shape
+    saved = kept["train: forward"] - offloaded["train: forward"]
+    assert saved == pytest.approx((shape.layers - 2) * tokens * shape.hidden * 2, rel=0.05)
+    assert offloaded["train: backward"] < kept["train: backward"]
+    assert {name for name in kept if kept[name] != offloaded[name]} == {"train: forward", "train: backward"}
+
+
 def test_few_layers_stand_for_all(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found with two layers and three is what a run of all layers finds, on every stage, with and without checkpointing."""
     for rung in (Rung(0, 8), Rung(3, 2, 32, checkpointing=True)):

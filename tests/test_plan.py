@@ -187,27 +187,37 @@ def test_tiny_model_has_the_sizes_of_its_files(tiny_model: Path) -> None:
 
 
 def test_calibration_takes_the_middle_of_the_last_jobs(tmp_path: Path) -> None:
-    """The overhead is the median of what finished jobs have shown, of this device only, and never far from the declared one."""
+    """A stage takes the median of what finished jobs have shown, of this device only, and never far from what is declared."""
     file, device, other = tmp_path / "state" / "calibration.json", device_profile("cpu"), device_profile("cuda")
     assert calibrated(device, file) == device
-    for overhead_bytes in (500_000_000, 510_000_000, 2**50):
-        learn(device, overhead_bytes, file)
-    assert calibrated(device, file).overhead_bytes == 510_000_000
+    for beyond_bytes in (500_000_000, 510_000_000, 2**50):
+        learn(device, {"load": beyond_bytes, "train": 600_000_000}, file)
+    found = calibrated(device, file)
+    assert (found.beyond_bytes("load"), found.beyond_bytes("train")) == (510_000_000, 600_000_000)
+    assert found.overhead_bytes == device.overhead_bytes
     assert calibrated(other, file) == other
     for _ in range(KEPT):
-        learn(device, 0, file)
-    assert calibrated(device, file).overhead_bytes == device.overhead_bytes // 4
+        learn(device, {"load": 0}, file)
+    assert calibrated(device, file).learned_bytes == {"load": device.overhead_bytes // 4, "train": 600_000_000}
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b'{"Processor": "many"}', b"{"])
+def test_stage_that_no_job_has_shown_takes_the_most_of_the_others(tmp_path: Path) -> None:
+    """The side on which a plan is safe; without any job it is what the device's profile declares."""
+    file, device = tmp_path / "calibration.json", device_profile("cpu")
+    assert device.beyond_bytes("judge") == device.overhead_bytes
+    learn(device, {"load": 450_000_000, "train": 470_000_000}, file)
+    assert calibrated(device, file).beyond_bytes("judge") == 470_000_000
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b'{"Processor": [640000000]}', b"{"])
 def test_a_broken_calibration_is_ignored_with_a_line_in_the_log(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What cannot be read changes no plan, and the next job writes it anew."""
     file, device = tmp_path / "calibration.json", device_profile("cpu")
     file.write_bytes(content)
     assert calibrated(device, file) == device
     assert "calibration_ignored" in caplog.text
-    learn(device, 500_000_000, file)
-    assert calibrated(device, file).overhead_bytes == 500_000_000
+    learn(device, {"load": 500_000_000}, file)
+    assert calibrated(device, file).beyond_bytes("load") == 500_000_000
 
 
 def test_profile_without_weights_is_planned_like_one_with(tiny_model: Path) -> None:

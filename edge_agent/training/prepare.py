@@ -280,8 +280,11 @@ def admit(prepared: Prepared, plan: Plan, directory: JobDirectory) -> None:
 
 
 def learn_overhead(device: DeviceProfile, plan: Plan, rows: list[StageRow]) -> None:
-    """Remember what the device would have had to be planned with to cover every stage that was measured."""
-    planned = {row.stage: plan.planned_bytes(row.stage) for row in rows}
-    beyond = [row.peak_bytes - planned_bytes for row in rows if (planned_bytes := planned[row.stage]) and not row.resumed]
-    if beyond:
-        learn(device, device.overhead_bytes + max(beyond))
+    """Remember what each stage that was measured would have had to be planned with."""
+    found: dict[str, int] = {}
+    for row in rows:
+        planned_bytes = plan.planned_bytes(row.stage)
+        if planned_bytes and not row.resumed:
+            beyond_bytes = device.beyond_bytes(row.stage) + row.peak_bytes - planned_bytes
+            found[row.stage] = max(beyond_bytes, found.get(row.stage, beyond_bytes))
+    learn(device, found)

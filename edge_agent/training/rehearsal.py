@@ -9,11 +9,13 @@ Shapes: B rows, T tokens, N answer tokens, V vocabulary, K key heads, E head siz
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, DynamicCache
 
 from edge_agent.job import Job, ReftOptions
@@ -26,7 +28,7 @@ from profiles.device import DeviceProfile
 from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.attention import TREE
 from quantization.dry_run import LiveBytes, counted, ghost_model, takes_trees
-from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, load_bytes, moments_bytes, overhead_bytes
+from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, load_bytes, moments_bytes, with_overhead
 from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
 from quantization.model_files import ModelFiles
 from quantization.plan import NONE_MISSED, Missed, Plan, RungCost, StagePlan, Survey, make_plan, smallest
@@ -83,7 +85,7 @@ class Rehearsal:
         job, lengths = self.job, self.lengths
         adapter = adapter_elements(self.shape, job.lora) * 4
         score, train = self._score(rung), self._train(rung)
-        base = overhead_bytes(self.shape, self.device) + score["held"] - adapter
+        base = score["held"] - adapter
         kept = copies(job, self.device) * adapter
         moments = moments_bytes(self.shape, job, rung)
         trained = base + adapter + moments + kept
@@ -110,7 +112,7 @@ class Rehearsal:
         if isinstance(job.method, ReftOptions):
             during = self._generation(rung, min(batch, job.schedule.batch), lengths.generate, sampled=True)
             found.append(StagePlan("train", trained, during, "sample"))
-        return tuple(found)
+        return with_overhead(found, self.shape, self.device)
 
     def _score(self, rung: Rung) -> dict[str, int]:
         rows = min(2 * rung.micro_batch, len(self.lengths.score.tokens))
@@ -119,7 +121,7 @@ class Rehearsal:
 
     def _train(self, rung: Rung) -> dict[str, int]:
         accumulates = rung.micro_batch < self.job.schedule.batch
-        settings = (rung.micro_batch, rung.head_chunk, rung.checkpointing, rung.adam_8bit)
+        settings = (rung.micro_batch, rung.head_chunk, rung.checkpointing, rung.adam_8bit, rung.offload_checkpoints)
         passed = self.method.references == "pass"
         work = partial(_train, rows=self.lengths.train, rung=rung, accumulates=accumulates, passed=passed)
         return self._run(("train", *settings), rung, work)
@@ -178,6 +180,8 @@ class _Watch:
 
     def begin(self, phase: str) -> None:
         self._phase = phase
+        if phase in ("backward", "optimizer"):  # what the phase before has freed lay at the heap's end
+            self._live.trim()
         self._begin("start")
 
     def _begin(self, place: str) -> None:
@@ -235,7 +239,8 @@ def _train(model: Any, watch: _Watch, rows: Rows, rung: Rung, accumulates: bool,
         parameter.grad = torch.zeros_like(parameter)
     watch.begin("forward")
     packed = pack(model, _rows(rows, rung.micro_batch), 0)
-    hidden_ND = answer_hidden(model, packed)
+    with _offloaded() if rung.offload_checkpoints else nullcontext():
+        hidden_ND = answer_hidden(model, packed)
     if passed:
         answer_logp(model, hidden_ND.detach(), packed.target_ids_N, rung.head_chunk)
     weights_N = torch.ones(len(packed.target_ids_N), device=model.device)
@@ -247,6 +252,11 @@ def _train(model: Any, watch: _Watch, rows: Rows, rung: Rung, accumulates: bool,
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     if not rung.adam_8bit:
         optimizer.step()
+
+
+def _offloaded() -> saved_tensors_hooks:
+    """Keep nothing for the backward pass on the device: it waits on the host, and comes back tensor by tensor."""
+    return saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1]))
 
 
 @torch.no_grad()
