@@ -64,7 +64,7 @@ def test_a_run_that_lacks_memory_goes_on_one_rung_lower(data: Path, whole: Any, 
     budget_bytes = (peaks["train"] + peaks["load"]) // 2
     planned = max(stage["resident_bytes"] + stage["transient_bytes"] for stage in whole["plan"]["stages"])
     device = device_profile("cpu")
-    wrong = {device.title: [device.overhead_bytes - (planned - budget_bytes) - MIB]}
+    wrong = {device.title: {"train": [device.overhead_bytes - (planned - budget_bytes) - MIB]}}
     write(tmp_path, {"edge-agent/calibration.json": json.dumps(wrong)})
     result = _train(cli, data, tiny_model, tmp_path / "job", budget_bytes, tmp_path)
     assert result["state"] == "succeeded"
