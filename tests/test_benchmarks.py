@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import memory_plan
 import methods
 import methods_page
 
@@ -50,3 +51,14 @@ def test_page_shows_the_committed_overhead() -> None:
             f"{once['value']:.3f} [{once['low']:.3f}, {once['high']:.3f}]",
         )
         assert f"| `{clock}` | {found['epoch_s']} | {' | '.join(cells)} |" in page
+
+
+def test_page_shows_the_committed_memory_plan() -> None:
+    """Every line of the table, which is made of what was counted and measured; the runs that calibrate are not judged."""
+    report = msgspec.json.decode(memory_plan.RESULTS.read_bytes(), type=memory_plan.Report)
+    page = methods_page.PAGE.read_text(encoding="utf-8")
+    shown = page.partition("<!-- memory plan -->")[2].partition("<!-- end of memory plan -->")[0]
+    assert shown.strip().split("\n") == memory_plan.page(report)
+    assert report.learned_bytes == memory_plan.learn(report.runs)
+    assert [memory_plan.judged(run, report.learned_bytes) for run in report.runs] == report.runs
+    assert [run.case for run in report.runs] == list(memory_plan.CASES)
