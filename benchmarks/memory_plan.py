@@ -9,7 +9,7 @@ takes beyond what can be counted is learned from the cases marked `calibrates`, 
 (profiles/calibration.py), and no error of theirs is counted.
 
 `--shapes tiny` runs some shapes only, `--out FILE` writes elsewhere, `--measured FILE` plans the cases of an earlier run again and
-measures nothing. All of it takes about 20 minutes on two idle cores, 8 GiB of memory and 2 GiB of temporary disk. Does not cover GPUs,
+measures nothing. All of it takes about 20 minutes on two cores, 8 GiB of memory and 2 GiB of temporary disk. Does not cover GPUs,
 rungs 6 and 7, nor wall time: others may use the machine.
 """
 
