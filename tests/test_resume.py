@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def _progress(events: Path) -> list[Any]:
 
 def _kill_after_update(command: list[str], events: Path, update: int) -> None:
     """Start the command and kill it in the middle of the update after the given one."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    # It must not plan by what other runs have taught, as the run that it is held against did not.
+    environment = os.environ | {"XDG_STATE_HOME": str(events.parent.parent / "state")}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True)
     deadline = time.monotonic() + DEADLINE_S
     while not any(e["done"] >= update for e in _progress(events)):
         assert process.poll() is None, "it ended before it could be killed"
