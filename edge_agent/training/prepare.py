@@ -279,12 +279,11 @@ def admit(prepared: Prepared, plan: Plan, directory: JobDirectory) -> None:
         raise DiskFull(str(directory.path), needs)
 
 
-def learn_overhead(device: DeviceProfile, plan: Plan, rows: list[StageRow]) -> None:
-    """Remember what each stage that was measured would have had to be planned with."""
+def learn_overhead(device: DeviceProfile, rows: list[StageRow]) -> None:
+    """Remember what each stage that was measured would have had to be planned with, held against the plan that it ran under."""
     found: dict[str, int] = {}
     for row in rows:
-        planned_bytes = plan.planned_bytes(row.stage)
-        if planned_bytes and not row.resumed:
-            beyond_bytes = device.beyond_bytes(row.stage) + row.peak_bytes - planned_bytes
+        if row.planned_bytes and not row.resumed:
+            beyond_bytes = device.beyond_bytes(row.stage) + row.peak_bytes - row.planned_bytes
             found[row.stage] = max(beyond_bytes, found.get(row.stage, beyond_bytes))
     learn(device, found)

@@ -107,13 +107,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     records, cut_off, repairs, judgments = _complete(completion, work, plan, reporter)
     directory.write_rows("records.jsonl", records)
     with reporter.stage("encode") as row:
-        targets = work.method.targets(records, work.is_correct)
-        if not targets:
-            raise DatasetEmpty("dataset.jsonl", NO_TARGETS)
-        samples, development = (
-            [encode_target(tokenizer, work.prompts, t, work.files.context_tokens) for t in chosen]
-            for chosen in (targets, work.development_targets)
-        )
+        samples, development = _encode(work, records)
         row.tokens = sum(len(p) + len(s.answer) for s in samples for p in s.prompts.values())
     model = attach_adapter(model, job.lora, job.seed, job.model)
     with reporter.stage("score"):
@@ -150,7 +144,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
     )  # fmt: skip
     directory.write_result(result)
-    learn_overhead(work.device, plan, result.stages)
+    learn_overhead(work.device, result.stages)
     directory.forget_parts()
     return result
 
@@ -189,6 +183,18 @@ def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> 
         if "judge" in work.method.contexts:
             records, judgments, row.resumed = judge_outputs(c, records)
     return records, cut_off, repairs, judgments
+
+
+def _encode(work: Prepared, records: list[Record]) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples to train on, and those of the development questions. Raises DatasetEmpty."""
+    targets = work.method.targets(records, work.is_correct)
+    if not targets:
+        raise DatasetEmpty("dataset.jsonl", NO_TARGETS)
+    training, development = (
+        [encode_target(work.tokenizer, work.prompts, t, work.files.context_tokens) for t in chosen]
+        for chosen in (targets, work.development_targets)
+    )
+    return training, development
 
 
 def _kept(directory: JobDirectory, name: str, kind: type[T], make: Callable[[], list[T]]) -> tuple[list[T], bool]:
