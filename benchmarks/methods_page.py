@@ -11,14 +11,14 @@ from statistics import mean, median, stdev
 
 import msgspec
 from methods import ABLATION, DEFAULT, DOMAINS, QUESTIONS, REFT, ROWS, SCARCE_ROWS, SIZE_ROWS, TABLE, TUNING_SEEDS, WITHOUT, Outcome
+from page import drawn, write_parts
 from scipy.stats import t as student
 
 from edge_agent.files import write_file
 from edge_agent.training.outcome import versions
 from profiles.device import device_name
 
-ROOT = Path(__file__).parent.parent
-RESULTS, PAGE, PLOT = (ROOT / p for p in ("benchmarks/results/methods.json", "docs/benchmarks.md", "docs/benchmarks.svg"))
+RESULTS = Path(__file__).parent / "results" / "methods.json"
 NEVER_SEE_ANSWERS = (
     "SFT, correct outputs", "CUT", "NLFT released", "NLFT, token weights only, without standard answers",
     "control: all weights 1, without standard answers", "control: no wrong outputs, no standard answers",
@@ -68,14 +68,7 @@ def render(cells: list[Outcome]) -> None:
     bare = sorted((msgspec.structs.replace(c, base="") for c in cells), key=lambda c: c.key)
     results = Results(today, device_name("cpu"), versions(), bases, bare)
     write_file(RESULTS, msgspec.json.encode(results).replace(b'{"key":', b'\n{"key":') + b"\n")
-    text = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables(results).items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        head, _, rest = text.partition(start)
-        if not rest:
-            raise SystemExit(f"{PAGE} has no place for {name!r}")
-        text = head + start + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2]
-    write_file(PAGE, text.encode())
+    write_parts(tables(results))
     plot(cells)
 
 
@@ -201,24 +194,19 @@ def rate_table(cells: list[Outcome]) -> list[str]:
 
 def plot(cells: list[Outcome]) -> None:
     """Draw accuracy over the number of questions, a panel for each domain."""
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "edge-agent"
-    figure, axes = plt.subplots(1, len(DOMAINS), figsize=(12, 4), sharey=True)
-    for axis, domain in zip(axes, DOMAINS, strict=True):
-        for row, beside in zip(SIZE_ROWS, (0.94, 0.98, 1.02, 1.06), strict=True):  # side by side: intervals would hide one another
-            found: dict[int, list[float]] = defaultdict(list)
-            for c in cells:
-                if c.part in ("table", "sizes") and c.row == row and c.domain == domain:
-                    found[c.records].append(share(c.correct))
-            points = [(n, interval(values)) for n, values in sorted(found.items())]
-            axis.errorbar([n * beside for n, _ in points], [i.value for _, i in points], [i.half for _, i in points], label=row, capsize=3)
-        axis.set(
-            title=domain, xscale="log", xlabel="questions", xticks=[10, 25, 50, 100, 200], xticklabels=["10", "25", "50", "100", "200"]
-        )
-    axes[0].set_ylabel("accuracy in %")
-    axes[-1].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(PLOT, metadata={"Date": None})
+    with drawn("benchmarks.svg", 1, len(DOMAINS), figsize=(12, 4), sharey=True) as axes:
+        for axis, domain in zip(axes[0], DOMAINS, strict=True):
+            for row, beside in zip(SIZE_ROWS, (0.94, 0.98, 1.02, 1.06), strict=True):  # side by side: intervals would hide one another
+                found: dict[int, list[float]] = defaultdict(list)
+                for c in cells:
+                    if c.part in ("table", "sizes") and c.row == row and c.domain == domain:
+                        found[c.records].append(share(c.correct))
+                points = [(n, interval(values)) for n, values in sorted(found.items())]
+                axis.errorbar(
+                    [n * beside for n, _ in points], [i.value for _, i in points], [i.half for _, i in points], label=row, capsize=3
+                )
+            axis.set(
+                title=domain, xscale="log", xlabel="questions", xticks=[10, 25, 50, 100, 200], xticklabels=["10", "25", "50", "100", "200"]
+            )
+        axes[0][0].set_ylabel("accuracy in %")
+        axes[0][-1].legend(fontsize="small")

@@ -80,6 +80,20 @@ Way = Literal["bare", "released", "profiled"]
 WAYS: tuple[Way, ...] = get_args(Way)
 
 
+class Report(msgspec.Struct, frozen=True):
+    """The committed results."""
+
+    date: str
+    machine: str
+    versions: dict[str, str]
+    shape: str
+    records: int
+    turns: int
+    bound_percent: float
+    overhead: dict[str, Overhead]
+    epochs: list[dict[Way, Spent]]
+
+
 def silent(*_: object) -> None:
     pass
 
@@ -173,17 +187,10 @@ def main() -> None:
         work = prepare(write_model(Path(directory) / "model", options.shape), options.device, options.records, Path(directory))
         found = turns(work, options.turns)
     clocks = {clock: overhead(found, clock) for clock in Spent.__struct_fields__}
-    report = {
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "machine": device_name(options.device),
-        "versions": versions(),
-        "shape": options.shape,
-        "records": options.records,
-        "turns": options.turns,
-        "bound_percent": BOUND_PERCENT,
-        "overhead": clocks,
-        "epochs": found,
-    }
+    today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+    report = Report(
+        today, device_name(options.device), versions(), options.shape, options.records, options.turns, BOUND_PERCENT, clocks, found
+    )
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     print(json.dumps({clock: msgspec.to_builtins(o) for clock, o in clocks.items()}, indent=2))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from itertools import islice
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
@@ -29,6 +30,9 @@ BASE = {"micro_batch": 4, "instruction": 500, "records": 8, "joined": 1}
 SWEEPS: dict[str, tuple[int, ...]] = {
     "records": (8, 16, 32, 64), "joined": (1, 2, 4, 8), "instruction": (0, 250, 500, 1000, 2000), "micro_batch": (1, 2, 4, 8),
 }  # fmt: skip
+TITLES = {
+    "records": "records", "joined": "questions in a record", "instruction": "tokens of the instruction", "micro_batch": "micro-batch",
+}  # fmt: skip
 
 
 def exponent(values: tuple[int, ...], seconds: list[float]) -> float:
@@ -37,10 +41,19 @@ def exponent(values: tuple[int, ...], seconds: list[float]) -> float:
     return linear_regression(*map(list, zip(*pairs, strict=True))).slope
 
 
+def sweeps(rows: list[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Return the rows, as they were measured, by sweep and arm."""
+    rest = iter(rows)
+    return {name: _by_arm(list(islice(rest, len(values) * len(ARMS)))) for name, values in SWEEPS.items()}
+
+
+def _by_arm(rows: list[Row]) -> dict[str, list[Row]]:
+    return {arm: [r for r in rows if r.arm == arm] for arm in ARMS}
+
+
 def table(name: str, rows: list[Row]) -> Table:
     view = Table("arm", *map(str, SWEEPS[name]), "exponent", title=f"seconds an epoch (MiB) by {name}")
-    for arm in ARMS:
-        of_arm = [r for r in rows if r.arm == arm]
+    for arm, of_arm in _by_arm(rows).items():
         seconds = [median(r.seconds) for r in of_arm]
         cells = [f"{s:.2f} ({r.peak_bytes / MIB:,.0f})" for s, r in zip(seconds, of_arm, strict=True)]
         view.add_row(arm, *cells, f"{exponent(SWEEPS[name], seconds):.2f}")

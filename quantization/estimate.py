@@ -19,11 +19,15 @@ from quantization.shape import Shape, adapter_elements
 
 NF4_BYTES = 4.127 / 8
 """Bytes of one weight in NF4 with double quantisation, scales included."""
+SCALES_BYTES = 3 * 4 / 64
+"""Bytes of a weight's scale in 32 bits while it is quantised, three times: as it is, less the mean, and as it is compared."""
 ADAM_8BIT_BYTES = 1 + 4 / 256
 """Bytes of one moment in 8 bits with the scale of its block."""
 LAYER_OBJECTS_BYTES, ADAPTER_OBJECTS_BYTES, PASS_OBJECTS_BYTES = 340 * 2**10, 150 * 2**10, 200 * 2**10
 """What Python's objects and the smallest blocks take on the host, of a layer, of its adapter, and of what is kept of it for the backward
 pass: measured with 4, 12 and 30 layers."""
+MARGIN = 1.025
+"""What is planned, to what is counted: blocks of the heap are not filled, and what differs between runs is to lie within the plan."""
 ADAPTED = ("evaluate", "score", "train", "save")
 """Stages in which the adapter is there."""
 CHECKED_LOGITS = 3 * 8
@@ -74,7 +78,7 @@ def model_bytes(shape: Shape, device: DeviceProfile, rung: Rung) -> int:
 
 
 def with_overhead(stages: Iterable[StagePlan], shape: Shape, device: DeviceProfile) -> tuple[StagePlan, ...]:
-    """Return stages with what they hold beside all tensors, in the memory that the budget limits."""
+    """Return stages with the margin, and with what they hold beside all tensors in the memory that the budget limits."""
 
     def objects_bytes(stage: str) -> int:
         if device.kind == "discrete":
@@ -82,14 +86,24 @@ def with_overhead(stages: Iterable[StagePlan], shape: Shape, device: DeviceProfi
         adapter = ADAPTER_OBJECTS_BYTES if stage in ADAPTED else 0
         return shape.layers * (LAYER_OBJECTS_BYTES + adapter + (PASS_OBJECTS_BYTES if stage == "train" else 0))
 
-    return tuple(
-        msgspec.structs.replace(s, resident_bytes=s.resident_bytes + device.beyond_bytes(s.stage) + objects_bytes(s.stage)) for s in stages
-    )
+    def planned(s: StagePlan) -> StagePlan:
+        resident_bytes = int(MARGIN * (s.resident_bytes + objects_bytes(s.stage))) + device.beyond_bytes(s.stage)
+        return msgspec.structs.replace(s, resident_bytes=resident_bytes, transient_bytes=int(MARGIN * s.transient_bytes))
+
+    return tuple(map(planned, stages))
 
 
-def load_bytes(shape: Shape, device: DeviceProfile) -> int:
-    """Return what loading takes beside the model: weights come one by one, and a check of the whole model dequantises the largest."""
-    return shape.largest_linear * device.activation_bytes + CHECKED_LOGITS * shape.vocabulary * 4
+def load_bytes(shape: Shape, device: DeviceProfile, rung: Rung, base_bytes: int) -> int:
+    """Return what loading takes beside the model of `base_bytes`.
+
+    Weights come one by one, and a check of the whole model dequantises the largest. Those of the vocabulary come first; one that is to be
+    quantised is read whole, which may be more than all of the model.
+    """
+    check = shape.largest_linear * device.activation_bytes + CHECKED_LOGITS * shape.vocabulary * 4
+    if not rung.quantized_head:
+        return check
+    table, tables = shape.vocabulary * shape.hidden, 1 if shape.tied else 2
+    return max(check, int(table * (tables * NF4_BYTES + shape.stored_element_bytes + SCALES_BYTES)) - base_bytes)
 
 
 def moments_bytes(shape: Shape, job: Job, rung: Rung) -> int:
@@ -139,7 +153,7 @@ def estimate(
     if isinstance(job.method, ReftOptions):
         training = max(training, evaluate)
     found = (
-        ("load", base, load_bytes(shape, device)),
+        ("load", base, load_bytes(shape, device, rung, int(base))),
         ("evaluate", base + adapter, evaluate),
         ("sample", base, generation(lengths.generate)),
         ("repair", base, max(score, generation(lengths.repair)) if lengths.repair[1] else 0),

@@ -10,9 +10,11 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import engine_page
 import memory_plan
 import methods
 import methods_page
+from page import shown
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +24,8 @@ def results() -> Any:
 
 def test_page_shows_the_committed_results(results: Any) -> None:
     """Every table, to the character."""
-    page = methods_page.PAGE.read_text(encoding="utf-8")
-    for name, lines in methods_page.tables(results).items():
-        shown = page.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
-        assert shown.strip().split("\n") == lines, name
+    for name, lines in (methods_page.tables(results) | engine_page.parts()).items():
+        assert shown(name) == lines, name
 
 
 def test_cells_of_a_seed_are_held_against_the_same_questions(results: Any) -> None:
@@ -40,25 +40,9 @@ def test_cells_of_a_seed_are_held_against_the_same_questions(results: Any) -> No
         assert len(cells) == 3 * seeds, (part, row)
 
 
-def test_page_shows_the_committed_overhead() -> None:
-    """Both clocks, with their intervals."""
-    report = msgspec.json.decode((ROOT / "benchmarks" / "results" / "overhead.json").read_bytes())
-    page = methods_page.PAGE.read_text(encoding="utf-8")
-    for clock, found in report["overhead"].items():
-        running, once = found["running_percent"], found["once_s"]
-        cells = (
-            f"{running['value']:.2f} [{running['low']:.2f}, {running['high']:.2f}]",
-            f"{once['value']:.3f} [{once['low']:.3f}, {once['high']:.3f}]",
-        )
-        assert f"| `{clock}` | {found['epoch_s']} | {' | '.join(cells)} |" in page
-
-
-def test_page_shows_the_committed_memory_plan() -> None:
-    """Every line of the table, which is made of what was counted and measured; the runs that calibrate are not judged."""
+def test_errors_of_the_memory_plan_follow_from_what_was_measured() -> None:
+    """Every run of the cases that the benchmark names; those that calibrate are not judged."""
     report = msgspec.json.decode(memory_plan.RESULTS.read_bytes(), type=memory_plan.Report)
-    page = methods_page.PAGE.read_text(encoding="utf-8")
-    shown = page.partition("<!-- memory plan -->")[2].partition("<!-- end of memory plan -->")[0]
-    assert shown.strip().split("\n") == memory_plan.page(report)
     assert report.learned_bytes == memory_plan.learn(report.runs)
     assert [memory_plan.judged(run, report.learned_bytes) for run in report.runs] == report.runs
     assert [run.case for run in report.runs] == list(memory_plan.CASES)

@@ -51,7 +51,8 @@ def load_checkpoint(directory: Path, parameters: Parameters, optimizer: torch.op
     Without one (or with one of other work, or a broken one) returns the start and nothing.
     """
     try:
-        with safe_open(directory / FILE, framework="pt") as file:
+        # Mapped pages would count against the budget of the process.
+        with safe_open(directory / FILE, framework="pt", backend="pread") as file:
             progress = msgspec.json.decode((file.metadata() or {}).get("progress", "{}"), type=Progress)
             if progress.key != key:
                 return Progress(key), {}

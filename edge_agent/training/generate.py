@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from edge_agent.journal import Journal
+from edge_agent.training.key_values import read_beginning, reserve
 from edge_agent.training.packing import reads_trees
 from quantization.attention import shortest_window
 
@@ -117,8 +118,12 @@ def _generate(
     start, pad_id = [*prompts[0][:common]], tokenizer.pad_token_id
     ids = torch.tensor([[*start, *[pad_id] * n, *ids[common:]] for n, ids in zip(pads, prompts, strict=True)], device=model.device)
     mask = torch.tensor([[1] * common + [0] * n + [1] * (width - common - n) for n in pads], device=model.device)
-    cache = {"past_key_values": _read(model, start, len(prompts))} if common else {}
-    new = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise, **cache)[:, width:].tolist()
+    cache = reserve(model, len(prompts), width + limit) if reads_trees(model) else None
+    if common:
+        read_beginning(model, cache, start, len(prompts))
+    new = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=noise, past_key_values=cache
+    )[:, width:].tolist()  # fmt: skip
     lengths = [next((t for t, token in enumerate(row) if token in ends), len(row)) for row in new]
     return [Generated(row[: length + keep_end], length < len(row)) for row, length in zip(new, lengths, strict=True)]
 
@@ -133,14 +138,6 @@ def _common(model: Any, prompts: Sequence[Sequence[int]], longest: int) -> int:
         return 0
     first, *_, last = sorted(map(tuple, prompts))  # in lexicographic order the two with least in common
     return min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))), min(map(len, prompts)) - 1)
-
-
-def _read(model: Any, ids: list[int], rows: int) -> DynamicCache:
-    """Return the keys and values of a beginning, for as many rows as begin with it."""
-    cache = DynamicCache(config=model.config.get_text_config())
-    model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(rows)
-    return cache
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -28,7 +28,7 @@ from edge_agent.verify import find_verifier
 from profiles.calibration import calibrated, learn
 from profiles.device import DeviceProfile, detect_profile, free_bytes
 from profiles.recorder import StageRow
-from quantization.estimate import Lengths
+from quantization.estimate import MARGIN, Lengths
 from quantization.ladder import Rows
 from quantization.load import load_tokenizer
 from quantization.model_files import ModelFiles, find_model
@@ -284,6 +284,7 @@ def learn_overhead(device: DeviceProfile, rows: list[StageRow]) -> None:
     found: dict[str, int] = {}
     for row in rows:
         if row.planned_bytes and not row.resumed:
-            beyond_bytes = device.beyond_bytes(row.stage) + row.peak_bytes - row.planned_bytes
+            counted_bytes = int((row.planned_bytes - device.beyond_bytes(row.stage)) / MARGIN)
+            beyond_bytes = row.peak_bytes - counted_bytes
             found[row.stage] = max(beyond_bytes, found.get(row.stage, beyond_bytes))
     learn(device, found)

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig
+from transformers.cache_utils import DynamicCache
 
 from edge_agent.job import Job, ReftOptions
 from edge_agent.training.generate import GumbelNoise
 from edge_agent.training.head import answer_logp, weighted_loss
+from edge_agent.training.key_values import read_beginning, reserve
 from edge_agent.training.loop import trained
 from edge_agent.training.methods.method import Method
 from edge_agent.training.packing import answer_hidden, pack
@@ -96,16 +98,17 @@ class Rehearsal:
         on_device = self.device.kind != "discrete"
         client = CLIENT_BYTES if job.judging.source == "endpoint" and on_device else 0
         found = [
-            StagePlan("load", base, load_bytes(self.shape, self.device)),
+            StagePlan("load", base, load_bytes(self.shape, self.device, rung, base)),
             StagePlan("evaluate", base + adapter, max(evaluate, free_text)),
             StagePlan("sample", base, sample),
             StagePlan("repair", base, max(scored, self._generation(rung, batch, lengths.repair)) if lengths.repair[1] else 0),
             StagePlan("judge", base, self._generation(rung, batch, lengths.judge) or client),
             StagePlan("score", base + adapter, scored),
-            StagePlan("train", trained, 2 * adapter if on_device else 0, "resume"),
+            StagePlan("train", trained, adapter if on_device else 0, "resume"),
             StagePlan("train", trained, scored, "score"),
             *(StagePlan("train", trained, _transient(train, phase), phase) for phase in ("forward", "backward")),
-            StagePlan("train", trained - moments, max(moments, _transient(train, "optimizer")), "optimizer"),
+            # The rehearsed update makes the moments of 32 bits itself, beside the gradients.
+            StagePlan("train", trained if rung.adam_8bit else trained - moments, _transient(train, "optimizer"), "optimizer"),
             StagePlan("train", trained, 2 * (adapter + moments + kept) if on_device else 0, "checkpoint"),
             StagePlan("save", base + adapter + kept, 2 * adapter if on_device else 0),
         ]
@@ -122,7 +125,7 @@ class Rehearsal:
     def _train(self, rung: Rung) -> dict[str, int]:
         accumulates = rung.micro_batch < self.job.schedule.batch
         settings = (rung.micro_batch, rung.head_chunk, rung.checkpointing, rung.adam_8bit, rung.offload_checkpoints)
-        passed = self.method.references == "pass"
+        passed = self.method.references in ("pass", "live")
         work = partial(_train, rows=self.lengths.train, rung=rung, accumulates=accumulates, passed=passed)
         return self._run(("train", *settings), rung, work)
 
@@ -274,17 +277,16 @@ def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int, comm
         watch.begin("draw")
         GumbelNoise(1.0, [0] * batch, device)(ids_BT, logits_BV)
 
-    cache = DynamicCache(config=text)
+    cache = reserve(model, batch, prompt + new)
     if common:
         watch.begin("generate")
-        ids_BT = torch.ones(1, common, dtype=torch.long, device=device)
-        model.get_decoder()(input_ids=ids_BT, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(batch)
+        read_beginning(model, cache, [1] * common, batch)
     step(prompt - common, common, cache)
-    cache = DynamicCache(config=model.config)
+    dtype = cache.layers[0].keys.dtype
+    cache = reserve(model, batch, prompt + new)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    kept_BKTE = torch.empty(batch, heads, 1, size, dtype=dtype, device=device).expand(-1, -1, prompt + new - 1, -1)
     for layer in range(text.num_hidden_layers):
-        kept_BKTE = torch.empty(batch, heads, prompt + new - 1, size, dtype=model.dtype, device=device)
-        cache.update(kept_BKTE, kept_BKTE.clone(), layer)
+        cache.update(kept_BKTE, kept_BKTE, layer)
     step(1, prompt + new - 1, cache)

@@ -19,16 +19,23 @@ from quantization.plan import Plan
 
 @torch.no_grad()
 def score(
-    model: Any, samples: list[Sample], batch: int, chunk: int, pad_id: int, progress: Callable[[int, int, int], None], hidden: bool = False
-) -> Iterator[tuple[int, Scores]]:
+    model: Any, samples: list[Sample], batch: int, chunk: int, pad_id: int, progress: Callable[[int, int, int], None],
+    hidden: bool = False, of_pass: bool = False,
+) -> Iterator[tuple[int, Scores]]:  # fmt: skip
     """Yield (index, scores) of each sample once its last context is scored, on the CPU.
 
     `batch` contexts are scored at once; `progress` hears (done, total, tokens). With `hidden`, base contexts come last, so that no hidden
-    state has to wait for another context of its sample.
+    state has to wait for another context of its sample. With `of_pass`, the base context of a sample that is trained in it is left out,
+    and is all NaN: its training pass will give it.
     """
     model.eval()
     logp: dict[tuple[int, Context], torch.Tensor] = {}
-    work = [(i, context) for i, sample in enumerate(samples) for context in sample.prompts]
+    left_out = {i for i, sample in enumerate(samples) if of_pass and sample.target.prompt == "base"}
+    for i in left_out:
+        logp[i, "base"] = unscored(samples[i])
+        if len(samples[i].prompts) == 1:
+            yield i, Scores(logp.pop((i, "base")))
+    work = [(i, context) for i, sample in enumerate(samples) for context in sample.prompts if context != "base" or i not in left_out]
     rows = [(samples[i].prompts[context], samples[i].answer) for i, context in work]
     work = [work[n] for n in longest_first(rows)]
     if hidden:
@@ -48,23 +55,33 @@ def score(
                 yield i, Scores(logp.pop((i, "base")), standard, judge, hidden_TD.float().cpu() if hidden else None)
 
 
-def weigh(
-    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress
-) -> tuple[list[Scores], list[Weights]]:
-    """Return the scores that a method asks for, without hidden states, and the token weights that it makes of them."""
+def unscored(sample: Sample) -> torch.Tensor:
+    """Return what stands for the log-probabilities of a sample that are not known, T."""
+    return torch.full((len(sample.answer),), torch.nan)
+
+
+def score_all(
+    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress, of_pass: bool = False
+) -> Iterator[tuple[int, Scores]]:
+    """Yield (index, scores) of every sample, in no order, with what the method asks for; `of_pass` as `score` has it."""
 
     def count(done: int, total: int, tokens: int) -> None:
         progress(done, total, tokens, None, "score")
 
-    found: dict[int, tuple[Scores, Weights]] = {}
     scored = [i for i, s in enumerate(samples) if s.target.contexts is not None]
-    batch, chunk = 2 * plan.micro_batch, plan.head_chunk
-    for place, scores in score(model, [samples[i] for i in scored], batch, chunk, pad_id, count, method.needs_hidden):
-        i = scored[place]
+    yield from ((i, Scores(unscored(s))) for i, s in enumerate(samples) if s.target.contexts is None)
+    found = score(
+        model, [samples[i] for i in scored], 2 * plan.micro_batch, plan.head_chunk, pad_id, count, method.needs_hidden, of_pass
+    )  # fmt: skip
+    yield from ((scored[place], scores) for place, scores in found)
+
+
+def weigh(
+    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress
+) -> tuple[list[Scores], list[Weights]]:
+    """Return the scores that a method asks for, without hidden states, and the token weights that it makes of them."""
+    found: dict[int, tuple[Scores, Weights]] = {}
+    for i, scores in score_all(model, method, samples, plan, pad_id, progress):
         found[i] = replace(scores, hidden_TD=None), method.weights(samples[i].target, scores)
-    for i, sample in enumerate(samples):
-        if sample.target.contexts is None:
-            scores = Scores(torch.full((len(sample.answer),), torch.nan))
-            found[i] = scores, method.weights(sample.target, scores)
     every = [found[i] for i in range(len(samples))]
     return [scores for scores, _ in every], [weights for _, weights in every]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from edge_agent.training.loop import Training, check_finite, learning_rate, orde
 from edge_agent.training.methods.method import Scores, Weights
 from edge_agent.training.packing import Pack, answer_hidden, longest_first, pack
 from edge_agent.training.reporter import OnProgress
-from edge_agent.training.scoring import weigh
+from edge_agent.training.scoring import score_all, unscored, weigh
 
 
 class Weighted:
@@ -29,6 +30,7 @@ class Weighted:
         self._batches = order(len(samples), training.schedule, training.seed)
         self.updates = len(self._batches)
         self.parameters = trained(model)
+        self._drops_out = drops_out(model)
 
     def learning_rate(self, update: int) -> float:
         return learning_rate(update, self.updates, self._training.schedule)
@@ -51,7 +53,7 @@ class Weighted:
 
     def backward(self, update: int, progress: OnProgress) -> tuple[float, int]:
         """Add up the gradients of one update. The longest samples come first."""
-        samples, weights = self._batch(update, progress)
+        samples, known = self._batch(update, progress)
         self._model.train()
         plan, seed = self._training.plan, self._training.seed
         answer_tokens = sum(len(s.answer) for s in samples)
@@ -61,7 +63,7 @@ class Weighted:
             packed = pack(self._model, [self._row(s) for s in group], self._training.tokenizer.pad_token_id)
             torch.manual_seed(hash((seed, update, start)) & 0x7FFFFFFF)  # dropout; integers hash the same in every process
             hidden_ND = answer_hidden(self._model, packed, plan.offload_checkpoints)
-            likelihood_N, unlikelihood_N = self._on_device(self._of_pass(group, packed, hidden_ND) or weights[start : start + size])
+            likelihood_N, unlikelihood_N = self._on_device(self._weights_of(group, known[start : start + size], packed, hidden_ND))
             total = weighted_loss(self._model, hidden_ND, packed.target_ids_N, likelihood_N, unlikelihood_N, plan.head_chunk)
             part = total / answer_tokens
             part.backward()
@@ -75,32 +77,49 @@ class Weighted:
         """Prompt and answer that are trained on."""
         return sample.prompts[sample.target.prompt], sample.answer
 
-    def _batch(self, update: int, progress: OnProgress) -> tuple[list[Sample], list[Weights]]:
-        """Return the samples of an update and their weights, which are renewed first where the method asks for it."""
-        references, batch = self._training.method.references, self._training.schedule.batch
-        if references == "epoch" and starts_epoch(update, len(self._samples), batch):
-            self._weights = self._score(self._samples, progress)
+    def _batch(self, update: int, progress: OnProgress) -> tuple[list[Sample], list[Weights] | list[Scores]]:
+        """Return the samples of an update with their weights, or with scores that the training pass has to complete first.
+
+        They are renewed where the method asks for it. A pass without dropout gives the base context as scoring it would.
+        """
+        method, plan, pad_id = self._training.method, self._training.plan, self._training.tokenizer.pad_token_id
+        if method.references == "epoch" and starts_epoch(update, len(self._samples), self._training.schedule.batch):
+            self._weights = weigh(self._model, method, self._samples, plan, pad_id, progress)[1]
         of_update = self._batches[update]
         chosen = [of_update[n] for n in longest_first([self._row(self._samples[i]) for i in of_update])]
         samples = [self._samples[i] for i in chosen]
-        if references == "live":
-            # By its tokens only: the rows of one update are no progress that a person could follow.
-            return samples, self._score(samples, lambda done, total, tokens, *_: progress(update, self.updates, tokens, None, "score"))
-        return samples, [self._weights[i] for i in chosen]
+        if method.references == "pass":
+            return samples, [Scores(unscored(s)) for s in samples]
+        if method.references != "live":
+            return samples, [self._weights[i] for i in chosen]
 
-    def _score(self, samples: list[Sample], progress: OnProgress) -> list[Weights]:
-        method, plan, pad_id = self._training.method, self._training.plan, self._training.tokenizer.pad_token_id
-        return weigh(self._model, method, samples, plan, pad_id, progress)[1]
+        def told(done: int, total: int, tokens: int, *_: object) -> None:
+            progress(update, self.updates, tokens, None, "score")  # the rows of one update are no progress that a person could follow
 
-    def _of_pass(self, group: list[Sample], packed: Pack, hidden_ND: torch.Tensor) -> list[Weights]:
-        """Return the weights by b of the training pass itself, its dropout included; none where the method has others."""
+        if self._drops_out or method.needs_hidden:
+            return samples, weigh(self._model, method, samples, plan, pad_id, told)[1]
+        found = dict(score_all(self._model, method, samples, plan, pad_id, told, of_pass=True))
+        return samples, [found[i] for i in range(len(samples))]
+
+    def _weights_of(self, group: list[Sample], known: list[Weights] | list[Scores], packed: Pack, hidden_ND: torch.Tensor) -> list[Weights]:
+        """Return the weights of a group, made in the training pass, dropout included, of scores that lack the base context."""
+        if isinstance(known[0], Weights):
+            return known  # type: ignore[return-value]
         method = self._training.method
-        if method.references != "pass":
-            return []
-        logp_N = answer_logp(self._model, hidden_ND.detach(), packed.target_ids_N, self._training.plan.head_chunk)
-        return [method.weights(s.target, Scores(logp_T)) for s, logp_T in zip(group, logp_N.split(packed.lengths), strict=True)]
+        logp_N = answer_logp(self._model, hidden_ND.detach(), packed.target_ids_N, self._training.plan.head_chunk).cpu()
+        found = []
+        for sample, scores, logp_T in zip(group, known, logp_N.split(packed.lengths), strict=True):
+            complete = replace(scores, base_logp_T=logp_T) if sample.target.prompt == "base" else scores
+            found.append(method.weights(sample.target, complete))
+        return found
 
     def _on_device(self, weights: list[Weights]) -> tuple[torch.Tensor, torch.Tensor]:
         likelihood_N, unlikelihood_N = (torch.cat(w) for w in zip(*((w.likelihood_T, w.unlikelihood_T) for w in weights), strict=True))
         device = self._model.device
         return likelihood_N.to(device, torch.float32), unlikelihood_N.to(device, torch.float32)
+
+
+def drops_out(model: Any) -> bool:
+    """Whether a training pass is not what the model computes without dropout."""
+    layers = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    return layers or getattr(model.config.get_text_config(), "attention_dropout", 0.0) > 0

@@ -1,0 +1,44 @@
+"""The page of the benchmarks: its generated parts, and how plots are drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edge_agent.files import write_file
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+def shown(name: str) -> list[str]:
+    """Return the lines of a part as they stand on the page."""
+    return PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0].strip().split("\n")
+
+
+def write_parts(parts: Mapping[str, list[str]]) -> None:
+    """Put lines between the marks of their names on the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, lines in parts.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        head, _, rest = text.partition(start)
+        if not rest:
+            raise SystemExit(f"{PAGE} has no place for {name!r}")
+        text = head + start + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2]
+    write_file(PAGE, text.encode())
+
+
+@contextmanager
+def drawn(name: str, rows: int, columns: int, **options: Any) -> Iterator[Any]:
+    """Yield the panels of a figure, rows x columns, that is then written beside the page as SVG, always to the same bytes."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "edge-agent"
+    figure, axes = plt.subplots(rows, columns, squeeze=False, **options)
+    yield axes
+    figure.tight_layout()
+    figure.savefig(PAGE.parent / name, metadata={"Date": None})
+    plt.close(figure)
