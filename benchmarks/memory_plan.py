@@ -48,7 +48,9 @@ WITHIN = (-0.02, 0.08)
 
 TINY, LLAMA, SMOLLM, QWEN, LLAMA_1B, QWEN_1B = "tiny", "llama-100m", "smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "qwen2.5-1.5b"
 CASES = (
+    Case(TINY, 3, 6, 700, 100, calibrates=True),
     Case(LLAMA, 0, 3, 450, 150, calibrates=True),
+    Case(LLAMA, 3, 3, 500, 100, calibrates=True),
     Case(SMOLLM, 3, 2, 600, 200, calibrates=True),
     Case(QWEN, 1, 1, 350, 0, calibrates=True),
     *(Case(TINY, *sizes) for sizes in ((0, 6, 1100, 100), (1, 2, 1600, 0), (3, 10, 700, 200), (4, 6, 1300, 300), (5, 8, 1400, 0))),

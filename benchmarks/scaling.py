@@ -28,7 +28,7 @@ MIB = 2**20
 ARMS = ("SFT", "NLFT, scored live")
 BASE = {"micro_batch": 4, "instruction": 500, "records": 8, "joined": 1}
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "records": (8, 16, 32, 64), "joined": (1, 2, 4, 8), "instruction": (0, 250, 500, 1000, 2000), "micro_batch": (1, 2, 4, 8),
+    "records": (8, 16, 24, 32), "joined": (1, 2, 3, 4), "instruction": (0, 250, 500, 1000, 2000), "micro_batch": (1, 2, 4, 8),
 }  # fmt: skip
 TITLES = {
     "records": "records", "joined": "questions in a record", "instruction": "tokens of the instruction", "micro_batch": "micro-batch",

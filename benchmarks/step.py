@@ -8,7 +8,8 @@ all arms in turn, one at a time, so that ratios are of neighbours; of TRL's opti
 fastest there in the others. The ratio is the median over the rounds of an arm's seconds over those of that option in the same round.
 
 `--shape` takes the shapes of benchmarks/shapes.py, `--device cuda` runs on a GPU. Needs GSM8K's files (`--data`), and trl (the extra
-`bench`). About 50 minutes on two cores. Does not cover accuracy: benchmarks/methods.py.
+`bench`). About an hour on two cores, and half of that for one step of a larger model (`--shape qwen2.5-0.5b --micro-batch 4
+--instruction 500 --warm-up 0 --rounds 1`). Does not cover accuracy: benchmarks/methods.py.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class Arm:
         self._log.close()
 
 
-def measure(settings: list[Settings], rounds: int, shape: str) -> list[Row]:
-    """Return the rows of one setting: a round to warm up, the rounds that count, and one for memory.
+def measure(settings: list[Settings], rounds: int, shape: str, warm_up: int = 1) -> list[Row]:
+    """Return the rows of one setting: rounds to warm up, the rounds that count, and one for memory.
 
     Of TRL's options only the one that is the fastest in the first round goes on through the others.
     """
@@ -103,7 +104,8 @@ def measure(settings: list[Settings], rounds: int, shape: str) -> list[Row]:
         arms = [Arm(s) for s in settings]
         for arm in arms:
             stack.callback(arm.close)
-            arm.epoch("time")
+            for _ in range(warm_up):
+                arm.epoch("time")
         found = {arm.name: [arm.epoch("time")] for arm in arms}
         fastest = min((arm.name for arm in arms if arm.name in TRL), key=lambda name: found[name][0].seconds, default=None)
         going_on = [arm for arm in arms if arm.name not in TRL or arm.name == fastest]
@@ -168,6 +170,7 @@ def main() -> None:
     parser.add_argument("--instruction", type=int, nargs="+", default=[500, 0], help="tokens")
     parser.add_argument("--records", type=int, default=8, help="of an epoch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count, before the others")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--out", type=Path)
     options: Any = parser.parse_args()
@@ -179,7 +182,7 @@ def main() -> None:
             for micro in options.micro_batch:
                 names = (str(model), str(options.data), options.device)
                 settings = [Settings(arm, *names, micro, instruction, options.records) for arm in options.arms]
-                found = measure(settings, options.rounds, options.shape)
+                found = measure(settings, options.rounds, options.shape, options.warm_up)
                 Console(width=max(Console().width, 100)).print(table(found))
                 rows += found
                 write_report(out, options.device, rows)

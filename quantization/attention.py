@@ -8,7 +8,7 @@ Shapes: T tokens of the pack, H query heads, K key heads, C new tokens of a bran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +100,41 @@ def tree_attention(
         found = _attend(query_1HTE, key_1KTE, value_1KTE, attention_mask, dropout, scaling, softcap)
     else:
         tree.windows.add(sliding_window)
+        queries = query_1HTE.split([branch.stop - branch.start for branch in tree.branches], 2)
+        keys, values = (_rows_of(states, tree.branches) for states in (key_1KTE, value_1KTE))
         parts = []
-        for branch in tree.branches:
-            key, value = key_1KTE[:, :, branch.path_L], value_1KTE[:, :, branch.path_L]
+        for branch, query, key, value in zip(tree.branches, queries, keys, values, strict=True):
             window = sliding_window if sliding_window is not None and sliding_window < branch.length else None
             mask = None if branch.shared == 0 and window is None else tree.visible(branch, window, key.device)
-            parts.append(_attend(query_1HTE[:, :, branch.start : branch.stop], key, value, mask, dropout, scaling, softcap))
+            parts.append(_attend(query, key, value, mask, dropout, scaling, softcap))
         found = torch.cat(parts, 2)
     return found.transpose(1, 2).contiguous(), None
+
+
+def _rows_of(states_1KTE: torch.Tensor, branches: Sequence[Branch]) -> Iterable[torch.Tensor]:
+    """Return the keys or values of every branch's row, 1 x K x L x E each; without a gradient one exists at a time."""
+    if torch.is_grad_enabled() and states_1KTE.requires_grad:
+        return _Paths.apply(states_1KTE, branches)  # type: ignore[no-any-return, no-untyped-call]
+    return (states_1KTE[:, :, branch.path_L] for branch in branches)
+
+
+class _Paths(torch.autograd.Function):
+    """The rows of all branches, whose gradients are added up in one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, states_1KTE: torch.Tensor, branches: Sequence[Branch]) -> tuple[torch.Tensor, ...]:
+        ctx.branches, ctx.shape = branches, states_1KTE.shape
+        return tuple(states_1KTE[:, :, branch.path_L] for branch in branches)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total_1KTE = grads[0].new_zeros(ctx.shape)
+        for branch, grad_1KLE in zip(ctx.branches, grads, strict=True):
+            if isinstance(branch.path_L, slice):
+                total_1KTE[:, :, branch.path_L] += grad_1KLE
+            else:
+                total_1KTE.index_add_(2, branch.path_L, grad_1KLE)
+        return total_1KTE, None
 
 
 def _attend(

@@ -16,6 +16,7 @@ from profiles.device import DeviceProfile
 from profiles.memory import lacks_memory
 from quantization.attention import TREE, Branch, Tree, shortest_window, tree_inputs
 from quantization.cache import ModelCache, own_weights
+from quantization.logits import Finish
 from quantization.model_files import ModelFiles, weight_files
 from quantization.nf4 import choose_kernel, use_kernel
 from quantization.quantizer import Nf4Config
@@ -23,7 +24,7 @@ from quantization.shape import read_shape
 from quantization.stored import Damaged, StoredTensor, stored_tensors
 from quantization.vocabulary import find_vocabulary
 
-HEAD_PROBLEM = "its output head scales or caps the logits, which the training loss does not support yet"
+HEAD_PROBLEM = "it does more with its logits than the training loss knows: a factor, and a bound by a hyperbolic tangent"
 BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
 """What transformers raises on files that it cannot read."""
 
@@ -143,12 +144,10 @@ def _check_quantised(files: ModelFiles, model: torch.nn.Module) -> None:
 @torch.no_grad()
 def _check_head(files: ModelFiles, model: Any) -> None:
     """The engine applies the output head to chosen positions itself; a model whose head does more must not pass unnoticed."""
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
-        raise ModelUnsupported(files.name, HEAD_PROBLEM)
+    finish = Finish.of(model.config.get_text_config())
     ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     whole = model(input_ids=ids).logits.float()
-    parts = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state).float()
+    parts = finish(model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state).float())
     if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
         raise ModelUnsupported(files.name, HEAD_PROBLEM)
 

@@ -62,11 +62,12 @@ class NarrowHead(nn.Linear):
         self.weight = nn.Parameter(self.weight.data.to(stored), requires_grad=False)
 
     def slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield slices of rows, R x D."""
+        """Yield slices of rows, R x D, each in the memory of the one before."""
         step = max(1, SLICE // self.in_features)
+        wide_RD = self.weight.new_empty(min(step, self.out_features), self.in_features, dtype=dtype)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            yield rows, self.weight[rows].to(dtype)
+            yield rows, wide_RD[: rows.stop - start].copy_(self.weight[rows])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits in the type of the hidden states."""

@@ -91,9 +91,9 @@ def test_without_the_guard_gradients_would_be_wrong(tiny_model: Path, monkeypatc
 
 
 def _random(directory: Path, shape: str, tied: bool, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a model of a shape with random weights, whose head does nothing to the logits."""
+    """Write a model of a shape with random weights."""
     config = copy.deepcopy(SHAPES[shape])
-    config.update({"tie_word_embeddings": tied, "final_logit_softcapping": None})
+    config.update({"tie_word_embeddings": tied})
     torch.manual_seed(4)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(directory)
     return directory

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from edge_agent.training.head import answer_logp, weighted_loss
 from edge_agent.training.packing import answer_hidden, pack
@@ -35,14 +36,22 @@ def test_packed_scores_equal_single_rows(model: Any) -> None:
     torch.testing.assert_close(logp, torch.cat([_plain_logp(model, p, a) for p, a in ROWS]), rtol=1e-4, atol=1e-4)
 
 
-def test_weighted_loss_and_gradient_equal_the_formula(model: Any) -> None:
-    """The sum of likelihood * -log b + unlikelihood * -log(1 - b), and its gradient, in chunks of any size."""
+@pytest.mark.parametrize(
+    "says", [{}, {"final_logit_softcapping": 3.0}, {"logit_scale": 0.5}, {"logits_scaling": 4.0, "final_logit_softcapping": 2.0}]
+)
+def test_weighted_loss_and_gradient_equal_the_formula(says: dict[str, float], model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of likelihood * -log b + unlikelihood * -log(1 - b), and its gradient, in chunks of any size, for logits of any finish."""
+    for name, value in says.items():
+        monkeypatch.setattr(model.config, name, value, raising=False)
     packed = pack(model, ROWS, 1)
     hidden = answer_hidden(model, packed).detach()
     likelihood = torch.tensor([1.0, 0.5, 0, 2, 1, 1, 0, 0.3, 1, 1])
     unlikelihood = torch.tensor([0.0, 0.5, 2, 0, 0, 0, 1, 0, 0, 0.1])
     plain = hidden.clone().requires_grad_()
-    b = model.get_output_embeddings()(plain).float().softmax(-1).gather(1, packed.target_ids_N[:, None])[:, 0]
+    logits = model.get_output_embeddings()(plain).float() * says.get("logit_scale", 1) / says.get("logits_scaling", 1)
+    if bound := says.get("final_logit_softcapping"):
+        logits = bound * torch.tanh(logits / bound)
+    b = logits.softmax(-1).gather(1, packed.target_ids_N[:, None])[:, 0]
     wanted = (likelihood * -b.log() + unlikelihood * -torch.log(1 - b)).sum()
     wanted.backward()
     for chunk in (1, 3, 64):
@@ -55,6 +64,8 @@ def test_weighted_loss_and_gradient_equal_the_formula(model: Any) -> None:
 
 class _Head:
     """The smallest model that `weighted_loss` needs: an output head that gives its input back."""
+
+    config = LlamaConfig()
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return torch.nn.Identity()

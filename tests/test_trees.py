@@ -85,8 +85,8 @@ def _alone(model: Any, rows: list[Row]) -> torch.Tensor:
     """The loss that the formulas give, row by row through the whole model."""
     total = torch.zeros(())
     for prompt, answer in rows:
-        logits = model.get_decoder()(input_ids=torch.tensor([prompt + answer]), use_cache=False).last_hidden_state
-        logp = model.get_output_embeddings()(logits)[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
         total = total - logp.sum() - 0.5 * torch.log1p(-logp.exp()).sum()
     return total
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from quantization.logits import Finish
+
 ROWS = 32
 """Rows of logits that are widened to 32 bits at once."""
 
@@ -27,10 +29,10 @@ class AnswerScores(NamedTuple):
 @torch.no_grad()
 def answer_scores(model: Any, hidden_ND: torch.Tensor, target_ids_N: torch.Tensor, chunk: int) -> AnswerScores:
     """Return the scores of every answer token; at most `chunk` x V logits exist at once."""
-    head = model.get_output_embeddings()
+    head, finish = _head(model)
     parts = []
     for hidden_CD, ids_C in zip(hidden_ND.split(chunk), target_ids_N.split(chunk), strict=True):
-        logits_CV = head(hidden_CD).float()
+        logits_CV = finish(head(hidden_CD).float())
         lse_C, best = logits_CV.logsumexp(1), logits_CV.max(1)
         parts.append((logits_CV.gather(1, ids_C[:, None])[:, 0] - lse_C, best.values - lse_C, best.indices))
     return AnswerScores(*map(torch.cat, zip(*parts, strict=True)))
@@ -38,13 +40,17 @@ def answer_scores(model: Any, hidden_ND: torch.Tensor, target_ids_N: torch.Tenso
 
 def answer_logp(model: Any, hidden_ND: torch.Tensor, target_ids_N: torch.Tensor, chunk: int) -> torch.Tensor:
     """Return the log-probability of every answer token in 32 bits; at most `chunk` x V logits exist at once, with a gradient too."""
-    head = model.get_output_embeddings()
+    head, finish = _head(model)
     chunks = zip(hidden_ND.split(chunk), target_ids_N.split(chunk), strict=True)
-    return torch.cat([checkpoint(_chunk_logp, head, hidden_CD, ids_C, use_reentrant=False) for hidden_CD, ids_C in chunks])
+    return torch.cat([checkpoint(_chunk_logp, head, finish, hidden_CD, ids_C, use_reentrant=False) for hidden_CD, ids_C in chunks])
 
 
-def _chunk_logp(head: torch.nn.Module, hidden_CD: torch.Tensor, ids_C: torch.Tensor) -> torch.Tensor:
-    logits_CV: torch.Tensor = head(hidden_CD).float()
+def _head(model: Any) -> tuple[torch.nn.Module, Finish]:
+    return model.get_output_embeddings(), Finish.of(model.config.get_text_config())
+
+
+def _chunk_logp(head: torch.nn.Module, finish: Finish, hidden_CD: torch.Tensor, ids_C: torch.Tensor) -> torch.Tensor:
+    logits_CV: torch.Tensor = finish(head(hidden_CD).float())
     return logits_CV.gather(1, ids_C[:, None])[:, 0] - logits_CV.logsumexp(1)
 
 
@@ -57,7 +63,7 @@ def weighted_loss(
     a chunk, which its gradient takes the place of, a few rows of them exist in 32 bits. The head gets no gradient.
     """
     parts = hidden_ND, target_ids_N, likelihood_N, unlikelihood_N
-    loss: torch.Tensor = _FrozenHeadLoss.apply(*parts, model.get_output_embeddings(), chunk)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _FrozenHeadLoss.apply(*parts, *_head(model), chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -70,6 +76,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         likelihood_N: torch.Tensor,
         unlikelihood_N: torch.Tensor,
         head: torch.nn.Module,
+        finish: Finish,
         chunk: int,
     ) -> torch.Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
@@ -82,7 +89,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 hidden_CD = hidden_CD.detach().requires_grad_(needed)
                 logits_CV = head(hidden_CD)
             grad_CV = logits_CV.detach()
-            total += _loss_and_gradient(grad_CV, *of_chunk)
+            total += _loss_and_gradient(grad_CV, *of_chunk, finish)
             if grad_ND is not None:
                 (grad_ND[start : start + chunk],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
         ctx.save_for_backward(grad_ND)
@@ -91,22 +98,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad.to(grad_ND.dtype), None, None, None, None, None
+        return grad_ND * grad.to(grad_ND.dtype), None, None, None, None, None, None
 
 
 def _loss_and_gradient(
-    logits_CV: torch.Tensor, ids_C: torch.Tensor, likelihood_C: torch.Tensor, unlikelihood_C: torch.Tensor
+    logits_CV: torch.Tensor, ids_C: torch.Tensor, likelihood_C: torch.Tensor, unlikelihood_C: torch.Tensor, finish: Finish
 ) -> torch.Tensor:
     """Return the loss of a chunk, and put its gradient for the logits in their place, in their type; a few rows at a time in 32 bits.
 
-    With l and u the weights and p the softmax, the gradient is (l + u) p - l at the target and (l + u) p - u q elsewhere, where q is the
-    softmax over all tokens but the target.
+    With l and u the weights and p the softmax, the gradient of the finished logits is (l + u) p - l at the target and (l + u) p - u q
+    elsewhere, where q is the softmax over all tokens but the target.
     """
     total = torch.zeros((), device=logits_CV.device)
     for start in range(0, len(logits_CV), ROWS):
         rows = slice(start, start + ROWS)
         logits_RV, ids_R1, likelihood_R1, unlikelihood_R1 = logits_CV[rows], *(x[rows, None] for x in (ids_C, likelihood_C, unlikelihood_C))
-        logp_RV = logits_RV.log_softmax(1, dtype=torch.float32)
+        finished_RV = finish(logits_RV.float())
+        logp_RV = finished_RV.log_softmax(1)
         total -= (likelihood_R1 * logp_RV.gather(1, ids_R1)).sum()
         grad_RV = logp_RV.exp().mul_(likelihood_R1 + unlikelihood_R1).scatter_add_(1, ids_R1, -likelihood_R1)
         if unlikelihood_R1.any():
@@ -115,5 +123,5 @@ def _loss_and_gradient(
             rest_R1 = others_RV.logsumexp(1, keepdim=True)
             total -= (unlikelihood_R1 * rest_R1).sum()
             grad_RV -= others_RV.sub_(rest_R1).exp_().mul_(unlikelihood_R1)
-        logits_RV.copy_(grad_RV)
+        logits_RV.copy_(finish.to_head(grad_RV, finished_RV))
     return total

@@ -30,7 +30,7 @@ from profiles.device import DeviceProfile
 from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.attention import TREE
 from quantization.dry_run import LiveBytes, counted, ghost_model, takes_trees
-from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, load_bytes, moments_bytes, with_overhead
+from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, holes_bytes, load_bytes, moments_bytes, with_overhead
 from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
 from quantization.model_files import ModelFiles
 from quantization.plan import NONE_MISSED, Missed, Plan, RungCost, StagePlan, Survey, make_plan, smallest
@@ -99,7 +99,7 @@ class Rehearsal:
         client = CLIENT_BYTES if job.judging.source == "endpoint" and on_device else 0
         found = [
             StagePlan("load", base, load_bytes(self.shape, self.device, rung, base)),
-            StagePlan("evaluate", base + adapter, max(evaluate, free_text)),
+            StagePlan("evaluate", base + adapter + holes_bytes(adapter, self.device), max(evaluate, free_text)),
             StagePlan("sample", base, sample),
             StagePlan("repair", base, max(scored, self._generation(rung, batch, lengths.repair)) if lengths.repair[1] else 0),
             StagePlan("judge", base, self._generation(rung, batch, lengths.judge) or client),
