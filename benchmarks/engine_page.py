@@ -28,8 +28,14 @@ EPOCHS = 10
 
 
 def read_rows(name: str) -> list[step.Row]:
-    """Return the rows of a committed result of step.py or scaling.py."""
-    return msgspec.json.decode((RESULTS / f"{name}.json").read_bytes(), type=step.Report).rows
+    """Return the rows of a committed result of step.py or scaling.py, none where there is no such result."""
+    file = RESULTS / f"{name}.json"
+    return msgspec.json.decode(file.read_bytes(), type=step.Report).rows if file.exists() else []
+
+
+def read_steps() -> list[step.Row]:
+    """Return the rows of all results of step.py."""
+    return [row for name in STEPS for row in read_rows(name)]
 
 
 def settings(rows: list[step.Row]) -> Iterator[list[step.Row]]:
@@ -119,14 +125,15 @@ def overhead_lines() -> list[str]:
 
 
 def parts() -> dict[str, list[str]]:
-    """Return the generated parts of the page by their names."""
-    rows = [r for name in STEPS for r in read_rows(name)]
+    """Return the generated parts of the page by their names, of what has been measured."""
     planned = msgspec.json.decode(memory_plan.RESULTS.read_bytes(), type=memory_plan.Report)
     held = msgspec.json.decode(rungs.RESULTS.read_bytes(), type=rungs.Report)
-    return {
-        "claims": claim_lines(rows), "step": step_lines(rows), "scaling": scaling_lines(read_rows(SCALING)),
-        "overhead": overhead_lines(), "memory plan": memory_plan.page(planned), **rungs.page(held),
-    }  # fmt: skip
+    found = {"overhead": overhead_lines(), "memory plan": memory_plan.page(planned), **rungs.page(held)}
+    if rows := read_steps():
+        found |= {"claims": claim_lines(rows), "step": step_lines(rows)}
+    if rows := read_rows(SCALING):
+        found["scaling"] = scaling_lines(rows)
+    return found
 
 
 def plot_steps(rows: list[step.Row]) -> None:
@@ -162,8 +169,10 @@ def plot_scaling(rows: list[step.Row]) -> None:
 
 def main() -> None:
     write_parts(parts())
-    plot_steps([r for name in STEPS for r in read_rows(name)])
-    plot_scaling(read_rows(SCALING))
+    if rows := read_steps():
+        plot_steps(rows)
+    if rows := read_rows(SCALING):
+        plot_scaling(rows)
 
 
 if __name__ == "__main__":

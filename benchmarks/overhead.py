@@ -42,7 +42,7 @@ from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from profiles.device import device_name
 from profiles.energy import find_meter
-from profiles.memory import HostMemory, fix_malloc
+from profiles.memory import HostMemory, keep_freed
 from profiles.sampler import sampled
 from quantization.adapter import attach_adapter
 from quantization.load import load_model
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options: Any = parser.parse_args()
     torch.set_num_threads(1)
-    fix_malloc()  # as a job does
+    keep_freed()  # as a job does whose budget has room
     with tempfile.TemporaryDirectory() as directory:
         work = prepare(write_model(Path(directory) / "model", options.shape), options.device, options.records, Path(directory))
         found = turns(work, options.turns)

@@ -1,8 +1,8 @@
 """What the rungs of the ladder hold and what they cost: `python benchmarks/rungs.py` writes benchmarks/results/rungs.json.
 
 Budgets: for every rung that the planner chooses at some budget, a job is trained by the command line with the budget in the middle of those
-at which it is chosen. Held against the budget is the kernel's peak of the whole process (its resource usage), which nothing of the engine
-measures. Which budgets these are the planner says itself before.
+at which it is chosen. Held against the budget is the kernel's peak of the process, looked at from outside twenty times a second. Which
+budgets these are the planner says itself before.
 
 Accuracy: rungs 4 and 5 quantise the optimizer's moments and the vocabulary. Jobs of the shipped model train on the same questions and
 outputs as in benchmarks/methods.py, on rung 0, with 8-bit Adam (4), and with head and embedding in NF4 as well (5); differences are taken
@@ -17,10 +17,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,8 +52,8 @@ from profiles.device import device_name
 
 RESULTS = Path(__file__).parent / "results" / "rungs.json"
 MIB = 2**20
-RECORDS, QUESTIONS = 8, 500
-SHORT = {"schedule.updates": 2, "schedule.batch": 8, "evaluation.questions": 1, "evaluation.max_new_tokens": 4, "method.name": "sft"}
+RECORDS, QUESTIONS, LOOK_S = 8, 500, 0.05
+SHORT = {"schedule.updates": 2, "schedule.batch": 8, "evaluation.questions": 0, "evaluation.verifier": "exact", "method.name": "sft"}
 DOMAINS, SEEDS, RATE = ("chain", "reversed"), (1, 2, 3, 4, 5), 1.5e-3
 QUANTISED: dict[int, dict[str, bool]] = {0: {}, 4: {"adam_8bit": True}, 5: {"adam_8bit": True, "quantized_head": True}}
 
@@ -123,17 +126,20 @@ def train(shape: str, model: Path, data: Path, budget_bytes: int, out: Path) -> 
     directory = JobDirectory(out)
     directory.create(job_of(model, data, budget_bytes), data, None)
     command = [sys.executable, "-m", "edge_agent", "train", str(out)]
-    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
-    child = os.posix_spawn(
-        sys.executable, command, os.environ | {"EDGE_AGENT_CACHE_LIMIT": "0"},
-        file_actions=[(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)],
-    )  # fmt: skip
-    _, code, usage = os.wait4(child, 0)
+    log, peak_bytes = out.with_suffix(".log"), 0
+    environment = os.environ | {"EDGE_AGENT_CACHE_LIMIT": "0"}
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as child:  # noqa: S603
+        status = Path(f"/proc/{child.pid}/status")
+        while child.poll() is None:
+            with suppress(OSError, StopIteration):
+                line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+                peak_bytes = max(peak_bytes, int(line.split()[1]) * 1024)
+            time.sleep(LOOK_S)
     result = directory.read_result()
-    if code or result is None or result.plan is None:
-        raise SystemExit(f"with {budget_bytes / MIB:.0f} MiB: {out.with_suffix('.log').read_text()[-2000:]}")
+    if result is None or result.plan is None:
+        raise SystemExit(f"with {budget_bytes / MIB:.0f} MiB: {log.read_text()[-2000:]}")
     plan = result.plan
-    return Budget(shape, plan.number, plan.rung, budget_bytes, plan.peak_bytes, usage.ru_maxrss * 1024, len(result.misses))
+    return Budget(shape, plan.number, plan.rung, budget_bytes, plan.peak_bytes, peak_bytes, len(result.misses))
 
 
 def budgets(shape: str) -> list[Budget]:
@@ -179,7 +185,7 @@ def _share(answers: list[Answer]) -> float:
 def qualities(workers: int) -> list[Trained]:
     """Train on all rungs, domains and seeds; datasets are made first, because two workers would make one at once."""
     with tempfile.TemporaryDirectory() as place:
-        out = Path(place)
+        os.environ["XDG_STATE_HOME"], out = f"{place}/state", Path(place)
         for domain, seed in product(DOMAINS, SEEDS):
             dataset(Cell("table", "NLFT", domain, TABLE, seed, RATE, QUESTIONS), out)
         cases = list(product(QUANTISED, DOMAINS, SEEDS))

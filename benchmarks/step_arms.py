@@ -1,8 +1,8 @@
 """What `benchmarks/step.py` holds side by side, each in a process of its own: `python benchmarks/step_arms.py SETTINGS`.
 
-A process makes its model, then runs one epoch for every line on standard input and answers with what it took, as a line of JSON. The engine
-runs as a job does, with the thresholds of the C library's malloc fixed (profiles/memory.py), which costs time; the others get them
-when a line says `memory`, so that theirs is the memory in use too, and their time is not spent on that.
+A process makes its model, then runs one epoch for every line on standard input and answers with what it took, as a line of JSON. Where a
+line says `memory`, freed memory is given back at once (profiles/memory.py), so that what is measured is in use; that costs time, and the
+epochs whose time is taken keep it, the engine's as a job does whose budget has room.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from edge_agent.training.methods.sft import Sft
 from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from profiles.device import device_profile
-from profiles.memory import CudaMemory, HostMemory, Memory, fix_malloc
+from profiles.memory import CudaMemory, HostMemory, Memory, fix_malloc, keep_freed
 from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.ladder import HEAD_CHUNK
 from quantization.load import load_model
@@ -83,7 +83,7 @@ class Work(NamedTuple):
 
 def ours(work: Work, method: Any, rows: list[Sample], score_only: bool = False) -> Callable[[], int]:
     """The engine: a pack a micro-batch; weights by the method, renewed when it says."""
-    fix_malloc()
+    keep_freed()
     s = work.settings
     model = attach_adapter(load_model(find_model(s.model), device_profile(s.device)), LORA, SEED, s.model)
     checkpoint_activations(model)

@@ -12,6 +12,8 @@ import psutil
 
 MMAP_THRESHOLD_BYTES = 512 * 2**10
 """Smaller, and small models take twice the time, most of it the kernel's; larger, and the heap has holes that no plan foresees."""
+KEPT_BELOW_BYTES = 32 * 2**20
+"""Blocks that stay with a process that keeps what it frees; the C library allows no more."""
 FILE_PAGES_BYTES = 8 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -126,10 +128,17 @@ def fix_malloc() -> bool:
 
     Returns False where the C library has no mallopt.
     """
+    return _tune_malloc(MMAP_THRESHOLD_BYTES, MMAP_THRESHOLD_BYTES)
+
+
+def keep_freed() -> bool:
+    """Make glibc keep what is freed for what is allocated next, so that its pages are not fetched again; False as for `fix_malloc`."""
+    return _tune_malloc(KEPT_BELOW_BYTES, 2**30)
+
+
+def _tune_malloc(mmap_from_bytes: int, trim_from_bytes: int) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return bool(
-        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_ARENA_MAX, 2)
-    )
+    return bool(mallopt(_M_MMAP_THRESHOLD, mmap_from_bytes) and mallopt(_M_TRIM_THRESHOLD, trim_from_bytes) and mallopt(_M_ARENA_MAX, 2))

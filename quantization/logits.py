@@ -22,10 +22,10 @@ class Finish:
         return cls(factor, getattr(config, "final_logit_softcapping", None))
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the finished logits; the same tensor where nothing is done."""
+        """Return the finished logits, in 32 bits; the same tensor where nothing is done."""
         if self.factor != 1:
-            logits = logits * self.factor
-        return logits if self.bound is None else (logits / self.bound).tanh() * self.bound
+            logits = logits.float() * self.factor
+        return logits if self.bound is None else (logits.float() / self.bound).tanh() * self.bound
 
     def to_head(self, grad: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
         """Return the gradient for the head's logits, of that for the finished ones."""

@@ -21,6 +21,11 @@ GUESS_TOLERANCE = 1.2
 """A closed form that is over the budget by more than this factor is not worth a dry run."""
 
 
+ROOM = 4
+"""Of what comes and goes in a stage the multiple that a process on the host may take where it keeps what it frees: holes of the heap, up
+to 3.6 times as measured."""
+
+
 class StagePlan(msgspec.Struct, frozen=True):
     """Bytes of one stage, or of one phase of it: what stays and what comes and goes."""
 
@@ -33,6 +38,11 @@ class StagePlan(msgspec.Struct, frozen=True):
     @property
     def peak_bytes(self) -> int:
         return self.resident_bytes + self.transient_bytes
+
+    @property
+    def roomy_bytes(self) -> int:
+        """The peak where the process keeps what it frees."""
+        return self.resident_bytes + ROOM * self.transient_bytes
 
     @property
     def name(self) -> str:
@@ -57,6 +67,13 @@ class Plan(msgspec.Struct, frozen=True):
     embedding_on_host: bool = False
     offload_checkpoints: bool = False
     rows: Layout = "shared"
+    keeps_freed: bool = False
+    """The process keeps what it frees, which is faster on a processor: the budget has room for it."""
+
+    @property
+    def roomy_bytes(self) -> int:
+        """The peak where the process keeps what it frees."""
+        return max(s.roomy_bytes for s in self.stages)
 
     @property
     def peak_bytes(self) -> int:
@@ -68,7 +85,8 @@ class Plan(msgspec.Struct, frozen=True):
         return max(self.stages, key=lambda s: s.peak_bytes)
 
     def planned_bytes(self, stage: str) -> int | None:
-        return max((s.peak_bytes for s in self.stages if s.stage == stage), default=None)
+        """Return what a stage may take, None for one that is not planned."""
+        return max((s.roomy_bytes if self.keeps_freed else s.peak_bytes for s in self.stages if s.stage == stage), default=None)
 
 
 class RungCost(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from edge_agent.errors import DoesNotFit, ModelUnsupported
 from edge_agent.job import Dataset, Job, Lora, ReftOptions, Schedule, SftOptions
 from profiles.calibration import KEPT, calibrated, learn
 from profiles.device import DeviceProfile, device_profile
-from quantization.estimate import NF4_BYTES, Lengths, estimate, make_estimate
+from quantization.estimate import MARGIN, NF4_BYTES, Lengths, estimate, make_estimate
 from quantization.ladder import Rows, Rung, ladder, relative_time
 from quantization.model_files import ModelFiles, find_model
 from quantization.shape import Shape, adapter_elements, read_shape
@@ -161,7 +161,8 @@ def test_reft_is_planned_with_its_sampling() -> None:
         for m in (SftOptions(), ReftOptions())
     )
     assert {name for name in plain if plain[name] != reft[name]} == {"train", "save"}
-    assert reft["train"].resident_bytes - plain["train"].resident_bytes == adapter_elements(shape, job.lora) * 4
+    kept_bytes = MARGIN * adapter_elements(shape, job.lora) * 4
+    assert reft["train"].resident_bytes - plain["train"].resident_bytes == pytest.approx(kept_bytes, abs=2)
     assert reft["train"].transient_bytes == reft["evaluate"].transient_bytes > plain["train"].transient_bytes
 
 

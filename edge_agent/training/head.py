@@ -89,7 +89,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 hidden_CD = hidden_CD.detach().requires_grad_(needed)
                 logits_CV = head(hidden_CD)
             grad_CV = logits_CV.detach()
-            total += _loss_and_gradient(grad_CV, *of_chunk, finish)
+            total += _loss_and_gradient(finish, grad_CV, *of_chunk)
             if grad_ND is not None:
                 (grad_ND[start : start + chunk],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
         ctx.save_for_backward(grad_ND)
@@ -102,7 +102,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    logits_CV: torch.Tensor, ids_C: torch.Tensor, likelihood_C: torch.Tensor, unlikelihood_C: torch.Tensor, finish: Finish
+    finish: Finish, logits_CV: torch.Tensor, ids_C: torch.Tensor, likelihood_C: torch.Tensor, unlikelihood_C: torch.Tensor
 ) -> torch.Tensor:
     """Return the loss of a chunk, and put its gradient for the logits in their place, in their type; a few rows at a time in 32 bits.
 
@@ -113,8 +113,8 @@ def _loss_and_gradient(
     for start in range(0, len(logits_CV), ROWS):
         rows = slice(start, start + ROWS)
         logits_RV, ids_R1, likelihood_R1, unlikelihood_R1 = logits_CV[rows], *(x[rows, None] for x in (ids_C, likelihood_C, unlikelihood_C))
-        finished_RV = finish(logits_RV.float())
-        logp_RV = finished_RV.log_softmax(1)
+        finished_RV = finish(logits_RV)
+        logp_RV = finished_RV.log_softmax(1, dtype=torch.float32)
         total -= (likelihood_R1 * logp_RV.gather(1, ids_R1)).sum()
         grad_RV = logp_RV.exp().mul_(likelihood_R1 + unlikelihood_R1).scatter_add_(1, ids_R1, -likelihood_R1)
         if unlikelihood_R1.any():

@@ -157,12 +157,17 @@ class Prepared:
         if self.method.trained_in != ("base",):
             train = score
         repair = (score.longest, new) if self.repairs_outputs else (0, 0)
+        generates = self.samples_outputs or self.method.own_outputs == "during" or self.held_out
         batch, limit = self.job.schedule.batch, self.files.context_tokens
         judge = self._judging_tokens
         return Lengths(
-            train.rows(batch, limit), score.rows(2 * batch, limit), _within(limit, asked.longest, new), _within(limit, *repair),
-            _within(limit, max(0, judge - JUDGMENT_TOKENS), min(judge, JUDGMENT_TOKENS)), asked.shared,
-        )  # fmt: skip
+            train.rows(batch, limit),
+            score.rows(2 * batch, limit),
+            _within(limit, asked.longest, new if generates else 0),
+            _within(limit, *repair),
+            _within(limit, max(0, judge - JUDGMENT_TOKENS), min(judge, JUDGMENT_TOKENS)),
+            asked.shared,
+        )
 
     def _add_unwritten(self, train: _Longest, score: _Longest, tokens: int) -> None:
         """Count the outputs that are still to be written, each as long as it may be."""
@@ -233,8 +238,10 @@ class Prepared:
         return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded)
 
     def plan(self, padded: bool = False, missed: Missed = NONE_MISSED) -> Plan:
-        """Return the plan of the job by a dry run. Raises DoesNotFit."""
-        return self.rehearsal(padded).plan(missed)
+        """Return the plan of the job by a dry run; one that lacked memory before has no room to keep what it frees. Raises DoesNotFit."""
+        made = self.rehearsal(padded).plan(missed)
+        room_bytes = min(made.budget_bytes, free_bytes(self.device) - self.device.reserve_bytes)
+        return replace(made, keeps_freed=self.device.kind == "cpu" and not missed and made.roomy_bytes <= room_bytes)
 
 
 def usable_profile(wanted: str) -> DeviceProfile:

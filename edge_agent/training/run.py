@@ -38,7 +38,7 @@ from edge_agent.training.weighted import Weighted
 from profiles.device import detect_profile, device_name
 from profiles.energy import find_meter
 from profiles.host import HERE, Machine
-from profiles.memory import fix_malloc
+from profiles.memory import fix_malloc, keep_freed
 from profiles.pressure import Pressure
 from profiles.sampler import sampled
 from quantization.adapter import WEIGHTS, attach_adapter, save_adapter
@@ -68,7 +68,6 @@ def run_job(
         earlier = directory.read_result()
         if earlier and earlier.adapter and earlier.job == job.digest and directory.has_adapter(earlier.adapter.sha256):
             return earlier
-        fix_malloc()
         device = usable_profile(job.device)
         tell, pressure = _both(directory.append_event, listen), Pressure(device, machine)
         reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device), pressure.crowded)
@@ -90,6 +89,7 @@ def _both(first: Listener, second: Listener) -> Listener:
 
 
 def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mapping[str, Endpoint], trace: bool) -> Result:
+    fix_malloc()
     with reporter.stage("plan"):
         work = prepare(directory, job)
         endpoint = find_endpoint(job.judging, judges)
@@ -101,6 +101,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     if plan.rows == "shared" and not reads_trees(model):  # it says that it can, and its own check found otherwise
         plan, misses = _plan(directory, work, padded=True)
         reporter.plan = plan
+    if plan.keeps_freed:
+        keep_freed()
     with reporter.stage("evaluate") as row:
         before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
     completion = _completion(model, work, plan, endpoint, directory, reporter)
@@ -144,7 +146,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),
     )  # fmt: skip
     directory.write_result(result)
-    learn_overhead(work.device, result.stages)
+    if not plan.keeps_freed:
+        learn_overhead(work.device, result.stages)
     directory.forget_parts()
     return result
 

@@ -104,7 +104,7 @@ class Weighted:
     def _weights_of(self, group: list[Sample], known: list[Weights] | list[Scores], packed: Pack, hidden_ND: torch.Tensor) -> list[Weights]:
         """Return the weights of a group, made in the training pass, dropout included, of scores that lack the base context."""
         if isinstance(known[0], Weights):
-            return known  # type: ignore[return-value]
+            return known
         method = self._training.method
         logp_N = answer_logp(self._model, hidden_ND.detach(), packed.target_ids_N, self._training.plan.head_chunk).cpu()
         found = []
