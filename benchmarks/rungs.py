@@ -222,7 +222,7 @@ def _difference(rows: dict[int, Trained], exact: dict[int, Trained], name: str) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=NAMES, nargs="+", default=["llama-100m", "smollm2-135m"])
+    parser.add_argument("--shape", choices=NAMES, nargs="+", default=["llama-100m"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that train at once where accuracy is measured")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options: Any = parser.parse_args()
