@@ -135,19 +135,15 @@ def test_a_trainer_that_the_kernel_ends_goes_on_one_rung_lower(fleet: Fleet, tmp
     fleet.start_agent(kills)
     job = fleet.submit(fleet.data()).id
     fleet.trained(job, 2)
-    directory = fleet.directory / "node" / "jobs" / job
-    first = json.loads((directory / "plan.json").read_text())
+    first = json.loads((fleet.directory / "node" / "jobs" / job / "plan.json").read_text())
     kills.write_text("1")
     fleet.trainers()[0].kill()
-    wait_for("another plan", lambda: json.loads((directory / "plan.json").read_text()) != first)
-    second = json.loads((directory / "plan.json").read_text())
     assert fleet.ended(job).outcome == "succeeded"
-    assert second["number"] > first["number"]
     fleet.adapter(job)
     result = json.loads((fleet.directory / f"fetched-{job}" / "result.json").read_text())
     assert [(miss["stage"], miss["rung"]) for miss in result["misses"]] == [("train", first["rung"])]
     assert "kernel" in result["misses"][0]["text"]
-    assert result["plan"] == second
+    assert result["plan"]["number"] > first["number"]
 
 
 def test_a_trainer_that_always_dies_ends_as_crash_loop() -> None:
