@@ -120,7 +120,7 @@ class Weighted:
 
 
 def drops_out(model: Any) -> bool:
-    """Whether a training pass may differ from what the model computes without dropout: by a layer of it, or by what its configuration says."""
+    """Whether a training pass may drop anything out: by a layer of it, or by what the configuration says."""
     layers = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
     says = model.config.get_text_config().to_dict()
     return layers or any("drop" in name and isinstance(rate, int | float) and rate > 0 for name, rate in says.items())
