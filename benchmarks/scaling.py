@@ -20,8 +20,8 @@ from typing import Any
 from gsm8k import DATA
 from rich.console import Console
 from rich.table import Table
-from shapes import NAMES, write_model
-from step import Row, measure, write_report
+from shapes import SHAPES, write_model
+from step import DEVICES, Row, measure, write_report
 from step_arms import Settings
 
 MIB = 2**20
@@ -62,8 +62,8 @@ def table(name: str, rows: list[Row]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=NAMES, default="llama-100m")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="llama-100m")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--data", type=Path, default=DATA, help="directory of GSM8K's train.jsonl and model_outputs_6b.jsonl")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)

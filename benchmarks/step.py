@@ -3,13 +3,19 @@
 Seconds and peak memory of an epoch of NLFT and of SFT on the same records, beside TRL's SFTTrainer with the same QLoRA settings in each of
 its options, and the scheme of the released NLFT code (three padded rows a record, all with gradient). Records are GSM8K questions with a
 real model's outputs, half of them wrong, with an instruction of 500 tokens and with an empty one; the model has a real shape and random
-weights in NF4, LoRA of rank 16 on all projections, activation checkpointing in all. Every arm is a process of its own; rounds go through
-all arms in turn, one at a time, so that ratios are of neighbours; of TRL's options all are in the first round, and the one that is the
-fastest there in the others. The ratio is the median over the rounds of an arm's seconds over those of that option in the same round.
+weights in NF4, LoRA of rank 16 on all projections, activation checkpointing in all.
 
-`--shape` takes the shapes of benchmarks/shapes.py, `--device cuda` runs on a GPU. Needs GSM8K's files (`--data`), and trl (the extra
-`bench`). About an hour on two cores, and half of that for one step of a larger model (`--shape qwen2.5-0.5b --micro-batch 4
---instruction 500 --warm-up 0 --rounds 1`). Does not cover accuracy: benchmarks/methods.py.
+Every arm is a process of its own; on a processor rounds go through all arms in turn, one at a time, so that ratios are of neighbours. Of
+TRL's options those go through all rounds that took at most a quarter more than the fastest in the first. A ratio is the median over
+the rounds of an arm's seconds over those of the option with the lowest median, in the same round. "TRL, patched" is none of TRL's
+options: its loss takes the head of the answers' tokens only, which TRL does on GPUs only, and its adapter has the type of the
+activations. Memory is that of a further process, in its first epoch, beside the model.
+
+`--shape` takes the shapes of benchmarks/shapes.py; all arms compute in the type of `--device`: 32 bits on `cpu`, 16 on `cpu-bf16`, as is
+TRL's default, and on `cuda`, where one arm runs after the other. Needs GSM8K's train.jsonl and
+model_outputs_6b.jsonl (`--data`; a line of the second has `question`, `answer`, and `finetuning`: an output's `solution` and
+`is_correct`), and trl (the extra `bench`). More than an hour on two cores, and half of that for one step of a larger model (`--shape
+qwen2.5-0.5b --micro-batch 4 --instruction 500 --rounds 1`). Does not cover accuracy: benchmarks/methods.py.
 """
 
 from __future__ import annotations
@@ -27,17 +33,21 @@ from statistics import median
 from typing import Any
 
 import msgspec
+import torch
 from gsm8k import DATA
 from rich.console import Console
 from rich.table import Table
-from shapes import NAMES, write_model
-from step_arms import OURS, TRL, Epoch, Settings
+from shapes import SHAPES, write_model
+from step_arms import OURS, PATCHED, TRL, Epoch, Settings
 
 from edge_agent.training.outcome import versions
-from profiles.device import device_name
+from profiles.device import device_name, device_profile
 
 MIB = 2**20
-ARMS = (*OURS, *TRL)
+DEVICES = ("cpu", "cpu-bf16", "cuda")
+ARMS = (*OURS, *TRL, *PATCHED)
+NEAR = 1.25
+"""Options of TRL whose first round took at most so much of that of the fastest go on."""
 
 
 class Row(msgspec.Struct):
@@ -60,6 +70,7 @@ class Report(msgspec.Struct, frozen=True):
 
     date: str
     machine: str
+    threads: int
     versions: dict[str, str]
     rows: list[Row]
 
@@ -76,12 +87,12 @@ class Arm:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
 
-    def epoch(self, kind: str) -> Epoch:
-        """Run one epoch; `kind` is "time" or "memory"."""
+    def epoch(self) -> Epoch:
+        """Run one epoch."""
         if self._process.stdin is None or self._process.stdout is None:
             raise SystemExit(f"{self.name}: no pipes")
         with suppress(BrokenPipeError):
-            self._process.stdin.write(f"{kind}\n")
+            self._process.stdin.write("epoch\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
@@ -96,35 +107,49 @@ class Arm:
 
 
 def measure(settings: list[Settings], rounds: int, shape: str, warm_up: int = 1) -> list[Row]:
-    """Return the rows of one setting: rounds to warm up, the rounds that count, and one for memory.
-
-    Of TRL's options only the one that is the fastest in the first round goes on through the others.
-    """
-    with ExitStack() as stack:
-        arms = [Arm(s) for s in settings]
-        for arm in arms:
-            stack.callback(arm.close)
-            for _ in range(warm_up):
-                arm.epoch("time")
-        found = {arm.name: [arm.epoch("time")] for arm in arms}
-        fastest = min((arm.name for arm in arms if arm.name in TRL), key=lambda name: found[name][0].seconds, default=None)
-        going_on = [arm for arm in arms if arm.name not in TRL or arm.name == fastest]
-        for _ in range(rounds - 1):
-            for arm in going_on:
-                found[arm.name].append(arm.epoch("time"))
-        peaks = {arm.name: arm.epoch("memory").peak_bytes for arm in arms}
+    """Return the rows of one setting: rounds to warm up, the rounds that count, and a process for memory."""
+    together = [settings] if settings[0].device != "cuda" else [[s] for s in settings]  # a GPU has no room for all models at once
+    found = {arm: epochs for group in together for arm, epochs in timed(group, rounds, warm_up).items()}
     return [
         Row(
             shape, s.micro_batch, s.instruction, s.records, s.joined, s.arm,
-            [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens, peaks[s.arm],
+            [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens, peak_bytes(s),
         )
         for s in settings
     ]  # fmt: skip
 
 
+def timed(settings: list[Settings], rounds: int, warm_up: int) -> dict[str, list[Epoch]]:
+    """Return the epochs of arms that take turns; those of TRL's options that are far from the fastest in the first round have one."""
+    with ExitStack() as stack:
+        arms = [Arm(s) for s in settings]
+        for arm in arms:
+            stack.callback(arm.close)
+            for _ in range(warm_up):
+                arm.epoch()
+        found = {arm.name: [arm.epoch()] for arm in arms}
+        fastest = min((epochs[0].seconds for name, epochs in found.items() if name in TRL), default=0.0)
+        going_on = [arm for arm in arms if arm.name not in TRL or found[arm.name][0].seconds <= NEAR * fastest]
+        for _ in range(rounds - 1):
+            for arm in going_on:
+                found[arm.name].append(arm.epoch())
+    return found
+
+
+def peak_bytes(settings: Settings) -> int:
+    """Return what the first epoch of a new process takes beside the model."""
+    arm = Arm(msgspec.structs.replace(settings, memory=True))
+    try:
+        return arm.epoch().peak_bytes
+    finally:
+        arm.close()
+
+
 def fastest_of_trl(rows: list[Row]) -> Row:
-    """Return the option of TRL that went through all rounds, or was the fastest in one."""
-    return max((r for r in rows if r.arm in TRL), key=lambda r: (len(r.seconds), -median(r.seconds)))
+    """Return the option of TRL with the lowest median, of those that went through all rounds."""
+    options = [r for r in rows if r.arm in TRL]
+    rounds = max(len(r.seconds) for r in options)
+    return min((r for r in options if len(r.seconds) == rounds), key=lambda r: median(r.seconds))
 
 
 def ratios(rows: list[Row]) -> dict[str, tuple[float, float, float]]:
@@ -141,7 +166,7 @@ def ratios(rows: list[Row]) -> dict[str, tuple[float, float, float]]:
 def table(rows: list[Row]) -> Table:
     first = rows[0]
     view = Table(
-        "arm", "s an epoch", "of TRL's", "least to greatest", "MiB", "tokens",
+        "arm", "s an epoch", "to TRL", "least to greatest", "MiB", "tokens",
         title=f"{first.shape}, micro-batch {first.micro_batch}, instruction of {first.instruction} tokens, {first.records} records",
     )  # fmt: skip
     of_trl = ratios(rows)
@@ -157,14 +182,16 @@ def table(rows: list[Row]) -> Table:
 def write_report(out: Path, device: str, rows: list[Row]) -> None:
     """Write rows with machine, versions and date."""
     today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    report = Report(today, device_name(device), versions() | {"trl": version("trl")}, rows)
+    report = Report(
+        today, device_name(device_profile(device).torch_device), torch.get_num_threads(), versions() | {"trl": version("trl")}, rows
+    )
     out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=NAMES, default="llama-100m")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="llama-100m")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--data", type=Path, default=DATA, help="directory of GSM8K's train.jsonl and model_outputs_6b.jsonl")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--instruction", type=int, nargs="+", default=[500, 0], help="tokens")

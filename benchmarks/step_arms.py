@@ -1,8 +1,8 @@
 """What `benchmarks/step.py` holds side by side, each in a process of its own: `python benchmarks/step_arms.py SETTINGS`.
 
-A process makes its model, then runs one epoch for every line on standard input and answers with what it took, as a line of JSON. Where a
-line says `memory`, freed memory is given back at once (profiles/memory.py), so that what is measured is in use; that costs time, and the
-epochs whose time is taken keep it, the engine's as a job does whose budget has room.
+A process makes its model, then runs one epoch for every line on standard input and answers with what it took, as a line of JSON. Where
+seconds are taken, it keeps what it frees (profiles/memory.py), as a job does whose budget has room, so that no page is fetched twice. Where
+memory is taken, it gives it back at once, so that what is measured is in use; that costs time, so it is another process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from gsm8k import as_imitation, samples
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
-from edge_agent.job import Lora, NlftOptions, Schedule, SftOptions
+from edge_agent.job import Lora, NlftOptions, References, Schedule, SftOptions
 from edge_agent.training.contexts import Sample
 from edge_agent.training.loop import Training, order, trained
 from edge_agent.training.methods.nlft import Nlft, token_weights
@@ -56,6 +56,8 @@ class Settings(msgspec.Struct, frozen=True):
     records: int
     joined: int = 1
     """Questions in a record."""
+    memory: bool = False
+    """Freed memory is given back at once."""
 
 
 class Epoch(msgspec.Struct, frozen=True):
@@ -83,7 +85,6 @@ class Work(NamedTuple):
 
 def ours(work: Work, method: Any, rows: list[Sample], score_only: bool = False) -> Callable[[], int]:
     """The engine: a pack a micro-batch; weights by the method, renewed when it says."""
-    keep_freed()
     s = work.settings
     model = attach_adapter(load_model(find_model(s.model), device_profile(s.device)), LORA, SEED, s.model)
     checkpoint_activations(model)
@@ -112,8 +113,7 @@ def ours(work: Work, method: Any, rows: list[Sample], score_only: bool = False) 
 
 def _plain_model(work: Work) -> Any:
     """The same model as any script loads it: transformers and bitsandbytes."""
-    profile = device_profile(work.settings.device)
-    dtype = getattr(torch, profile.compute_dtype)
+    dtype = getattr(torch, device_profile(work.settings.device).compute_dtype)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(
         work.settings.model, dtype=dtype, quantization_config=nf4, device_map={"": work.device}, local_files_only=True
@@ -125,8 +125,9 @@ def _plain_model(work: Work) -> Any:
 def released(work: Work) -> Callable[[], int]:
     """The scheme of the released NLFT code, written anew on the same model: three padded rows a record, all with gradient.
 
-    A correct output takes the base row twice, as there; the softmax over the vocabulary of every row and place is kept in 32 bits. Clusters
-    are left out: they need hidden states as well, and cost little beside the rest.
+    A correct output takes the base row twice, as there; the softmax over the vocabulary of every row and place is kept in 32 bits. Three
+    things make it faster than the released code: clusters are left out, which need hidden states as well; so is its plain likelihood; and
+    its LoRA layers are the engine's.
     """
     model = attach_adapter(_plain_model(work), LORA, SEED, work.settings.model)
     checkpoint_activations(model)
@@ -183,63 +184,73 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self.measure(0)
 
 
-def trl(work: Work, **options: Any) -> None:
-    """TRL's SFTTrainer on the same tokens, with the same adapter, schedule and checkpointing; runs epochs until the input ends."""
+def trl(work: Work, patched: bool = False, **options: Any) -> None:
+    """TRL's SFTTrainer on the same tokens, with the same adapter, schedule and checkpointing; runs epochs until the input ends.
+
+    Its adapter has 16 bits also where activations have 32, and without Triton its loss takes the head of every token, prompts included.
+    `patched` mends these two from outside.
+    """
+    import trl.trainer.utils
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     rows = [(s.prompts["base"], s.answer) for s in work.samples]
     data = Dataset.from_list([{"input_ids": [*p, *a], "completion_mask": [0] * len(p) + [1] * len(a)} for p, a in rows])
-    longest = max(len(p) + len(a) for p, a in rows)
+    longest, micro_batch, model = max(len(p) + len(a) for p, a in rows), work.settings.micro_batch, _plain_model(work)
+    if options.get("packing"):  # rows of a micro-batch are joined to one, whose attention grows with its square
+        options["max_length"], micro_batch = micro_batch * longest, 1
     config = SFTConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work.settings.micro_batch,
-        gradient_accumulation_steps=BATCH // work.settings.micro_batch, num_train_epochs=1000, learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant", completion_only_loss=True, gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, max_grad_norm=1.0, logging_strategy="no", save_strategy="no",
-        report_to="none", seed=SEED, disable_tqdm=True, optim="adamw_torch", bf16=work.settings.device == "cuda",
-        use_cpu=work.settings.device == "cpu", **{"max_length": longest} | options,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro_batch, num_train_epochs=1000, learning_rate=LEARNING_RATE,
+        gradient_accumulation_steps=BATCH // work.settings.micro_batch, lr_scheduler_type="constant", completion_only_loss=True,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, max_grad_norm=1.0, logging_strategy="no",
+        save_strategy="no", report_to="none", seed=SEED, disable_tqdm=True, optim="adamw_torch", bf16=model.dtype == torch.bfloat16,
+        use_cpu=work.device == "cpu", **{"max_length": longest} | options,
     )  # fmt: skip
     lora = LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
-        _plain_model(work), args=config, train_dataset=data, processing_class=work.tokenizer, peft_config=lora, callbacks=[Rounds()]
-    )
+    trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=work.tokenizer, peft_config=lora, callbacks=[Rounds()])
+    if patched:
+        trl.trainer.utils._use_triton = lambda _: True
+        for parameter in trained(trainer.model).values():
+            parameter.data = parameter.data.to(model.dtype)
     trainer.train()
 
 
-LONG_ENOUGH = 2048
-"""Tokens of a packed row of TRL: several records."""
+def _nlft(references: References) -> Nlft:
+    """NLFT that makes tokens unlikely in a model with random weights as well, which prefers none by a half."""
+    return Nlft(NlftOptions(references=references, judge_base_ratio=1.0, judge_standard_ratio=1.0, judge_minimum=0.0))
+
+
 OURS: dict[str, Callable[[Work], Callable[[], int]]] = {
     "SFT": lambda w: ours(w, Sft(SftOptions()), [as_imitation(s) for s in w.samples]),
-    "NLFT, scored live": lambda w: ours(w, Nlft(NlftOptions(references="live")), w.samples),
-    "NLFT, scored before": lambda w: ours(w, Nlft(NlftOptions(references="once")), w.samples),
-    "scoring": lambda w: ours(w, Nlft(NlftOptions(references="once")), w.samples, score_only=True),
+    "NLFT, scored live": lambda w: ours(w, _nlft("live"), w.samples),
+    "NLFT, scored before": lambda w: ours(w, _nlft("once"), w.samples),
+    "scoring": lambda w: ours(w, _nlft("once"), w.samples, score_only=True),
     "released scheme": released,
 }
 TRL: dict[str, dict[str, Any]] = {
     "TRL": {},
     "TRL, grouped by length": {"train_sampling_strategy": "group_by_length"},
     "TRL, padding-free": {"padding_free": True, "max_length": None},
-    "TRL, packed": {"packing": True, "max_length": LONG_ENOUGH},
+    "TRL, packed": {"packing": True},
 }
-"""SFTTrainer by its options. Its loss never holds the logits of all tokens in any of them."""
+"""SFTTrainer by its options. Its chunked loss, which is its default, is on in all of them."""
+PATCHED: dict[str, dict[str, Any]] = {"TRL, patched": {"patched": True}}
 
 
 def wait() -> Callable[[int], None]:
     """Wait for a line; return what answers it when the epoch is over. Ends the process at the end of the input."""
-    line = sys.stdin.readline().strip()
-    if not line:
+    if not sys.stdin.readline().strip():
         os._exit(0)
-    if line == "memory":
-        fix_malloc()
-    memory = MEMORY[0]
-    memory.release()
-    before, started = memory.current_bytes(), time.perf_counter()
+    for memory in MEMORY:
+        memory.release()
+    before, started = sum(m.current_bytes() for m in MEMORY), time.perf_counter()
 
     def answer(tokens: int) -> None:
         synchronize()
         seconds = time.perf_counter() - started
-        OUT.write(json.dumps({"seconds": seconds, "peak_bytes": memory.peak_bytes() - before, "tokens": tokens}) + "\n")
+        epoch = {"seconds": seconds, "peak_bytes": sum(m.peak_bytes() for m in MEMORY) - before, "tokens": tokens}
+        OUT.write(json.dumps(epoch) + "\n")
         OUT.flush()
 
     return answer
@@ -252,19 +263,22 @@ def synchronize() -> None:
 
 OUT = io.TextIOWrapper(os.fdopen(os.dup(1), "wb"))
 MEMORY: list[Memory] = []
+"""What is measured where memory is, nothing where seconds are."""
 
 
 def main() -> None:
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
     os.dup2(2, 1)  # libraries may print
-    device = "cpu" if settings.device == "cpu" else "cuda:0"
-    MEMORY.append(HostMemory() if settings.device == "cpu" else CudaMemory(0))
+    (fix_malloc if settings.memory else keep_freed)()
+    device = "cuda:0" if settings.device == "cuda" else "cpu"
+    if settings.memory:
+        MEMORY.append(CudaMemory(0) if settings.device == "cuda" else HostMemory())
     tokenizer, rows = samples(
         Path(settings.data), settings.records, settings.instruction, settings.joined, NlftOptions(standard_answers=False)
     )
     work = Work(settings, tokenizer, rows, device)
-    if settings.arm in TRL:
-        trl(work, **TRL[settings.arm])
+    if settings.arm in TRL | PATCHED:
+        trl(work, **(TRL | PATCHED)[settings.arm])
     epoch = OURS[settings.arm](work)
     while True:
         measure = wait()
