@@ -23,7 +23,7 @@ $(VENV)/.installed-$(TORCH): pyproject.toml constraints.txt
 ifeq ($(TORCH),cpu)
 	$(PIP) 'torch==$(TORCH_VERSION)+cpu' 2>/dev/null || $(PIP) 'torch==$(TORCH_VERSION)+cpu' --index-url https://download.pytorch.org/whl/cpu
 else
-	$(PIP) torch
+	$(PIP) --force-reinstall torch
 endif
 	$(PIP) --editable '.[dev]'
 	rm -f $(VENV)/.installed-*
