@@ -121,6 +121,25 @@ def test_a_tree_gives_the_gradients_of_its_rows(shape: str, checkpointing: bool,
         assert (_gradients(model, loss) - gradients).norm() <= 1e-5 * gradients.norm()
 
 
+@pytest.mark.parametrize(("shape", "masks"), [("Llama", 1), ("Gemma 2, capped scores and a window in half of the layers", 0)])
+def test_layers_share_the_mask_of_a_branch(shape: str, masks: int) -> None:
+    """For the backward pass of all layers one is kept, in the type of the scores; where the scores are capped none needs to be."""
+    model, rows = _model(SHAPES[shape], checkpointing=False), _rows("instruction", 2)
+    packed = pack(model, rows, 0)
+    first, second = packed.inputs["tree"].branches
+    assert first.shared == 0 < second.shared
+    size, kept = torch.Size([second.stop - second.start, second.length]), set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == size and tensor.numel() == size.numel():
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        answer_hidden(model, packed)
+    assert len(kept) == masks
+
+
 @pytest.mark.parametrize("shape", OTHERS)
 def test_other_architectures_get_padded_rows(shape: str) -> None:
     """What cannot read a tree keeps its own attention, and padded rows give the loss of each row alone."""
