@@ -21,12 +21,13 @@ from edge_agent.job import Lora
 from edge_agent.training.head import weighted_loss
 from edge_agent.training.packing import answer_hidden, pack, reads_trees
 from profiles.device import device_profile
+from quantization import nf4
 from quantization.adapter import attach_adapter
 from quantization.load import load_model
 from quantization.model_files import find_model, weight_files
 from quantization.nf4 import KERNEL_VARIABLE, choose_kernel, dequantize, quantize
 from quantization.stored import stored_tensors
-from quantization.vocabulary import FileEmbedding
+from quantization.vocabulary import FileEmbedding, Nf4Head
 
 ROWS = [(list(range(5, 45)), list(range(50, 70)))]
 CPU = device_profile("cpu")
@@ -140,6 +141,21 @@ def test_gradients_pass_the_head_in_slices(place: dict[str, bool], tmp_path: Pat
         found += [logits.detach(), *torch.autograd.grad(logits.square().sum(), hidden)]
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1], found[3], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_a_head_in_16_bits_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand slices give the gradient of the hidden states to the rounding of the product with the whole matrix."""
+    monkeypatch.setattr(nf4, "SLICE", 64 * 64)
+    generator, like = torch.Generator().manual_seed(0), torch.nn.Linear(64, 64_000, bias=False, dtype=torch.bfloat16)
+    head = Nf4Head(like)
+    head.weight = quantize(like.weight.detach(), torch.bfloat16, "torch")
+    hidden = torch.randn(8, 64, generator=generator).bfloat16().requires_grad_()
+    grad = torch.randn(8, 64_000, generator=generator).bfloat16()
+    (found,) = torch.autograd.grad(head(hidden), hidden, grad)
+    whole = dequantize(head.weight, torch.bfloat16)
+    exact = grad.float() @ whole.float()
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() <= 2 * ((grad @ whole).float() - exact).norm()
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
