@@ -79,8 +79,10 @@ class CudaMemory:
         return int(self._cuda.max_memory_allocated()), int(self._cuda.max_memory_reserved())
 
 
-LACKS = ("can't allocate memory", "cannot allocate memory", "nvml_success == r")
-"""How PyTorch, the C library, and PyTorch's allocator on a Jetson say that there is no memory left."""
+LACKS = (
+    "can't allocate memory", "cannot allocate memory", "nvml_success == r", "cuda error: out of memory", "cublas_status_alloc_failed"
+)  # fmt: skip
+"""How PyTorch, the C library, PyTorch's allocator on a Jetson, the CUDA driver and cuBLAS say that there is no memory left."""
 
 
 def lacks_memory(error: BaseException) -> bool:

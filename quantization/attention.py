@@ -1,13 +1,15 @@
 """Attention over a tree of rows: every token sees the tokens before it on its own row, and nothing is computed twice.
 
 Each branch of the tree is one call of PyTorch's attention, from the branch's own tokens to all tokens of its row. So there is no mask of
-T x T, and no work for pairs of tokens that do not see each other.
+T x T, and no work for tokens of different rows. A branch that follows others has a mask of C x L, one for all layers; on CUDA it has none
+unless there is a window or a bound of the scores.
 
 Shapes: T tokens of the pack, H query heads, K key heads, C new tokens of a branch, L tokens of its row, E head size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,27 +40,35 @@ class Branch:
 
 
 class Tree:
-    """The branches of a pack in the order of their tokens."""
+    """The branches of a pack in the order of their tokens, and the masks that its layers share."""
 
     def __init__(self, branches: Sequence[Branch]) -> None:
         self.branches = branches
         self.windows: set[int | None] = set()
         """The windows of the layers that have read it."""
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int | None, bool], torch.Tensor] = {}
 
-    def visible(self, branch: Branch, window: int | None, device: torch.device) -> torch.Tensor:
-        """Return what the tokens of a branch see of their row, C x L, at most its last `window` tokens; the layers share it."""
-        if device.type == "cuda" and window is None:
-            # No tensor, and the kernels that read no mask.
-            return causal_lower_right(branch.stop - branch.start, branch.length)
-        key = branch.start, window
+    def mask(self, branch: Branch, window: int | None, query: torch.Tensor, added: bool) -> torch.Tensor:
+        """Return what is added to the scores of a branch, C x L: 0 for what its tokens see, at most `window` tokens, else minus infinity.
+
+        It has the type of the queries: of any other PyTorch's attention would make one of its own in every layer, and keep it for the
+        backward pass. On CUDA, without a window, it has no numbers and names the kernels that read none, unless the caller adds it itself.
+        """
+        key = branch.start, window, added
         if key not in self._masks:
-            from_C, to_L = torch.arange(branch.shared, branch.length)[:, None], torch.arange(branch.length)
-            sees_CL = to_L <= from_C
-            if window is not None:
-                sees_CL &= from_C - to_L < window
-            self._masks[key] = sees_CL.to(device)
+            lazy = query.is_cuda and window is None and not added
+            new = branch.stop - branch.start
+            self._masks[key] = causal_lower_right(new, branch.length) if lazy else _unseen(branch, window).to(query)
         return self._masks[key]
+
+
+def _unseen(branch: Branch, window: int | None) -> torch.Tensor:
+    """Return minus infinity for what the tokens of a branch do not see of their row, else 0, C x L."""
+    from_C, to_L = torch.arange(branch.shared, branch.length)[:, None], torch.arange(branch.length)
+    unseen_CL = to_L > from_C
+    if window is not None:
+        unseen_CL |= from_C - to_L >= window
+    return torch.zeros(unseen_CL.shape).masked_fill_(unseen_CL, -math.inf)
 
 
 def shortest_window(config: Any) -> int | None:
@@ -105,7 +115,8 @@ def tree_attention(
         parts = []
         for branch, query, key, value in zip(tree.branches, queries, keys, values, strict=True):
             window = sliding_window if sliding_window is not None and sliding_window < branch.length else None
-            mask = None if branch.shared == 0 and window is None else tree.visible(branch, window, key.device)
+            plain = branch.shared == 0 and window is None and softcap is None
+            mask = None if plain else tree.mask(branch, window, query, added=softcap is not None)
             parts.append(_attend(query, key, value, mask, dropout, scaling, softcap))
         found = torch.cat(parts, 2)
     return found.transpose(1, 2).contiguous(), None
@@ -146,7 +157,7 @@ def _attend(
     scaling: float | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Return the attention of some tokens; `mask` says what they see, and None is the causal one."""
+    """Return the attention of some tokens; `mask` is true for what they see, or added to the scores, and None is the causal one."""
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1 and query.is_cuda and type(mask) is torch.Tensor:
         # With a mask no kernel but the plainest takes fewer heads of keys, and that one keeps all scores.
@@ -157,7 +168,8 @@ def _attend(
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if mask is None:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril(scores.shape[3] - scores.shape[2])
-    scores = ((scores / softcap).tanh() * softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    scores = (scores / softcap).tanh() * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     return torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value
 
 

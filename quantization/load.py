@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
 from typing import Any
 
 import bitsandbytes
@@ -19,10 +19,12 @@ from quantization.cache import ModelCache, own_weights
 from quantization.logits import Finish
 from quantization.model_files import ModelFiles, weight_files
 from quantization.nf4 import choose_kernel, use_kernel
-from quantization.quantizer import Nf4Config
+from quantization.quantizer import MemoryLacked, Nf4Config
 from quantization.shape import read_shape
 from quantization.stored import Damaged, StoredTensor, stored_tensors
 from quantization.vocabulary import find_vocabulary
+
+log = logging.getLogger(__name__)
 
 HEAD_PROBLEM = "it does more with its logits than the training loss knows: a factor, and a bound by a hyperbolic tangent"
 BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
@@ -59,7 +61,7 @@ def load_model(
     except BROKEN as error:
         if lacks_memory(error):
             raise
-        raise ModelUnsupported(files.name, f"transformers cannot load it: {_first_line(error)}") from error
+        raise ModelUnsupported(files.name, f"it cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
     _check_quantised(files, model)
     model.eval()
@@ -72,19 +74,16 @@ def _load(files: ModelFiles, device: DeviceProfile, quantized_head: bool, embedd
     dtype, kernel = getattr(torch, device.compute_dtype), choose_kernel(device.torch_device)
     config = AutoConfig.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
     checkpoint = stored_tensors(weight_files(files.path))
-    if getattr(config, "quantization_config", None):  # it is quantised as it is stored, and loaded as it says
-        model = _build(config, checkpoint, device, dtype, None)
-    else:
-        vocabulary = find_vocabulary(checkpoint, config.get_text_config(), quantized_head, embedding_on_host)
-        settings = Nf4Config(dtype, kernel, vocabulary)
-        key = cache and cache.key(
-            files, device=(device.torch_device, device.compute_dtype), kernel=kernel, head=quantized_head, host=embedding_on_host
-        )
-        model = cache and key and _read(cache, key, config, settings, device)
-        if model is None:
-            model = _build(config, checkpoint, device, torch.bfloat16, settings)
-            if cache and key and not model._weight_conversions:  # weights that were renamed would not be found by their names
-                cache.write(key, own_weights(model))
+    vocabulary = find_vocabulary(checkpoint, config.get_text_config(), quantized_head, embedding_on_host)
+    settings = Nf4Config(dtype, kernel, vocabulary)
+    key = cache and cache.key(
+        files, device=(device.torch_device, device.compute_dtype), kernel=kernel, head=quantized_head, host=embedding_on_host
+    )
+    model: Any = cache and key and _read(cache, key, config, settings, device)
+    if model is None:
+        model = _build(config, checkpoint, device, settings)
+        if cache and key and not model._weight_conversions:  # weights that were renamed would not be found by their names
+            cache.write(key, own_weights(model))
     model.config.dtype, model.config.name_or_path, model.name_or_path = dtype, str(files.path), str(files.path)
     use_kernel(model, kernel)
     # Of the model's own generation settings only what ends an answer: penalties and beams would change what is measured.
@@ -92,15 +91,19 @@ def _load(files: ModelFiles, device: DeviceProfile, quantized_head: bool, embedd
     return model
 
 
-def _build(config: Any, weights: dict[str, StoredTensor], device: DeviceProfile, dtype: torch.dtype, settings: Nf4Config | None) -> Any:
-    """Return the model of a configuration with these weights. Raises Damaged where some of the cache are missing."""
+def _build(config: Any, weights: dict[str, StoredTensor], device: DeviceProfile, settings: Nf4Config) -> Any:
+    """Return the model of a configuration with these weights. Raises Damaged where some are missing."""
     kind, config = _architecture(config)
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, quantization_config=settings, device_map={"": device.torch_device},
-        local_files_only=True, output_loading_info=True,
-    )  # fmt: skip
-    if settings is not None and settings.prequantized and report["missing_keys"]:
-        raise Damaged(f"{len(report['missing_keys'])} weights are missing")
+    try:
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.bfloat16, quantization_config=settings,
+            device_map={"": device.torch_device}, local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
+    except MemoryLacked as lack:
+        raise lack.error from None
+    if missing := sorted(report["missing_keys"]):  # transformers would have drawn them at random
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise Damaged(f"its files lack {', '.join(missing[:3])}{more}; fetch the model again")
     return model
 
 
@@ -110,7 +113,7 @@ def _read(cache: ModelCache, key: str, config: Any, settings: Nf4Config, device:
     if weights is None:
         return None
     try:
-        return _build(config, weights, device, torch.bfloat16, settings.of_cache())
+        return _build(config, weights, device, settings.of_cache())
     except BROKEN as error:
         if lacks_memory(error):
             raise
@@ -156,7 +159,8 @@ def _check_head(files: ModelFiles, model: Any) -> None:
 def read_trees(model: Any) -> None:
     """Give the model the attention over trees, unless it then reads two rows with one beginning otherwise than each alone.
 
-    So do architectures whose layers are not all attention, or whose attention transformers does not let one replace.
+    So do architectures whose layers are not all attention, or whose attention transformers does not let one replace. A line in the log
+    says why it was not given. A lack of memory is raised.
     """
     decoder, config = model.get_decoder(), model.config.get_text_config()
     own = config._attn_implementation
@@ -170,14 +174,20 @@ def read_trees(model: Any) -> None:
     tolerance = 1e-3 if wanted.dtype == torch.float32 else 5e-2
     tree = Tree((Branch(0, 8, 0, slice(0, 8)), Branch(8, 12, 4, rows_L[1])))
     model.set_attn_implementation(TREE)
-    with suppress(*BROKEN):
+    try:
         positions_T = torch.tensor([*range(8), *range(4, 8)], device=model.device)
         together = decoder(**tree_inputs(ids_T, positions_T, tree), use_cache=False).last_hidden_state[0][torch.cat(rows_L)]
-        same = max((found - wanted).norm() / wanted.norm() for found in (together, alone())) < tolerance
+        apart = max(float((found - wanted).norm() / wanted.norm()) for found in (together, alone()))
         # Rows shorter than a window would not show that it is lost.
-        if same and shortest_window(config) in (None, *tree.windows):
+        if apart < tolerance and shortest_window(config) in (None, *tree.windows):
             return
+        why = f"rows differ by {apart:.1e}, windows seen are {tree.windows}"
+    except BROKEN as error:
+        if lacks_memory(error):
+            raise
+        why = _first_line(error)
     model.set_attn_implementation(own)
+    log.warning("trees_not_read model=%s why=%r", model.name_or_path, why)
 
 
 def _first_line(error: Exception) -> str:

@@ -53,20 +53,10 @@ class ModelFiles:
 def find_model(name: str) -> ModelFiles:
     """Return the files of a local directory, or of a model id in the local Hugging Face cache.
 
-    Raises ModelMissing, ModelUnsafe (pickled weights only, or code of its own) or ModelUnsupported (broken files).
+    Raises ModelMissing, ModelUnsafe (pickled weights only, or code of its own) or ModelUnsupported (broken files, or quantised ones).
     """
     path = _directory(name)
-    try:
-        config_bytes = (path / "config.json").read_bytes()
-        config = json.loads(config_bytes)
-    except FileNotFoundError:
-        raise ModelMissing(name, f"there is no config.json in {path}") from None
-    except ValueError as error:
-        raise ModelUnsupported(name, f"its config.json is broken ({error}); fetch the model again") from None
-    if not isinstance(config, dict):
-        raise ModelUnsupported(name, "its config.json holds no object; fetch the model again")
-    if config.get("auto_map"):
-        raise ModelUnsafe(name, "it brings Python code of its own (auto_map), which is never run")
+    config_bytes, config = _configuration(name, path)
     if (path / "adapter_config.json").exists():
         raise ModelUnsupported(name, "it is an adapter, or has one beside its weights; give the directory of the base model alone")
     files = weight_files(path)
@@ -83,6 +73,26 @@ def find_model(name: str) -> ModelFiles:
     for text in _TOKENIZER_FILES:
         digest.update((path / text).read_bytes() if (path / text).is_file() else b"\0")
     return ModelFiles(name, path, config, tuple(tensors), digest.hexdigest())
+
+
+def _configuration(name: str, path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return config.json as it is written, and what it says of a model that may be loaded."""
+    try:
+        config_bytes = (path / "config.json").read_bytes()
+        config = json.loads(config_bytes)
+    except FileNotFoundError:
+        raise ModelMissing(name, f"there is no config.json in {path}") from None
+    except ValueError as error:
+        raise ModelUnsupported(name, f"its config.json is broken ({error}); fetch the model again") from None
+    if not isinstance(config, dict):
+        raise ModelUnsupported(name, "its config.json holds no object; fetch the model again")
+    if config.get("auto_map"):
+        raise ModelUnsafe(name, "it brings Python code of its own (auto_map), which is never run")
+    if config.get("quantization_config"):
+        raise ModelUnsupported(
+            name, "its weights are stored quantised (quantization_config in its config.json); give the unquantised model"
+        )
+    return config_bytes, config
 
 
 def _directory(name: str) -> Path:

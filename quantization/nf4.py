@@ -24,6 +24,8 @@ from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_typ
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch.nn.functional import embedding, linear, pad
 
+from edge_agent.errors import JobSchema
+
 Kernel = Literal["bitsandbytes", "torch"]
 KERNEL_VARIABLE = "EDGE_AGENT_NF4_KERNEL"
 """Names the environment's variable that forces a kernel; without it a trial decides."""
@@ -35,11 +37,16 @@ TRIAL_S = 120.0
 
 
 def choose_kernel(device: str) -> Kernel:
-    """Return the kernel for a device: that of the environment, else bitsandbytes where a trial gives what plain PyTorch gives."""
+    """Return the kernel for a device: that of the environment, else bitsandbytes where a trial gives what plain PyTorch gives.
+
+    Raises JobSchema where the environment names no kernel.
+    """
     forced = os.environ.get(KERNEL_VARIABLE)
-    if forced in ("bitsandbytes", "torch"):
-        return forced  # type: ignore[return-value]
-    return "bitsandbytes" if _runs(device) else "torch"
+    if forced is None:
+        return "bitsandbytes" if _runs(device) else "torch"
+    if forced not in get_args(Kernel):
+        raise JobSchema(KERNEL_VARIABLE, f"{forced!r} is no kernel; give bitsandbytes or torch, or unset it")
+    return forced  # type: ignore[return-value]
 
 
 @cache

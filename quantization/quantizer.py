@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from profiles.memory import trim_heap
+from profiles.memory import lacks_memory, trim_heap
 from quantization.nf4 import Kernel, quantize
 from quantization.vocabulary import Nf4Embedding, Vocabulary
 
 METHOD = "edge_agent_nf4"
 """The name of this quantiser among those of transformers."""
+
+
+class MemoryLacked(BaseException):
+    """Carries an error past transformers, which collects all ordinary ones of a conversion and goes on with the next weight."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Nf4Config(BitsAndBytesConfig):  # type: ignore[misc]
@@ -59,8 +69,23 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """Return what quantises a weight."""
         return _Quantize(self)
 
+    def get_load_operations(self) -> dict[str, Any]:
+        """Return what puts a weight of the cache together."""
+        return {"deserialize": _Deserialize}
+
+
+@contextmanager
+def _memory_lacked() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise MemoryLacked(error) from error
+        raise
+
 
 class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
+    @_memory_lacked()
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], full_layer_name: str | None = None, model: Any = None, **more: Any) -> dict[str, Any]:
         config = self.hf_quantizer.quantization_config
@@ -74,6 +99,12 @@ class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
             module._is_hf_initialized = True
         trim_heap()  # matrices below malloc's threshold leave holes, which would add up to as much again as the model
         return found
+
+
+class _Deserialize(Bnb4bitDeserialize):  # type: ignore[misc]
+    @_memory_lacked()
+    def convert(self, *args: Any, **more: Any) -> Any:
+        return super().convert(*args, **more)
 
 
 register_quantizer(METHOD)(Nf4Quantizer)

@@ -132,10 +132,11 @@ class _SlicedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BV: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad_BD = grad_BV.new_zeros(len(grad_BV), ctx.head.in_features)
+        # In 16 bits a thousand slices would be rounded a thousand times.
+        grad_BD = grad_BV.new_zeros(len(grad_BV), ctx.head.in_features, dtype=torch.float32)
         for rows, part_RD in ctx.head.slices(grad_BV.dtype):
-            grad_BD.addmm_(grad_BV[:, rows], part_RD)
-        return grad_BD, None
+            grad_BD += grad_BV[:, rows] @ part_RD
+        return grad_BD.to(grad_BV.dtype), None
 
 
 class FileEmbedding(nn.Module):
@@ -168,13 +169,18 @@ class Vocabulary:
     start: int = 0
 
     def place(self, model: Any) -> None:
-        """Replace both in a model without weights. Layers of an architecture's own kind stay as they are."""
+        """Replace both in a model without weights. Layers of an architecture's own kind stay as they are.
+
+        Raises ValueError for such an embedding that is to stay in its file: nothing would read it there.
+        """
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         known = type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale")
         kinds = known, type(head) is nn.Linear
         tied = bool(model.all_tied_weights_keys)
         if kinds[0] and (kinds[1] or not tied):
             model.set_input_embeddings(self._embedding(embedding))
+        elif self.file is not None:
+            raise ValueError(f"its embedding, a {type(embedding).__name__}, cannot stay in its file")
         if kinds[1] and (kinds[0] or not tied):
             model.set_output_embeddings(self._head(head))
 

@@ -27,7 +27,7 @@ from edge_agent.training.run import run_job
 from profiles.calibration import calibrated
 from profiles.device import device_profile
 from profiles.host import Machine
-from profiles.memory import HostCap
+from profiles.memory import HostCap, lacks_memory
 from profiles.pressure import CHECK_S, TIMES, Pressure
 from profiles.recorder import StageName, StageRow
 from quantization.estimate import MARGIN
@@ -45,6 +45,21 @@ SETTINGS: dict[str, Any] = {
 def _adapter(job: Path) -> torch.Tensor:
     weights = load_file(job / "adapter" / "adapter_model.safetensors")
     return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.", True),
+        ("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_lack_of_memory_is_known_by_its_text(text: str, lacks: bool) -> None:
+    """PyTorch says it in an error of no type of its own where its allocator was not asked."""
+    assert lacks_memory(RuntimeError(text)) == lacks
 
 
 @pytest.fixture(scope="module")

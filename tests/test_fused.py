@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -10,7 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 
+from edge_agent.job import Lora
+from profiles.device import device_profile
+from quantization.adapter import attach_adapter, load_adapter, save_adapter
 from quantization.fused import FusedLinear4bit, fuse
+from quantization.load import load_model
+from quantization.model_files import find_model
 
 
 class Two(torch.nn.Module):
@@ -81,9 +87,22 @@ def test_fused_layers_leave_the_rest_to_peft() -> None:
     own, fused = _models(torch.float32)
     x = torch.randn(3, 64)
     with own.disable_adapter(), fused.disable_adapter():
-        torch.testing.assert_close(fused(x), own(x))
-    assert not torch.allclose(own(x), own.base_model.model(x) * 0)
-    assert not any(isinstance(m, Linear4bit) for m in fused.unload().modules())
+        frozen = fused(x)
+        torch.testing.assert_close(frozen, own(x))
+    assert (fused(x) - frozen).norm() > 0.1 * frozen.norm()
+    unloaded = fused.unload()
+    assert not any(isinstance(m, Linear4bit) for m in unloaded.modules())
+    torch.testing.assert_close(unloaded(x), frozen)
+
+
+def test_adapters_of_a_model_are_fused(tiny_model: Path, tmp_path: Path) -> None:
+    """Every NF4 layer, attached or loaded from its files: a layer that PEFT names otherwise would be its own in silence."""
+    files = find_model(str(tiny_model))
+    model = attach_adapter(load_model(files, device_profile("cpu")), Lora(), 3, "tiny")
+    assert sum(type(m) is FusedLinear4bit for m in model.modules()) == 4 * 7
+    save_adapter(model, tmp_path / "adapter", "tiny")
+    loaded = load_adapter(model.unload(), tmp_path / "adapter")
+    assert sum(type(m) is FusedLinear4bit for m in loaded.modules()) == 4 * 7
 
 
 def test_fused_layers_keep_the_input_once() -> None:

@@ -13,20 +13,22 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import DEADLINE_S
+from safetensors.torch import load_file, save_file
 from test_trees import SHAPES
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BioGptConfig, LlamaConfig
 
 from edge_agent.errors import ModelMissing, ModelUnsafe, ModelUnsupported
 from edge_agent.job import Lora
 from edge_agent.training.head import weighted_loss
 from edge_agent.training.packing import answer_hidden, pack, reads_trees
 from profiles.device import device_profile
+from quantization import nf4
 from quantization.adapter import attach_adapter
 from quantization.load import load_model
 from quantization.model_files import find_model, weight_files
 from quantization.nf4 import KERNEL_VARIABLE, choose_kernel, dequantize, quantize
 from quantization.stored import stored_tensors
-from quantization.vocabulary import FileEmbedding
+from quantization.vocabulary import FileEmbedding, Nf4Head
 
 ROWS = [(list(range(5, 45)), list(range(50, 70)))]
 CPU = device_profile("cpu")
@@ -142,6 +144,21 @@ def test_gradients_pass_the_head_in_slices(place: dict[str, bool], tmp_path: Pat
     torch.testing.assert_close(found[1], found[3], rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_a_head_in_16_bits_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand slices give the gradient of the hidden states to the rounding of the product with the whole matrix."""
+    monkeypatch.setattr(nf4, "SLICE", 64 * 64)
+    generator, like = torch.Generator().manual_seed(0), torch.nn.Linear(64, 64_000, bias=False, dtype=torch.bfloat16)
+    head = Nf4Head(like)
+    head.weight = quantize(like.weight.detach(), torch.bfloat16, "torch")
+    hidden = torch.randn(8, 64, generator=generator).bfloat16().requires_grad_()
+    grad = torch.randn(8, 64_000, generator=generator).bfloat16()
+    (found,) = torch.autograd.grad(head(hidden), hidden, grad)
+    whole = dequantize(head.weight, torch.bfloat16)
+    exact = grad.float() @ whole.float()
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() <= 2 * ((grad @ whole).float() - exact).norm()
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_wide_copy_of_embedding_or_head(tied: bool, stored: torch.dtype, tmp_path: Path) -> None:
@@ -221,6 +238,36 @@ def test_loading_takes_little_more_than_the_model_it_leaves(tiny_model: Path, tm
         assert held_bytes < peak_bytes < bound_bytes
 
 
+CAPPED = """
+import sys
+import traceback
+from profiles.memory import FILE_PAGES_BYTES, HostCap, HostMemory, fix_malloc, lacks_memory
+fix_malloc()
+from quantization.load import load_model
+from quantization.model_files import find_model
+from profiles.device import device_profile
+tiny, model, room_bytes = sys.argv[1:]
+load_model(find_model(tiny), device_profile("cpu"))
+cap = HostCap(HostMemory().current_bytes() + FILE_PAGES_BYTES + int(room_bytes))
+cap.renew()
+try:
+    load_model(find_model(model), device_profile("cpu"))
+except Exception as error:
+    cap.lift()
+    places = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    print(type(error).__name__, lacks_memory(error), "quantize" in places)
+"""
+
+
+def test_lack_of_memory_while_quantising_is_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Where a matrix can be read and its NF4 has no room beside it, the error is that of the allocation, not of an unknown model."""
+    config = LlamaConfig(hidden_size=512, intermediate_size=32768, num_hidden_layers=1, num_attention_heads=8, vocab_size=100)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", CAPPED, str(tiny_model), str(tmp_path / "model"), str(36 * 2**20)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    assert done.stdout.split() == ["RuntimeError", "True", "True"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_adapters_are_on_the_layers_wherever_the_vocabulary_is(tmp_path: Path, place: dict[str, bool]) -> None:
     """`all` means every linear layer but the output head, in NF4 or not."""
@@ -254,6 +301,47 @@ def test_models_that_would_run_code_are_refused(tmp_path: Path) -> None:
         find_model(str(pickled))
     with pytest.raises(ModelUnsafe, match="auto_map"):
         find_model(str(_model_directory(tmp_path / "code", auto_map={"AutoModelForCausalLM": "model.Model"})))
+
+
+def test_weights_that_are_stored_quantised_are_refused(tmp_path: Path) -> None:
+    """Their sizes in the file are not those of the layers, so no plan would hold."""
+    stored = _model_directory(tmp_path / "stored", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ModelUnsupported, match=r"stored quantised .* give the unquantised model"):
+        find_model(str(stored))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "lost", ["model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_weights_that_a_file_lacks_are_named(lost: str, place: dict[str, bool], tmp_path: Path) -> None:
+    """Whatever layer it is of, a weight that is not there is not drawn at random."""
+    path = _random(tmp_path / "model", "Llama", tied=False)
+    weights = load_file(path / "model.safetensors")
+    del weights[lost]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelUnsupported, match=f"lack {lost}; fetch the model again"):
+        load_model(find_model(str(path)), CPU, **place)
+
+
+def test_half_of_a_model_is_not_taken_for_a_whole(tmp_path: Path) -> None:
+    """Of two files without an index one is missing: its weights are named, the first of them."""
+    path = _random(tmp_path / "model", "Llama", tied=True)
+    weights = load_file(path / "model.safetensors")
+    half = {name: weight for name, weight in weights.items() if "layers.2" not in name}
+    save_file(half, path / "model-00001-of-00002.safetensors", {"format": "pt"})
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ModelUnsupported, match=r"lack model\.layers\.2\.input_layernorm\.weight, .* and 6 more; fetch"):
+        load_model(find_model(str(path)), CPU)
+
+
+def test_embedding_of_another_kind_does_not_stay_in_its_file(tmp_path: Path) -> None:
+    """It is refused by name, as nothing would read it there."""
+    config = BioGptConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=200)
+    config.update({"tie_word_embeddings": False})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelUnsupported, match="BioGptScaledWordEmbedding, cannot stay in its file"):
+        load_model(find_model(str(tmp_path / "model")), CPU, embedding_on_host=True)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00no"])

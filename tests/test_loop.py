@@ -15,6 +15,7 @@ from edge_agent.dataset import Record
 from edge_agent.errors import JobSchema
 from edge_agent.job import Dataset, Evaluation, Job, Lora, NlftOptions, Schedule, SftOptions
 from edge_agent.training.contexts import Sample
+from edge_agent.training.loop import order, starts_epoch
 from edge_agent.training.methods.nlft import Nlft
 from edge_agent.training.methods.sft import Sft
 from edge_agent.training.prepare import prepare_files
@@ -80,6 +81,15 @@ def test_references_are_taken_when_the_option_says(references: Any, times: int, 
     assert {len(scores) for scores in by_answer.values()} == {times}
     # The adapter has moved in between, so what was scored again is something else.
     assert all(not torch.equal(scores[0], scores[-1]) for scores in by_answer.values() if times > 1)
+
+
+def test_an_epoch_starts_with_the_update_that_begins_in_it() -> None:
+    """Three samples in batches of two: the second update takes the first sample of the next epoch, and the third begins in it."""
+    schedule = Schedule(batch=2, epochs=4)
+    batches = order(3, schedule, seed=0)
+    assert len(batches) == 6
+    assert sorted(batches[0] + batches[1][:1]) == [0, 1, 2]
+    assert [u for u in range(6) if starts_epoch(u, 3, 2)] == [2, 3, 5]
 
 
 def test_live_references_see_no_dropout(tiny: Tiny, tmp_path: Path) -> None:

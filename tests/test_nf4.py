@@ -11,6 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch.autograd.graph import saved_tensors_hooks
 
+from edge_agent.errors import JobSchema
 from edge_agent.job import Lora
 from edge_agent.training.head import weighted_loss
 from edge_agent.training.packing import answer_hidden, pack
@@ -108,6 +109,13 @@ def test_trial_decides_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_kernel("cpu") == "bitsandbytes"
     monkeypatch.setenv(KERNEL_VARIABLE, "torch")
     assert choose_kernel("cpu") == "torch"
+
+
+def test_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong name is an error that names the variable, not a trial."""
+    monkeypatch.setenv(KERNEL_VARIABLE, "pytorch")
+    with pytest.raises(JobSchema, match=f"{KERNEL_VARIABLE}: 'pytorch' is no kernel"):
+        choose_kernel("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="THERE IS A GPU: the trial on a device without one did not run")

@@ -173,6 +173,19 @@ def test_policy_starts_at_the_reference_and_its_reward_rises(tiny: Tiny, tmp_pat
     assert seen[-1].reward_B.mean() - seen[0].reward_B.mean() >= 0.3
 
 
+def test_value_head_reads_a_model_with_its_head_in_nf4(tiny_model: Path, tmp_path: Path) -> None:
+    """The values have the width of the hidden states, however the output head is held."""
+    tiny = Tiny(tiny_model, quantized_head=True)
+    method = Reft(ReftOptions(warmup_epochs=0))
+    samples = tiny.samples(method, judged_records(2))
+    training = replace(tiny.training(method, tmp_path, Schedule(batch=2, updates=1)), max_new_tokens=6)
+    with tiny.adapted() as model:
+        objective = tiny.objective(model, samples, training, Reinforced)
+        state, _ = optimize(model, objective, training, silent)
+    assert state.updates == 1
+    assert objective.parameters["value.weight"].shape == (1, model.config.hidden_size)
+
+
 def test_updates_of_both_parts(tiny: Tiny, tmp_path: Path) -> None:
     """The warm-up comes on top of the schedule; its rate falls to zero before PPO's warms up; epochs are passes of PPO."""
     method = Reft(ReftOptions(warmup_epochs=1, learning_rate_ratio=0.1, inner_updates=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from tiny_training import Killed, Tiny, adapter, judged_records, kill_after
 
 from edge_agent.job import Lora, NlftOptions, Schedule
-from edge_agent.training.checkpoint import load_checkpoint
+from edge_agent.training.checkpoint import Progress, load_checkpoint
 from edge_agent.training.loop import trained
 from edge_agent.training.methods.nlft import Nlft
 from edge_agent.training.optimizer import make_optimizer
@@ -33,25 +34,48 @@ def tiny(tiny_model: Path) -> Tiny:
     return Tiny(tiny_model)
 
 
-def _run(tiny: Tiny, directory: Path, until: int | None = None, **settings: Any) -> tuple[torch.Tensor, tuple[float, ...]]:
-    """Train with settings of a plan, killed after `until` updates; return the adapter as one vector, and the losses."""
+def _run(
+    tiny: Tiny, directory: Path, until: int | None = None, within: int | None = None, **settings: Any
+) -> tuple[torch.Tensor, tuple[float, ...]]:
+    """Train with settings of a plan; return the adapter as one vector, and the losses.
+
+    It is killed after `until` updates, or when micro-batch `within` of the run begins its forward pass.
+    """
     method = Nlft(NlftOptions(references="live"))
     samples = tiny.samples(method, judged_records(8))
     directory.mkdir(exist_ok=True)
     training = tiny.training(method, directory, SCHEDULE, micro_batch=8)
     training = replace(training, plan=msgspec.structs.replace(training.plan, **settings))
     with tiny.adapted(LORA) as model:
-        if until is not None:
+        if until is not None or within is not None:
+            hook = model.get_decoder().register_forward_pre_hook(_kill_in(within))
             with pytest.raises(Killed):
                 tiny.train(model, samples, training, kill_after(until))
+            hook.remove()
             return torch.empty(0), ()
-        state, _ = tiny.train(model, samples, training)
+        begun = (directory / "checkpoint.safetensors").exists()
+        state, resumed = tiny.train(model, samples, training)
+        assert resumed == begun
         return torch.cat([t.flatten() for t in adapter(model).values()]), state.losses
+
+
+def _kill_in(number: int | None) -> Any:
+    """Return a hook of the decoder that kills the run in a training pass; those that score are not counted."""
+    passes = count(1)
+
+    def hook(decoder: torch.nn.Module, _: Any) -> None:
+        if decoder.training and next(passes) == number:
+            raise Killed
+
+    return hook
 
 
 @pytest.mark.parametrize("rung", REORDERED)
 def test_a_rung_that_reorders_the_work_trains_the_same_adapter(rung: str, tiny: Tiny, tmp_path: Path) -> None:
-    """Losses and adapter after several updates to 1e-3, as with all the memory in the world."""
+    """Losses and adapter after several updates to 1e-3, as with all the memory in the world.
+
+    On a processor rung 7 moves nothing, as everything is on the host: it shows only that what takes part in it loses no gradient.
+    """
     wanted, losses = _run(tiny, tmp_path / "asked")
     found, found_losses = _run(tiny, tmp_path / "rung", **REORDERED[rung])
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
@@ -69,23 +93,27 @@ def test_moments_in_8_bits_train_nearly_the_same(tiny: Tiny, tmp_path: Path) -> 
 
 def _moments_bytes(directory: Path, tiny: Tiny, eight_bit: bool) -> int:
     with tiny.adapted(LORA) as model:
-        optimizer = _restored(model, directory, eight_bit)
+        _, optimizer = _restored(model, directory, eight_bit)
         states: list[dict[str, Any]] = list(optimizer.state.values())
         # The maps from bytes to values are shared.
         return sum(v.nbytes for s in states for k, v in s.items() if isinstance(v, torch.Tensor) and not k.startswith("qmap"))
 
 
-def _restored(model: Any, directory: Path, eight_bit: bool) -> torch.optim.Optimizer:
+def _restored(model: Any, directory: Path, eight_bit: bool) -> tuple[Progress, torch.optim.Optimizer]:
     optimizer = make_optimizer(trained(model).values(), SCHEDULE, eight_bit)
     progress, _ = load_checkpoint(directory, trained(model), optimizer, "key")
     assert progress.updates > 0
-    return optimizer
+    return progress, optimizer
 
 
-def test_a_killed_run_with_moments_in_8_bits_ends_in_the_same_adapter(tiny: Tiny, tmp_path: Path) -> None:
-    """Bit for bit, in the middle of accumulation too."""
+@pytest.mark.parametrize("end", [{"until": 3}, {"within": 3 * 3 + 2}])
+def test_a_killed_run_with_moments_in_8_bits_ends_in_the_same_adapter(end: dict[str, int], tiny: Tiny, tmp_path: Path) -> None:
+    """Bit for bit, killed after the third update, or in the second of the three micro-batches of the fourth one."""
     wanted, losses = _run(tiny, tmp_path / "whole", adam_8bit=True, micro_batch=3)
-    _run(tiny, tmp_path / "killed", until=3, adam_8bit=True, micro_batch=3)
+    _run(tiny, tmp_path / "killed", **end, adam_8bit=True, micro_batch=3)
+    with tiny.adapted(LORA) as model:
+        progress, _ = _restored(model, tmp_path / "killed", eight_bit=True)
+    assert progress.updates == 3
     found, found_losses = _run(tiny, tmp_path / "killed", adam_8bit=True, micro_batch=3)
     assert torch.equal(found, wanted)
     assert found_losses == losses

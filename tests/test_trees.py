@@ -121,16 +121,53 @@ def test_a_tree_gives_the_gradients_of_its_rows(shape: str, checkpointing: bool,
         assert (_gradients(model, loss) - gradients).norm() <= 1e-5 * gradients.norm()
 
 
+@pytest.mark.parametrize(("shape", "masks"), [("Llama", 1), ("Gemma 2, capped scores and a window in half of the layers", 0)])
+def test_layers_share_the_mask_of_a_branch(shape: str, masks: int) -> None:
+    """For the backward pass of all layers one is kept, in the type of the scores; where the scores are capped none needs to be."""
+    model, rows = _model(SHAPES[shape], checkpointing=False), _rows("instruction", 2)
+    packed = pack(model, rows, 0)
+    first, second = packed.inputs["tree"].branches
+    assert first.shared == 0 < second.shared
+    size, kept = torch.Size([second.stop - second.start, second.length]), set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == size and tensor.numel() == size.numel():
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        answer_hidden(model, packed)
+    assert len(kept) == masks
+
+
 @pytest.mark.parametrize("shape", OTHERS)
-def test_other_architectures_get_padded_rows(shape: str) -> None:
-    """What cannot read a tree keeps its own attention, and padded rows give the loss of each row alone."""
+def test_other_architectures_get_padded_rows(shape: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot read a tree keeps its own attention, which the log says, and padded rows give the loss of each row alone."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(OTHERS[shape], dtype=torch.float32).eval()
     read_trees(model)
     assert not reads_trees(model)
+    assert "trees_not_read" in caplog.text
     rows = _rows("question", 8)
     with torch.no_grad():
         torch.testing.assert_close(_together(model, rows, 4), _alone(model, rows), rtol=1e-5, atol=0)
+
+
+def test_lack_of_memory_is_no_reason_to_give_trees_up(caplog: pytest.LogCaptureFixture) -> None:
+    """It is raised where the trial of a tree meets it; another error leaves the model its own attention, and a line in the log."""
+    model: Any = AutoModelForCausalLM.from_config(SHAPES["Llama"], dtype=torch.float32, attn_implementation="sdpa").eval()
+    raised: list[Exception] = [RuntimeError("no kernel for this"), MemoryError()]
+
+    def fail(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if "tree" in given:
+            raise raised.pop(0)
+
+    model.get_decoder().register_forward_pre_hook(fail, with_kwargs=True)
+    read_trees(model)
+    assert not reads_trees(model)
+    assert "no kernel for this" in caplog.text
+    with pytest.raises(MemoryError):
+        read_trees(model)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=8))

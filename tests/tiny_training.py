@@ -82,10 +82,10 @@ def judged_records(count: int, family: str = "chain") -> list[Record]:
 class Tiny:
     """The shipped model in NF4, loaded once; `adapted` lends it with a new adapter."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, quantized_head: bool = False) -> None:
         torch.set_num_threads(1)
         files = find_model(str(directory))
-        self.tokenizer, self._model = load_tokenizer(files), load_model(files, device_profile("cpu"))
+        self.tokenizer, self._model = load_tokenizer(files), load_model(files, device_profile("cpu"), quantized_head=quantized_head)
 
     @contextmanager
     def adapted(self, lora: Lora = SMALL, moved: float = 0.0) -> Iterator[Any]:

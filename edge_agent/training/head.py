@@ -80,9 +80,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
         chunk: int,
     ) -> torch.Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
+        unlikely_N = unlikelihood_N.cpu()  # asked on the host row by row, so that the device is waited for once
         needed = ctx.needs_input_grad[0]
         grad_ND = torch.empty_like(hidden_ND) if needed else None
-        parts = (hidden_ND, target_ids_N, likelihood_N, unlikelihood_N)
+        parts = (hidden_ND, target_ids_N, likelihood_N, unlikelihood_N, unlikely_N)
         for start in range(0, len(hidden_ND), chunk):
             hidden_CD, *of_chunk = (part[start : start + chunk] for part in parts)
             with torch.set_grad_enabled(needed):
@@ -102,12 +103,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    finish: Finish, logits_CV: torch.Tensor, ids_C: torch.Tensor, likelihood_C: torch.Tensor, unlikelihood_C: torch.Tensor
+    finish: Finish,
+    logits_CV: torch.Tensor,
+    ids_C: torch.Tensor,
+    likelihood_C: torch.Tensor,
+    unlikelihood_C: torch.Tensor,
+    unlikely_C: torch.Tensor,
 ) -> torch.Tensor:
     """Return the loss of a chunk, and put its gradient for the logits in their place, in their type; a few rows at a time in 32 bits.
 
     With l and u the weights and p the softmax, the gradient of the finished logits is (l + u) p - l at the target and (l + u) p - u q
-    elsewhere, where q is the softmax over all tokens but the target.
+    elsewhere, where q is the softmax over all tokens but the target. `unlikely_C` are the weights u on the host.
     """
     total = torch.zeros((), device=logits_CV.device)
     for start in range(0, len(logits_CV), ROWS):
@@ -117,7 +123,7 @@ def _loss_and_gradient(
         logp_RV = finished_RV.log_softmax(1, dtype=torch.float32)
         total -= (likelihood_R1 * logp_RV.gather(1, ids_R1)).sum()
         grad_RV = logp_RV.exp().mul_(likelihood_R1 + unlikelihood_R1).scatter_add_(1, ids_R1, -likelihood_R1)
-        if unlikelihood_R1.any():
+        if unlikely_C[rows].any():
             # 1 - b is the sum over all other tokens, exact and with a gradient even where b is 1 in floating point.
             others_RV = logp_RV.scatter_(1, ids_R1, float("-inf"))
             rest_R1 = others_RV.logsumexp(1, keepdim=True)

@@ -1,7 +1,8 @@
 """The optimizer loop: what it minimises is an objective; it keeps the schedule, the checkpoints, the exact resume and the early stop.
 
 Everything in it is a function of the job and the number of the update: the samples of update u, its learning rate and its
-dropout are the same whether or not the run was interrupted.
+dropout are the same whether or not the run was interrupted. Dropout is drawn for every micro-batch, so it is another one where a run goes
+on with micro-batches of another size.
 """
 
 from __future__ import annotations
@@ -183,7 +184,10 @@ def learning_rate(update: int, updates: int, schedule: Schedule) -> float:
 
 
 def starts_epoch(update: int, samples: int, batch: int) -> bool:
-    """Whether an update is the first that takes samples of a new epoch; the very first update is not."""
+    """Whether an update is the first that begins in a new epoch; the very first update is not.
+
+    Where the batch does not divide the samples, the update before it may have taken the first samples of that epoch.
+    """
     return (update * batch) // samples > ((update - 1) * batch) // samples if update else False
 
 

@@ -124,7 +124,7 @@ class Reinforced:
         self._steps = order(len(samples), msgspec.structs.replace(schedule, updates=steps), training.seed)
         self.updates = self.restart + (schedule.updates or steps * o.inner_updates)
         self._adapter = trained(model)
-        self._value = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
+        self._value = torch.nn.Linear(model.get_output_embeddings().in_features, 1, device=model.device)
         torch.nn.init.zeros_(self._value.weight)
         torch.nn.init.zeros_(self._value.bias)
         self.parameters: Parameters = {**self._adapter, **{f"value.{name}": p for name, p in self._value.named_parameters()}}
