@@ -80,9 +80,9 @@ class Rehearsal:
         """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
         return make_plan(self.job, self.rungs, self.rows, self._guess_of, self.lengths.score.longest, self.stages, missed)
 
-    def survey(self) -> Survey:
-        """Return the plan, and what else the ladder offers. Raises DoesNotFit."""
-        made, guess, rungs = self.plan(), self._guess_of(1.0), self.rungs
+    def survey(self, made: Plan) -> Survey:
+        """Return what else the ladder offers beside a plan."""
+        guess, rungs = self._guess_of(1.0), self.rungs
         rung = smallest(rungs, guess)
         least = max(s.peak_bytes for s in self.stages(rung, 1))
         first = relative_time(self.shape, self.lengths.train, rungs[0], self.rows)
@@ -282,7 +282,8 @@ def _weighted(model: Any, hidden_ND: torch.Tensor, ids_N: torch.Tensor, weights_
 def _reinforced(model: Any, hidden_ND: torch.Tensor, ids_N: torch.Tensor, weights_N: torch.Tensor, chunk: int) -> torch.Tensor:
     """The loss of PPO (training/ppo.py), in what it takes: log-probabilities with a gradient, and values of the hidden states."""
     value_N = torch.nn.Linear(hidden_ND.shape[1], 1)(hidden_ND.float())[:, 0]
-    return ((answer_logp(model, hidden_ND, ids_N, chunk) + value_N) * weights_N).sum()
+    total: torch.Tensor = ((answer_logp(model, hidden_ND, ids_N, chunk) + value_N) * weights_N).sum()
+    return total
 
 
 def _offloaded() -> saved_tensors_hooks:

@@ -155,7 +155,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
 def _plan(directory: JobDirectory, work: Prepared, padded: bool = False) -> tuple[Plan, list[Miss]]:
     """Return the plan that the job has begun with, or a new one that takes less than those that did not hold, and which these were.
 
-    Raises DoesNotFit, NoRoom or DiskFull.
+    Raises DoesNotFit, DeviceTooSmall, NoRoom or DiskFull.
     """
     key, misses = f"{work.job.digest} {work.files.fingerprint}", directory.read_misses()
     missed: dict[str, int] = {m.stage: min(n.planned_bytes for n in misses if n.stage == m.stage) for m in misses}
