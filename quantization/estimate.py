@@ -162,7 +162,8 @@ def estimate(
     inputs = 1 if rung.offload_checkpoints else shape.layers  # checkpoints that are on the device at once
     streams = inputs * lengths.train.computed(micro, layout) * shape.hidden * act
     train = forward(lengths.train, micro, 1 if rung.checkpointing else shape.layers) + (streams if rung.checkpointing else 0)
-    training = max(train, train * (not rung.checkpointing) + streams * rung.checkpointing + head(lengths.train, micro, 2))
+    logits = head(lengths.train, micro, 4 if isinstance(job.method, ReftOptions) else 2)  # with a gradient in 32 bits in PPO
+    training = max(train, train * (not rung.checkpointing) + streams * rung.checkpointing + logits)
     asked = generation(lengths.generate, asked=lengths.asked)
     client = CLIENT_BYTES if job.judging.source == "endpoint" and on_device else 0
     free_text = score if job.evaluation.verifier == "none" else 0
@@ -202,10 +203,7 @@ def make_estimate(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfil
 def _layer_bytes(shape: Shape, act: int) -> float:
     """Bytes that one decoder layer keeps per token for its backward pass, LoRA on all linear layers.
 
-    In 32 bits: two norms keep input, normalised and output; attention keeps rotated queries and keys, values and output; the
-    MLP keeps four vectors. In 16 bits the norms' inputs and each adapter's input are kept in 32 bits as well.
+    Two norms keep their normalised inputs, in 32 bits, and their outputs, and in 32 bits of computing their inputs; attention keeps rotated
+    queries, keys and values, and its output; the MLP keeps four vectors.
     """
-    wide, narrow = shape.hidden, shape.mlp
-    if act == 4:
-        return 24 * wide + 8 * (shape.query + shape.key) + 16 * narrow
-    return 36 * wide + 8 * shape.query + 4 * shape.key + 12 * narrow
+    return (16 if act == 4 else 12) * shape.hidden + act * (3 * shape.query + 4 * shape.key + 4 * shape.mlp)
