@@ -178,7 +178,8 @@ def _cut(head: Any) -> None:
             step = max(step, len(part_RD))
             yield rows, part_RD
         if rest := head.out_features % step:
-            yield slice(head.out_features - rest, head.out_features), part_RD[:rest]
+            last_RD = part_RD[:rest]  # of a slice that has memory of its own, so has the last
+            yield slice(head.out_features - rest, head.out_features), last_RD if isinstance(head, NarrowHead) else last_RD.clone()
 
     head.slices = few
 
