@@ -16,9 +16,9 @@ TRAINING_TESTS := $(addprefix tests/test_,$(addsuffix .py,train resume loop pack
 
 .PHONY: test test-torch-kernel test-all check demo venv clean
 
-venv: $(VENV)/.installed
+venv: $(VENV)/.installed-$(TORCH)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed-$(TORCH): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
 	$(PIP) 'torch==$(TORCH_VERSION)+cpu' 2>/dev/null || $(PIP) 'torch==$(TORCH_VERSION)+cpu' --index-url https://download.pytorch.org/whl/cpu
@@ -26,6 +26,7 @@ else
 	$(PIP) torch
 endif
 	$(PIP) --editable '.[dev]'
+	rm -f $(VENV)/.installed-*
 	touch $@
 
 check: venv

@@ -42,7 +42,7 @@ from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from profiles.device import device_name
 from profiles.energy import find_meter
-from profiles.memory import HostMemory, keep_freed
+from profiles.memory import CudaMemory, HostMemory, keep_freed
 from profiles.sampler import sampled
 from quantization.adapter import attach_adapter
 from quantization.load import load_model
@@ -122,7 +122,8 @@ def epoch(work: Prepared, model: Any, samples: list[Sample], plan: Plan, place: 
     with ExitStack() as stack:
         progress: Any = silent
         if way == "released":
-            HostMemory().release()
+            for memory in (CudaMemory(0), HostMemory()) if work.device.torch_device == "cuda" else (HostMemory(),):
+                memory.release()
         elif way == "profiled":
             reporter = Reporter(work.device, directory.append_event, lambda: False, meter=find_meter(work.device))
             stack.enter_context(sampled(reporter.recorder, work.device, directory.profile))

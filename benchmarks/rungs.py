@@ -171,8 +171,9 @@ def quality(number: int, domain: str, seed: int, out: Path) -> Trained:
     directory = JobDirectory(out / f"{domain}-{seed}-{number}")
     directory.create(job, data, evaluation)
     work = prepare_files(job, *directory.read_dataset(job))
-    directory.begin(f"{job.digest} {work.files.fingerprint}")  # a job goes on with the plan that it began with
-    directory.write_plan(msgspec.structs.replace(work.plan(), number=number, **QUANTISED[number]))
+    plan = msgspec.structs.replace(work.plan(), number=number, **QUANTISED[number])
+    directory.begin(work.key)  # a job goes on with the plan that it began with
+    directory.write_plan(plan)
     result = run_job(directory, lambda event: None)
     before, after = (_share(directory.read_rows(name, Answer) or []) for name in ("before.jsonl", "after.jsonl"))
     return Trained(number, domain, seed, before, after, round(result.losses[-1], 4))

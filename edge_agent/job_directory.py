@@ -3,7 +3,8 @@
 job.json dataset.jsonl [evaluation.jsonl]        in
 events.jsonl before.jsonl outputs.jsonl
 repairs.jsonl judgments.jsonl records.jsonl      on the way, kept for a later run of the same job
-checkpoint.safetensors profile.jsonl
+scores.safetensors checkpoint.safetensors
+misses.jsonl plan.json profile.jsonl
 after.jsonl adapter/ saliency.json result.json   out
 trace.json memory_snapshot.pickle                out, where a trace was asked for
 """
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 MADE = (
     "before.jsonl", "outputs.jsonl", "repairs.jsonl", "judgments.jsonl", "records.jsonl", "after.jsonl", "saliency.json", "result.json",
-    "trace.json", "memory_snapshot.pickle",
+    "misses.jsonl", "trace.json", "memory_snapshot.pickle",
 )  # fmt: skip
 """Files of a run, which belong to one job and model."""
 
@@ -65,7 +66,7 @@ class JobDirectory:
             raise DirectoryUnusable(self.path, error.strerror or type(error).__name__) from None
 
     def _lay_down(self, job: Job, dataset: Path, evaluation: Path | None) -> None:
-        if (self.path / ".key").exists() and self.read_job() != job:
+        if self.begun and self.read_job() != job:
             raise Conflict(self.path, "model, data or options")
         write_file(self.path / "job.json", msgspec.json.format(msgspec.json.encode(job)) + b"\n")
         for source, name in ((dataset, "dataset.jsonl"), (evaluation, "evaluation.jsonl")):
@@ -94,15 +95,19 @@ class JobDirectory:
         check_sha256(evaluation, job.dataset.evaluation_sha256)
         return read_records(file), read_records(evaluation)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run has begun here before."""
+        return (self.path / ".key").exists()
+
     def begin(self, key: str) -> None:
         """Keep what an earlier run of the same job and model left, and drop what any other left."""
-        file = self.path / ".key"
         if not self._has_begun(key):
             self.forget_parts()
             for name in MADE:
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.adapter, ignore_errors=True)
-            write_file(file, key.encode())
+            write_file(self.path / ".key", key.encode())
 
     def _has_begun(self, key: str) -> bool:
         file = self.path / ".key"
@@ -125,15 +130,15 @@ class JobDirectory:
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
-    def read_misses(self) -> list[Miss]:
-        """Return the plans of this job that did not hold."""
-        return self.read_rows("misses.jsonl", Miss) or []
+    def read_misses(self, key: str) -> list[Miss]:
+        """Return the plans of the same job and model that did not hold."""
+        return (self.read_rows("misses.jsonl", Miss) or []) if self._has_begun(key) else []
 
     def add_miss(self, stage: StageName, text: str) -> Miss:
         """Write down that memory lacked in a stage although it was planned; the next plan takes it into account."""
         plan = msgspec.json.decode((self.path / "plan.json").read_bytes(), type=Plan)
         miss = Miss(stage, plan.rung, plan.planned_bytes(stage) or plan.peak_bytes, text)
-        self.write_rows("misses.jsonl", [*self.read_misses(), miss])
+        self.write_rows("misses.jsonl", [*(self.read_rows("misses.jsonl", Miss) or []), miss])
         (self.path / "plan.json").unlink()
         return miss
 
@@ -161,7 +166,8 @@ class JobDirectory:
 
     def forget_parts(self) -> None:
         """Remove what only an unfinished run needs, and the leftovers of writes that were cut off."""
-        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        for name in ("checkpoint.safetensors", "scores.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
         for part in self.path.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 

@@ -158,7 +158,9 @@ class Trainer:
 
     def _last_words(self) -> str:
         """The end of what it wrote to standard error."""
-        text = self._log_file.read_bytes()[-LOG_BYTES:].decode(errors="replace").strip()
+        with self._log_file.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_BYTES))
+            text = log.read().decode(errors="replace").strip()
         return text.splitlines()[-1][-400:] if text else "it said nothing"
 
 

@@ -90,8 +90,10 @@ def with_overhead(stages: Iterable[StagePlan], shape: Shape, device: DeviceProfi
         return shape.layers * (LAYER_OBJECTS_BYTES + adapter + (PASS_OBJECTS_BYTES if stage == "train" else 0))
 
     def planned(s: StagePlan) -> StagePlan:
-        resident_bytes = int(MARGIN * (s.resident_bytes + objects_bytes(s.stage))) + device.beyond_bytes(s.stage)
-        return msgspec.structs.replace(s, resident_bytes=resident_bytes, transient_bytes=int(MARGIN * s.transient_bytes))
+        beyond_bytes = device.beyond_bytes(s.stage)
+        resident_bytes = int(MARGIN * (s.resident_bytes + objects_bytes(s.stage))) + beyond_bytes
+        transient_bytes = int(MARGIN * s.transient_bytes)
+        return msgspec.structs.replace(s, resident_bytes=resident_bytes, transient_bytes=transient_bytes, beyond_bytes=beyond_bytes)
 
     return tuple(map(planned, stages))
 

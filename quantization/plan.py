@@ -34,6 +34,8 @@ class StagePlan(msgspec.Struct, frozen=True):
     transient_bytes: int
     phase: str = ""
     """Of the stage `train` sample, score, forward, backward, optimizer, checkpoint or resume; empty where a stage is planned as a whole."""
+    beyond_bytes: int = 0
+    """Of the resident ones those that nothing counts: the device's overhead, as it was known when this was planned."""
 
     @property
     def peak_bytes(self) -> int:
@@ -88,6 +90,15 @@ class Plan(msgspec.Struct, frozen=True):
     def binding(self) -> StagePlan:
         """The stage that needs most."""
         return max(self.stages, key=lambda s: s.peak_bytes)
+
+    @property
+    def vocabulary(self) -> dict[str, bool]:
+        """How embedding and output head are held."""
+        return {"quantized_head": self.quantized_head, "embedding_on_host": self.embedding_on_host}
+
+    def beyond_bytes(self, stage: str) -> int:
+        """Return what a stage was planned with beyond all that can be counted, 0 for one that is not planned."""
+        return max((s.beyond_bytes for s in self.stages if s.stage == stage), default=0)
 
     def planned_bytes(self, stage: str) -> int | None:
         """Return what a stage may take, None for one that is not planned."""

@@ -15,16 +15,23 @@ from conftest import DEADLINE_S, Cli, write_domain
 from machines import MEMINFO, server, write
 from safetensors.torch import load_file
 
-from edge_agent.errors import Stopped
+from edge_agent.errors import NoRoom, OutOfMemory, Stopped
 from edge_agent.job import Job
 from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.report import Event
+from edge_agent.training.enforce import persevere
+from edge_agent.training.prepare import learn_overhead
+from edge_agent.training.reporter import Reporter
 from edge_agent.training.run import run_job
+from profiles.calibration import calibrated
 from profiles.device import device_profile
 from profiles.host import Machine
 from profiles.memory import HostCap
 from profiles.pressure import CHECK_S, TIMES, Pressure
+from profiles.recorder import StageName, StageRow
+from quantization.estimate import MARGIN
+from quantization.plan import Plan, StagePlan
 
 MIB = 2**20
 HOLES_BYTES = 16 * MIB
@@ -71,6 +78,8 @@ def test_a_run_that_lacks_memory_goes_on_one_rung_lower(data: Path, whole: Any, 
     assert result["misses"][0]["rung"] == "as asked"
     assert all(miss["planned_bytes"] <= budget_bytes and "memory" in miss["text"] for miss in result["misses"])
     assert result["plan"]["number"] > 0
+    trained = [row for row in result["stages"] if row["stage"] == "train"][-1]
+    assert result["tokens_per_s"] == pytest.approx(trained["tokens"] / trained["seconds"])
     assert result["peak_bytes"] <= budget_bytes + HOLES_BYTES
     wanted, found = _adapter(data.parent / "whole"), _adapter(tmp_path / "job")
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
@@ -159,9 +168,94 @@ def test_a_run_pauses_while_others_need_the_memory(data: Path, whole: Any, tiny_
 
 def test_a_run_that_waits_for_memory_can_be_stopped(data: Path, tiny_model: Path, tmp_path: Path) -> None:
     """On request it ends while it waits, and what is done is kept."""
-    directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine", available_kb=1024)
+    directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine")
     events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.stage == "load":
+            _free(machine, MIB)
+
     with pytest.raises(Stopped):
-        run_job(directory, events.append, stopping=lambda: any(e.event == "paused" for e in events), machine=machine)
+        run_job(directory, listen, stopping=lambda: any(e.event == "paused" for e in events), machine=machine)
     assert events[-1].event == "stopped"
     assert msgspec.json.decode(directory.events.read_bytes().splitlines()[-1], type=Event).event == "stopped"
+
+
+def test_a_run_that_has_begun_waits_for_room(data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Where there is no room at its start a new job is refused; one that has work to lose waits, and goes on."""
+    directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine")
+    _free(machine, MIB)
+    with pytest.raises(NoRoom, match="device memory"):
+        run_job(directory, lambda _: None, machine=machine)
+    _free(machine, 2**34)
+    scored: list[Event] = []
+    with pytest.raises(Stopped):
+        run_job(directory, scored.append, stopping=lambda: bool(scored) and scored[-1].stage == "train", machine=machine)
+    _free(machine, MIB)
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.event == "paused":
+            _free(machine, 2**34)
+
+    result = run_job(directory, listen, machine=machine)
+    assert [e.event for e in events[:3]] == ["stage_started", "paused", "continued"]
+    assert result.state == "succeeded"
+    score = next(row for row in result.stages if row.stage == "score")
+    assert (score.resumed, score.tokens) == (True, 0)
+
+
+def test_a_lack_that_no_plan_would_change_ends_the_run(tmp_path: Path) -> None:
+    """A stage that is not planned would lack memory again and again."""
+    directory, reporter = JobDirectory(tmp_path / "job"), Reporter(device_profile("cpu"), lambda _: None, lambda: False)
+    reporter.plan = Plan("as asked", 1, 256, False, 1, MIB, (StagePlan("load", 1, 1),))
+    runs = []
+
+    def run() -> None:
+        runs.append(1)
+        with reporter.stage("encode"):
+            raise MemoryError
+
+    with pytest.raises(OutOfMemory, match="encode"):
+        persevere(run, directory, reporter, Pressure(device_profile("cpu")))
+    assert len(runs) == 1
+
+
+def test_misses_belong_to_a_job_and_model(tmp_path: Path) -> None:
+    """What lacked memory once is no reason for another model in the same directory."""
+    directory = JobDirectory(tmp_path)
+    directory.begin("one")
+    directory.write_plan(Plan("as asked", 1, 256, False, 1, MIB, (StagePlan("load", 1, 1),)))
+    directory.add_miss("load", "no memory")
+    assert [miss.stage for miss in directory.read_misses("one")] == ["load"]
+    assert not directory.read_misses("two")
+    directory.begin("two")
+    assert not directory.read_misses("two")
+
+
+def test_only_what_was_done_teaches_the_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage without work teaches nothing, one with less than the most no less than loading; the plan says what it had added."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    device = device_profile("cpu")
+    counted, beyond = 200 * MIB, 500 * MIB
+    stages = tuple(StagePlan(name, int(counted * MARGIN) + beyond, 0, beyond_bytes=beyond) for name in ("load", "score", "train", "sample"))
+    plan = Plan("as asked", 1, 256, False, 1, 2**30, stages)
+    peaks: dict[StageName, tuple[int, int]] = {
+        "load": (640, 0),
+        "score": (660, 9),
+        "train": (630, 9),
+        "sample": (450, 0),
+        "encode": (700, 9),
+    }
+    rows = [
+        StageRow(stage=name, peak_bytes=peak * MIB, tokens=tokens, planned_bytes=plan.planned_bytes(name))
+        for name, (peak, tokens) in peaks.items()
+    ]
+    learn_overhead(device, plan, rows)
+    assert {stage: round(size / MIB) for stage, size in calibrated(device).learned_bytes.items()} == {
+        "load": 440,
+        "score": 460,
+        "train": 440,
+    }

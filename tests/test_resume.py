@@ -69,10 +69,13 @@ def test_killed_in_training_the_adapter_is_bit_identical(whole: Path, tiny_model
     for update in (2, 5):
         _kill_after_update(command, directory / "events.jsonl", update)
         assert (directory / "checkpoint.safetensors").exists()
+        assert (directory / "scores.safetensors").exists()
         assert not (directory / "result.json").exists()
     ran = cli(*_arguments(base, out, tiny_model), "--json")
     assert ran.code == 0, ran.out + ran.err
     assert ran.json["resumed"] is True
+    assert [row["tokens"] for row in ran.json["stages"] if row["stage"] == "score"] == [0]
+    assert not (directory / "scores.safetensors").exists()
     whole_result = json.loads((whole / "result.json").read_text())
     assert ran.json["losses"] == whole_result["losses"]
     assert ran.json["accuracy"] == whole_result["accuracy"]

@@ -52,8 +52,8 @@ class Processes:
         link = f'[broker]\nport = {port}\nprotocol = "{"auto" if self.broker == "mosquitto" else "3.1.1"}"\n'
         coordinator = f'state_directory = "coordinator"\n{link}'
         agent = (
-            f'node = "{NODE}"\nstate_directory = "node"\nbudget = "{self._budget}"\n'
-            f"threads = 1  # a model this small is slower on more\n[models]\n{MODEL} = {str(self._model)!r}\n{link}"
+            f'node = "{NODE}"\nstate_directory = "node"\nbudget = "{self._budget}"\ndevice = "cpu"\n'
+            f"threads = 1  # a model this small is slower on more, and on GPUs\n[models]\n{MODEL} = {str(self._model)!r}\n{link}"
         )
         for name, text in (("coordinator", coordinator), ("agent", agent)):
             (self._directory / f"{name}.toml").write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from edge_agent.errors import DoesNotFit, NoRoom, OutOfMemory
+from edge_agent.errors import NoRoom, OutOfMemory
 from edge_agent.job_directory import JobDirectory
 from edge_agent.training.reporter import Crowded, Reporter, out_of_memory
 from profiles.device import DeviceProfile
@@ -44,10 +44,10 @@ def persevere(run: Callable[[], T], directory: JobDirectory, reporter: Reporter,
     """Return what `run` returns, which goes on from what the directory keeps.
 
     Where memory lacks although it was planned, the miss is written down, which the next plan takes into account, and it is run again on
-    what is a lower rung then. Where others need the memory, it is given back, and the run goes on when there is room. Raises
-    OutOfMemory where no lower rung is left.
+    what is a lower rung then. Where others need the memory, it is given back, and the run goes on when there is room; one that has begun
+    before waits for room as well, and is not given up. Raises OutOfMemory where no plan would change the stage.
     """
-    waited = False
+    waited = directory.begun
     while True:
         try:
             return run()
@@ -57,14 +57,8 @@ def persevere(run: Callable[[], T], directory: JobDirectory, reporter: Reporter,
             if not waited:
                 raise
             lack = None
-        except DoesNotFit as error:
-            if not (misses := directory.read_misses()):
-                raise
-            raise OutOfMemory(misses[-1].stage, f"{misses[-1].text}; no smaller settings are left") from error
         except (MemoryError, OSError, RuntimeError) as error:  # PyTorch's own are of the last kind
-            lack = out_of_memory(reporter.recorder.current_stage, error)
-            if lack is None or reporter.plan is None:
-                raise
+            lack = _lack(reporter, error)
         # Here the error is gone, and with it the frames that hold the model.
         _give_back()
         if lack is None:
@@ -73,6 +67,17 @@ def persevere(run: Callable[[], T], directory: JobDirectory, reporter: Reporter,
         else:
             miss = directory.add_miss(reporter.recorder.current_stage, str(lack))
             reporter.emit("out_of_memory", stage=miss.stage, text=f"{miss.text[:900]}; it was planned with {miss.rung}")
+
+
+def _lack(reporter: Reporter, error: Exception) -> OutOfMemory:
+    """Return the lack of memory that an error tells of; raise it where no other plan would change the stage, and every other error."""
+    stage = reporter.recorder.current_stage
+    lack = out_of_memory(stage, error)
+    if lack is None or reporter.plan is None:
+        raise error
+    if reporter.plan.planned_bytes(stage) is None:
+        raise lack from error
+    return lack
 
 
 def _give_back() -> None:
@@ -84,7 +89,7 @@ def _give_back() -> None:
 
 def _wait_for_room(reporter: Reporter, pressure: Pressure) -> None:
     """Return when the run may have its memory again. Raises Stopped on request."""
-    needed = reporter.plan.peak_bytes if reporter.plan else 0
+    needed = reporter.plan.peak_bytes - reporter.recorder.memory.current_bytes() if reporter.plan else 0
     began = told = time.monotonic()
     reporter.emit("paused", stage=reporter.recorder.current_stage)
     while not pressure.has_room(needed):

@@ -19,9 +19,8 @@ from edge_agent.prompts import PROMPTS, Prompts
 from edge_agent.report import Accuracy, FreeText, PassAtK
 from edge_agent.splitting import measurable
 from edge_agent.training.evaluate import evaluate
-from edge_agent.training.prepare import prepare
+from edge_agent.training.prepare import prepare, usable_profile
 from edge_agent.training.reporter import memory_explained
-from profiles.device import detect_profile
 from quantization.adapter import load_adapter
 from quantization.cache import find_cache
 from quantization.load import load_model, load_tokenizer
@@ -48,8 +47,7 @@ def measure_job(directory: JobDirectory) -> Measurement:
         raise JobSchema(str(directory.result_file), "the job has not succeeded; run `edge-agent train` on its directory first")
     work, plan = prepare(directory, job), result.plan
     settings = {"batch": plan.generate_batch, "rows": 2 * plan.micro_batch, "chunk": plan.head_chunk, "seed": job.seed}
-    vocabulary = {"quantized_head": plan.quantized_head, "embedding_on_host": plan.embedding_on_host}
-    return _measure(job.model, job.device, directory.adapter, work.held_out, work.prompts, job.evaluation, settings, vocabulary)
+    return _measure(job.model, job.device, directory.adapter, work.held_out, work.prompts, job.evaluation, settings, plan.vocabulary)
 
 
 def measure_files(
@@ -74,7 +72,7 @@ def _measure(
 ) -> Measurement:  # fmt: skip
     files = find_model(name)
     with memory_explained(lambda: "evaluate"):
-        tokenizer, model = load_tokenizer(files), load_model(files, detect_profile(device), cache=find_cache(), **vocabulary)
+        tokenizer, model = load_tokenizer(files), load_model(files, usable_profile(device), cache=find_cache(), **vocabulary)
         if adapter is not None:
             model = load_adapter(model, adapter)
         started = time.monotonic()

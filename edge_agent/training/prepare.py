@@ -27,6 +27,8 @@ from edge_agent.training.rehearsal import Rehearsal
 from edge_agent.verify import find_verifier
 from profiles.calibration import calibrated, learn
 from profiles.device import DeviceProfile, detect_profile, free_bytes
+from profiles.host import Machine
+from profiles.memory import HostMemory
 from profiles.recorder import StageRow
 from quantization.estimate import MARGIN, Lengths
 from quantization.ladder import Rows
@@ -85,6 +87,11 @@ class Prepared:
     training: list[Record]
     development: list[Record]
     held_out: list[Record]
+
+    @property
+    def key(self) -> str:
+        """Names job and model: what a run leaves in its directory is of use for no other."""
+        return f"{self.job.digest} {self.files.fingerprint}"
 
     @property
     def prompts(self) -> Prompts:
@@ -251,7 +258,7 @@ class Prepared:
 
     def _with_room(self, made: Plan) -> Plan:
         """Return a plan that keeps what it frees where that is of use, and there is room for it now."""
-        room_bytes = min(made.budget_bytes, free_bytes(self.device) - self.device.reserve_bytes)
+        room_bytes = min(made.budget_bytes, free_bytes(self.device) - self.device.reserve_bytes + HostMemory().current_bytes())
         return replace(made, keeps_freed=self.device.kind == "cpu" and made.roomy_bytes <= room_bytes)
 
 
@@ -291,12 +298,15 @@ def check_device(device: DeviceProfile, plan: Plan) -> None:
         raise DeviceTooSmall(device.title, device.memory_bytes, device.reserve_bytes, plan.peak_bytes)
 
 
-def admit(prepared: Prepared, plan: Plan, directory: JobDirectory) -> None:
-    """Raise DeviceTooSmall, NoRoom or DiskFull where the machine cannot take the job now."""
+def admit(prepared: Prepared, plan: Plan, directory: JobDirectory, held_bytes: int, machine: Machine) -> None:
+    """Raise DeviceTooSmall, NoRoom or DiskFull where the machine cannot take the job now.
+
+    This process has `held_bytes` of what is planned already.
+    """
     check_device(prepared.device, plan)
-    free = free_bytes(prepared.device)
-    if plan.peak_bytes > free - prepared.device.reserve_bytes:
-        raise NoRoom("device memory", free, plan.peak_bytes + prepared.device.reserve_bytes)
+    free, needed_bytes = free_bytes(prepared.device, machine), plan.peak_bytes - held_bytes + prepared.device.reserve_bytes
+    if needed_bytes > free:
+        raise NoRoom("device memory", free, needed_bytes)
     # Two checkpoints exist while one replaces the other, then the adapter. A checkpoint has the weights and two moments, with
     # early stopping the best weights, and with ReFT those of the warm-up model.
     needs = adapter_elements(prepared.shape, prepared.job.lora) * 4 * (2 * 5 + 1) + SPARE_DISK_BYTES
@@ -304,12 +314,15 @@ def admit(prepared: Prepared, plan: Plan, directory: JobDirectory) -> None:
         raise DiskFull(str(directory.path), needs)
 
 
-def learn_overhead(device: DeviceProfile, rows: list[StageRow]) -> None:
-    """Remember what each stage that was measured would have had to be planned with, held against the plan that it ran under."""
+def learn_overhead(device: DeviceProfile, plan: Plan, rows: list[StageRow]) -> None:
+    """Remember what each stage would have had to be planned with beyond what was counted for it.
+
+    A stage may have had less to do than the longest that was planned, or nothing; only loading takes what it takes, so no stage counts
+    for less than that.
+    """
     found: dict[str, int] = {}
     for row in rows:
-        if row.planned_bytes and not row.resumed:
-            counted_bytes = int((row.planned_bytes - device.beyond_bytes(row.stage)) / MARGIN)
-            beyond_bytes = row.peak_bytes - counted_bytes
-            found[row.stage] = max(beyond_bytes, found.get(row.stage, beyond_bytes))
+        if row.planned_bytes and not row.resumed and (row.tokens or row.stage == "load"):
+            counted_bytes = int((row.planned_bytes - plan.beyond_bytes(row.stage)) / MARGIN)
+            found[row.stage] = max(row.peak_bytes - counted_bytes, found.get(row.stage, found.get("load", 0)))
     learn(device, found)

@@ -15,7 +15,7 @@ import msgspec
 from edge_agent.answers import Answer, accept, examples, measure
 from edge_agent.config import Endpoint
 from edge_agent.dataset import Record
-from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DiskFull, EdgeAgentError, Stopped
+from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DiskFull, DoesNotFit, EdgeAgentError, OutOfMemory, Stopped
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
@@ -32,6 +32,7 @@ from edge_agent.training.packing import reads_trees
 from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, learn_overhead, prepare, usable_profile
 from edge_agent.training.repair import repair_outputs, turning_point
 from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
+from edge_agent.training.scores_file import load_scores, save_scores
 from edge_agent.training.scoring import weigh
 from edge_agent.training.trace import traced
 from edge_agent.training.weighted import Weighted
@@ -73,7 +74,7 @@ def run_job(
         reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device), pressure.crowded)
         with sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes, reporter):
             try:
-                result = persevere(partial(_stages, directory, job, reporter, judges, trace), directory, reporter, pressure)
+                result = persevere(partial(_stages, directory, job, reporter, judges, trace, machine), directory, reporter, pressure)
             except Exception as error:
                 raise _failed(directory, job, reporter, error) from error
         reporter.emit("finished", seconds=result.seconds)
@@ -88,19 +89,23 @@ def _both(first: Listener, second: Listener) -> Listener:
     return tell
 
 
-def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mapping[str, Endpoint], trace: bool) -> Result:
+def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mapping[str, Endpoint], trace: bool, machine: Machine) -> Result:
     fix_malloc()
     with reporter.stage("plan"):
         work = prepare(directory, job)
         endpoint = find_endpoint(job.judging, judges)
-        plan, misses = _plan(directory, work)
-        reporter.plan = plan
-    with reporter.stage("load"):
-        vocabulary = {"quantized_head": plan.quantized_head, "embedding_on_host": plan.embedding_on_host}
-        model, tokenizer = load_model(work.files, work.device, cache=find_cache(), **vocabulary), work.tokenizer
+        plan, misses = _plan(directory, work, reporter)
+        admit(work, plan, directory, reporter.recorder.memory.current_bytes(), machine)
+        directory.begin(work.key)
+        directory.write_plan(plan)
+    model, tokenizer = _load(work, plan, reporter), work.tokenizer
     if plan.rows == "shared" and not reads_trees(model):  # it says that it can, and its own check found otherwise
-        plan, misses = _plan(directory, work, padded=True)
-        reporter.plan = plan
+        loaded = plan.vocabulary
+        plan, misses = _plan(directory, work, reporter, padded=True)
+        directory.write_plan(plan)
+        if plan.vocabulary != loaded:
+            del model
+            model = _load(work, plan, reporter)
     if plan.keeps_freed:
         keep_freed()
     with reporter.stage("evaluate") as row:
@@ -111,12 +116,16 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("encode") as row:
         samples, development = _encode(work, records)
         row.tokens = sum(len(p) + len(s.answer) for s in samples for p in s.prompts.values())
-    model = attach_adapter(model, job.lora, job.seed, job.model)
-    with reporter.stage("score"):
-        scores, weights = weigh(model, work.method, samples, plan, tokenizer.pad_token_id, reporter.progress)
+    model, key = attach_adapter(model, job.lora, job.seed, job.model), _key(job, work, samples)
+    with reporter.stage("score") as row:
+        kept = load_scores(directory.path, key, len(samples))
+        row.resumed = kept is not None
+        scores, weights = kept or weigh(model, work.method, samples, plan, tokenizer.pad_token_id, reporter.progress)
+        if not row.resumed:
+            save_scores(directory.path, key, (scores, weights))
     with reporter.stage("train") as row:
         training = Training(
-            _key(job, work, samples), job.schedule, job.seed, plan, tokenizer, directory.path, work.method, work.verifier,
+            key, job.schedule, job.seed, plan, tokenizer, directory.path, work.method, work.verifier,
             job.evaluation.max_new_tokens, work.files.context_tokens, development,
         )  # fmt: skip
         objective = OBJECTIVES.get(type(job.method), Weighted)(model, samples, weights, training)
@@ -147,25 +156,31 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     )  # fmt: skip
     directory.write_result(result)
     if not plan.keeps_freed:
-        learn_overhead(work.device, result.stages)
+        learn_overhead(work.device, plan, result.stages)
     directory.forget_parts()
     return result
 
 
-def _plan(directory: JobDirectory, work: Prepared, padded: bool = False) -> tuple[Plan, list[Miss]]:
+def _plan(directory: JobDirectory, work: Prepared, reporter: Reporter, padded: bool = False) -> tuple[Plan, list[Miss]]:
     """Return the plan that the job has begun with, or a new one that takes less than those that did not hold, and which these were.
 
-    Raises DoesNotFit, DeviceTooSmall, NoRoom or DiskFull.
+    Raises DoesNotFit, or OutOfMemory where no lower rung is left.
     """
-    key, misses = f"{work.job.digest} {work.files.fingerprint}", directory.read_misses()
+    misses = directory.read_misses(work.key)
     missed: dict[str, int] = {m.stage: min(n.planned_bytes for n in misses if n.stage == m.stage) for m in misses}
-    plan = None if padded else directory.read_plan(key)
-    plan = plan or work.plan(padded, missed)
-    if not padded:  # the model is there already
-        admit(work, plan, directory)
-    directory.begin(key)
-    directory.write_plan(plan)
+    plan = None if padded else directory.read_plan(work.key)
+    try:
+        reporter.plan = plan = plan or work.plan(padded, missed)
+    except DoesNotFit as error:
+        if not misses:
+            raise
+        raise OutOfMemory(misses[-1].stage, f"{misses[-1].text}; no smaller settings are left") from error
     return plan, misses
+
+
+def _load(work: Prepared, plan: Plan, reporter: Reporter) -> Any:
+    with reporter.stage("load"):
+        return load_model(work.files, work.device, cache=find_cache(), **plan.vocabulary)
 
 
 def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> tuple[list[Record], int, Repairs, Judgments]:
@@ -237,7 +252,7 @@ def _key(job: Job, work: Prepared, samples: list[Sample]) -> str:
 
 def _result(job: Job, reporter: Reporter, state: Any, records: int = 0) -> Result:
     rows = reporter.recorder.rows
-    train_row = next((r for r in rows if r.stage == "train"), None)
+    train_row = next((r for r in reversed(rows) if r.stage == "train"), None)
     return Result(
         job=job.digest, state=state, method=str(job.method.__struct_config__.tag), seed=job.seed,
         device=device_name(detect_profile(job.device).torch_device), versions=outcome.versions(), budget_bytes=job.budget_bytes,
