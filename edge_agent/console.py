@@ -362,8 +362,9 @@ def survey_view(survey: Survey) -> Group:
         rungs.add_row(str(r.number), r.rung, *cells, style=style)
     why = "everything fits as asked" if plan.number == 0 else "the fastest settings that fit"
     rows = "what rows have in common is computed once" if plan.rows == "shared" else "rows are padded: the architecture reads no trees"
+    kept = f"; freed memory is kept: up to {human_bytes(plan.roomy_bytes)}" if plan.keeps_freed else ""
     facts = (
-        f"rung {plan.number}: {plan.rung} ({why}); {plan.generate_batch} questions generated at once; {rows}\n"
+        f"rung {plan.number}: {plan.rung} ({why}); {plan.generate_batch} questions generated at once; {rows}{kept}\n"
         f"{plan.binding.name} binds; the smallest budget that works is {-(-survey.smallest_budget_bytes // 2**20)}MiB"
     )
     return Group(table, Text(facts), rungs)

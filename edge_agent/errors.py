@@ -192,6 +192,19 @@ class NoRoom(EdgeAgentError):
         )
 
 
+class DeviceTooSmall(EdgeAgentError):
+    """The plan fits the budget, and the device never has as much."""
+
+    code = "no_room"
+    exit_code = 6
+
+    def __init__(self, device: str, memory_bytes: int, reserve_bytes: int, needs_bytes: int) -> None:
+        super().__init__(
+            f"{device} has {human_bytes(memory_bytes)}, of which {human_bytes(reserve_bytes)} are left to others, the plan needs "
+            f"{human_bytes(needs_bytes)}; give --budget {(memory_bytes - reserve_bytes) // 2**20}MiB, for which smaller settings are tried"
+        )
+
+
 class DeviceMissing(EdgeAgentError):
     """The device that the job asks for is not there, or PyTorch cannot use it."""
 

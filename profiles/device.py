@@ -39,8 +39,6 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Memory that admission leaves to others."""
     bandwidth_bytes_per_s: int | None = None
     """Of the memory, as its vendor states it; None where only the machine can tell."""
-    features_off: tuple[Literal["paged_optimizers", "expandable_segments"], ...]
-    """What PyTorch and bitsandbytes offer on CUDA, and the device does not bear."""
     nvml_name: str | None = None
     """Pattern of the whole name that the NVIDIA driver reports."""
     board: str | None = None

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import bitsandbytes
@@ -25,7 +26,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gene
 from profiles.device import DeviceProfile
 from profiles.memory import MMAP_THRESHOLD_BYTES
 from quantization.nf4 import BLOCK, SCALES, choose_kernel, use_kernel
-from quantization.vocabulary import Nf4Embedding, Nf4Head, Vocabulary
+from quantization.vocabulary import NarrowHead, Nf4Embedding, Nf4Head, Vocabulary
 
 aten = torch.ops.aten
 PAGE_BYTES = 4096
@@ -159,10 +160,28 @@ def ghost_model(
             head.weight = embedding.weight
         elif embedding_on_host:
             model.set_input_embeddings(_Elsewhere(embedding.embedding_dim, dtype))
+    if isinstance(head, NarrowHead | Nf4Head):
+        _cut(head)
     use_kernel(model, choose_kernel("cpu") if device.kind == "cpu" else "bitsandbytes")
     model.is_loaded_in_4bit = True
     model.generation_config = GenerationConfig()
     return model.requires_grad_(False).eval()
+
+
+def _cut(head: Any) -> None:
+    """Let a head that is used in slices use the first two and the last: the others are like the second, and there may be hundreds."""
+    slices = head.slices
+
+    def few(dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        step = 0
+        for rows, part_RD in islice(slices(dtype), 2):
+            step = max(step, len(part_RD))
+            yield rows, part_RD
+        if rest := head.out_features % step:
+            last_RD = part_RD[:rest]  # of a slice that has memory of its own, so has the last
+            yield slice(head.out_features - rest, head.out_features), last_RD if isinstance(head, NarrowHead) else last_RD.clone()
+
+    head.slices = few
 
 
 class _Elsewhere(nn.Module):
@@ -222,7 +241,7 @@ def counted(model: Any, device: DeviceProfile, all_nonzero: bool) -> Iterator[Li
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in fakes:
-            fakes[id(tensor)] = tensor, torch.empty_like(tensor, device="cpu")
+            fakes[id(tensor)] = tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return fakes[id(tensor)][1]
 
     on_host = device.torch_device == "cpu"

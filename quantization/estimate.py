@@ -57,10 +57,10 @@ class Lengths:
     """Tokens that all prompts of `generate` begin with."""
 
     def shortened(self, share: float) -> Lengths:
-        """Return the lengths of records that have a share of these tokens."""
+        """Return the lengths of records that have a share of these tokens; as much is generated after them."""
 
         def pair(whole: tuple[int, int]) -> tuple[int, int]:
-            return int(whole[0] * share), int(whole[1] * share)
+            return int(whole[0] * share), whole[1]
 
         def rows(whole: Rows) -> Rows:
             tokens, answers = (tuple(max(1, int(n * share)) for n in numbers) for numbers in (whole.tokens, whole.answers))
@@ -121,9 +121,14 @@ def holes_bytes(adapter_bytes: int, device: DeviceProfile) -> int:
     return int(HOLES * adapter_bytes) if device.kind == "cpu" else 0
 
 
-def copies(job: Job, device: DeviceProfile) -> int:
-    """Return how many more adapters a training run holds: ReFT that of its warm-up, early stopping the best one, on the host."""
-    return isinstance(job.method, ReftOptions) + (device.kind != "discrete" and job.schedule.patience is not None)
+def reft_bytes(shape: Shape, job: Job) -> int:
+    """Return what ReFT holds from its training on: the adapter of its warm-up, and its value head with two moments."""
+    return (adapter_elements(shape, job.lora) + 3 * (shape.hidden + 1)) * 4 if isinstance(job.method, ReftOptions) else 0
+
+
+def best_bytes(shape: Shape, job: Job, device: DeviceProfile) -> int:
+    """Return what early stopping holds while it trains: the best adapter, on the host."""
+    return adapter_elements(shape, job.lora) * 4 if device.kind != "discrete" and job.schedule.patience is not None else 0
 
 
 def estimate(
@@ -133,46 +138,52 @@ def estimate(
     act = device.activation_bytes
     adapter = adapter_elements(shape, job.lora) * 4
     base = model_bytes(shape, device, rung)
-    trained = base + 2 * adapter + moments_bytes(shape, job, rung) + copies(job, device) * adapter
+    after, moments, on_device = reft_bytes(shape, job), moments_bytes(shape, job, rung), device.kind != "discrete"
+    kept = after + best_bytes(shape, job, device)
+    trained = base + adapter + moments + kept
 
-    def forward(rows: Rows, count: int, kept: float) -> float:
-        """Of `kept` layers everything stays for the backward pass; one more works on a dequantised matrix."""
+    def forward(rows: Rows, count: int, layers: float) -> float:
+        """Of so many layers everything stays for the backward pass; one more works on a dequantised matrix."""
         tokens, gathered = rows.computed(count, layout), sum(rows.tokens[1:count])
         mask = max(rows.tokens[:count], default=0) * max((n - rows.shared for n in rows.tokens[:count]), default=0) * act
         layer = tokens * _layer_bytes(shape, act) + gathered * 2 * shape.query * act
-        return kept * layer + tokens * shape.hidden * act + mask + shape.largest_linear * act
+        return layers * layer + tokens * shape.hidden * act + mask + shape.largest_linear * act
 
     def head(rows: Rows, count: int, tensors: int) -> float:
         return min(rung.head_chunk, rows.predicted(count)) * shape.vocabulary * 4 * tensors
 
-    def generation(lengths: tuple[int, int]) -> float:
+    def generation(lengths: tuple[int, int], count: int = batch, asked: int = 0) -> float:
         prompt, new = lengths
-        cache = batch * (prompt + new) * shape.layers * 2 * shape.key * act
-        return cache + max(batch * prompt * _layer_bytes(shape, act) / 2, batch * shape.vocabulary * 4 * 3) if new else 0
+        cache = count * (prompt + new) * shape.layers * 2 * shape.key * act
+        common = asked if count > 1 and layout == "shared" else 0
+        read = max(common, count * (prompt - common))
+        return cache + max(read * _layer_bytes(shape, act) / 2, count * shape.vocabulary * 4 * 3) if new else 0
 
     micro, rows = rung.micro_batch, min(2 * rung.micro_batch, max(1, len(lengths.score.tokens)))
     score = max(forward(lengths.score, rows, 0.5), head(lengths.score, rows, 2))
-    kept = 1 if rung.offload_checkpoints else shape.layers  # checkpoints that are on the device at once
-    streams = kept * lengths.train.computed(micro, layout) * shape.hidden * act
+    inputs = 1 if rung.offload_checkpoints else shape.layers  # checkpoints that are on the device at once
+    streams = inputs * lengths.train.computed(micro, layout) * shape.hidden * act
     train = forward(lengths.train, micro, 1 if rung.checkpointing else shape.layers) + (streams if rung.checkpointing else 0)
-    training = max(train, train * (not rung.checkpointing) + streams * rung.checkpointing + head(lengths.train, micro, 2))
-    evaluate = generation(lengths.generate)
-    client = CLIENT_BYTES if job.judging.source == "endpoint" and device.kind != "discrete" else 0
-    if job.evaluation.verifier == "none":
-        evaluate = max(evaluate, score)
-    if isinstance(job.method, ReftOptions):
-        training = max(training, evaluate)
-    found = (
-        ("load", base, load_bytes(shape, device, rung, int(base))),
-        ("evaluate", base + adapter + holes_bytes(adapter, device), evaluate),
-        ("sample", base, generation(lengths.generate)),
-        ("repair", base, max(score, generation(lengths.repair)) if lengths.repair[1] else 0),
-        ("judge", base, generation(lengths.judge) or client),
-        ("score", base + adapter, score),
-        ("train", trained, max(training, score)),
-        ("save", trained - adapter, 2 * adapter),
+    logits = head(lengths.train, micro, 4 if isinstance(job.method, ReftOptions) else 2)  # with a gradient in 32 bits in PPO
+    training = max(train, train * (not rung.checkpointing) + streams * rung.checkpointing + logits)
+    asked = generation(lengths.generate, asked=lengths.asked)
+    client = CLIENT_BYTES if job.judging.source == "endpoint" and on_device else 0
+    free_text = score if job.evaluation.verifier == "none" else 0
+    during = generation(lengths.generate, min(batch, job.schedule.batch), lengths.asked)
+    found: tuple[tuple[str, float, float, str], ...] = (
+        ("load", base, load_bytes(shape, device, rung, int(base)), ""),
+        ("evaluate", base + adapter + after + holes_bytes(adapter, device), max(asked, free_text), ""),
+        ("sample", base, asked, ""),
+        ("repair", base, max(score, generation(lengths.repair)) if lengths.repair[1] else 0, ""),
+        ("judge", base, generation(lengths.judge) or client, ""),
+        ("score", base + adapter, score, ""),
+        ("train", trained, score, "score"),
+        ("train", trained + adapter, training, ""),  # its gradients
+        ("train", trained, 2 * (adapter + moments + kept) if on_device else 0, "checkpoint"),
+        *([("train", trained, during, "sample")] if isinstance(job.method, ReftOptions) else []),
+        ("save", base + adapter + after, 2 * adapter if on_device else 0, ""),
     )
-    return with_overhead((StagePlan(name, int(resident), int(transient)) for name, resident, transient in found), shape, device)
+    return with_overhead((StagePlan(name, int(held), int(passing), phase) for name, held, passing, phase in found), shape, device)
 
 
 def estimates(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout) -> Callable[[float], Stages]:
@@ -194,10 +205,7 @@ def make_estimate(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfil
 def _layer_bytes(shape: Shape, act: int) -> float:
     """Bytes that one decoder layer keeps per token for its backward pass, LoRA on all linear layers.
 
-    In 32 bits: two norms keep input, normalised and output; attention keeps rotated queries and keys, values and output; the
-    MLP keeps four vectors. In 16 bits the norms' inputs and each adapter's input are kept in 32 bits as well.
+    Two norms keep their normalised inputs, in 32 bits, and their outputs, and in 32 bits of computing their inputs; attention keeps rotated
+    queries, keys and values, and its output; the MLP keeps four vectors.
     """
-    wide, narrow = shape.hidden, shape.mlp
-    if act == 4:
-        return 24 * wide + 8 * (shape.query + shape.key) + 16 * narrow
-    return 36 * wide + 8 * shape.query + 4 * shape.key + 12 * narrow
+    return (16 if act == 4 else 12) * shape.hidden + act * (3 * shape.query + 4 * shape.key + 4 * shape.mlp)

@@ -19,8 +19,8 @@ SEARCH_STEPS = 10
 """Halvings in the search for the longest record that fits."""
 GUESS_TOLERANCE = 1.2
 """A closed form that is over the budget by more than this factor is not worth a dry run."""
-
-
+GENERATING = {"evaluate", "sample", "repair", "judge"}
+"""Stages that generate as a whole."""
 ROOM = 4
 """Of what comes and goes in a stage the multiple that a process on the host may take where it keeps what it frees: holes of the heap, up
 to 3.6 times as measured."""
@@ -33,7 +33,7 @@ class StagePlan(msgspec.Struct, frozen=True):
     resident_bytes: int
     transient_bytes: int
     phase: str = ""
-    """Of the stage `train` forward, backward, optimizer, score or resume; empty where a stage is planned as a whole."""
+    """Of the stage `train` sample, score, forward, backward, optimizer, checkpoint or resume; empty where a stage is planned as a whole."""
     beyond_bytes: int = 0
     """Of the resident ones those that nothing counts: the device's overhead, as it was known when this was planned."""
 
@@ -45,6 +45,11 @@ class StagePlan(msgspec.Struct, frozen=True):
     def roomy_bytes(self) -> int:
         """The peak where the process keeps what it frees."""
         return self.resident_bytes + ROOM * self.transient_bytes
+
+    @property
+    def generates(self) -> bool:
+        """Whether a smaller batch of generation helps."""
+        return self.stage in GENERATING or (self.stage, self.phase) == ("train", "sample")
 
     @property
     def name(self) -> str:
@@ -122,8 +127,6 @@ class Survey(msgspec.Struct, frozen=True):
     """Of the smallest settings, by a dry run; rounded up to MiB."""
 
 
-GENERATING = {"evaluate", "sample", "repair", "judge"}
-"""Stages in which a smaller batch of generation helps."""
 Missed = Mapping[str, int]
 """Of stages that lacked memory in an earlier run the bytes that were planned: less has to be planned now."""
 NONE_MISSED: Missed = MappingProxyType({})
@@ -162,14 +165,14 @@ def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, gues
                 over = _over(plan.stages, job.budget_bytes, missed)
                 if not over:
                     return plan
-            if over - GENERATING:
+            if not all(stage.generates for stage in over):
                 break
     return None
 
 
-def _over(stages: Sequence[StagePlan], budget_bytes: float, missed: Missed = NONE_MISSED) -> set[str]:
-    """Return the stages that do not fit, a phase for its stage."""
-    return {s.stage for s in stages if s.peak_bytes > budget_bytes or s.peak_bytes >= missed.get(s.stage, math.inf)}
+def _over(stages: Sequence[StagePlan], budget_bytes: float, missed: Missed = NONE_MISSED) -> list[StagePlan]:
+    """Return the stages, and phases of them, that do not fit."""
+    return [s for s in stages if s.peak_bytes > budget_bytes or s.peak_bytes >= missed.get(s.stage, math.inf)]
 
 
 def smallest(rungs: Sequence[Rung], guess: Stages) -> Rung:

@@ -239,8 +239,6 @@ def test_example_job_is_a_complete_job() -> None:
 
 def _shown(value: Any) -> str:
     """Return a value of a profile as docs/devices.md shows it, without its backquotes."""
-    if isinstance(value, tuple):
-        return ", ".join(value) or "-"
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 

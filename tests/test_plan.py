@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,11 @@ import msgspec
 import pytest
 
 from edge_agent.errors import DoesNotFit, ModelUnsupported
-from edge_agent.job import Dataset, Job, Lora, ReftOptions, Schedule, SftOptions
+from edge_agent.job import Dataset, Job, Lora, ReftOptions, Schedule
 from profiles.calibration import KEPT, calibrated, learn
 from profiles.device import DeviceProfile, device_profile
 from quantization.estimate import MARGIN, NF4_BYTES, Lengths, estimate, make_estimate
-from quantization.ladder import Rows, Rung, ladder, relative_time
+from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
 from quantization.model_files import ModelFiles, find_model
 from quantization.shape import Shape, adapter_elements, read_shape
 
@@ -151,19 +153,64 @@ def test_an_evaluation_that_does_not_fit_leaves_the_training_alone() -> None:
     assert plan.rung == roomy.rung == "as asked"
 
 
+def _reft(budget_bytes: int, batch: int) -> Job:
+    return msgspec.structs.replace(_job(budget_bytes), method=ReftOptions(), schedule=Schedule(batch=batch))
+
+
 def test_reft_is_planned_with_its_sampling() -> None:
-    """Its train stage counts one more copy of the adapter and the generation; of the others only `save` holds the copy."""
-    shape, device = _shape(LLAMA_8B), device_profile("cuda")
-    job = msgspec.structs.replace(_job(2**40), schedule=Schedule(batch=64))
-    rung = Rung(3, 1, 32, checkpointing=True)
-    plain, reft = (
-        {s.stage: s for s in estimate(shape, msgspec.structs.replace(job, method=m), LENGTHS, device, rung, 64, "shared")}
-        for m in (SftOptions(), ReftOptions())
+    """Training holds one more copy of the adapter and a value head, which stay to the end, and samples as many answers as a step has."""
+    shape, device, rung = _shape(LLAMA_8B), device_profile("cuda"), Rung(3, 1, 32, checkpointing=True)
+    plain, small, large = (
+        {s.name: s for s in estimate(shape, job, LENGTHS, device, rung, 64, "shared")}
+        for job in (_job(2**40), _reft(2**40, 8), _reft(2**40, 64))
     )
-    assert {name for name in plain if plain[name] != reft[name]} == {"train", "save"}
-    kept_bytes = MARGIN * adapter_elements(shape, job.lora) * 4
-    assert reft["train"].resident_bytes - plain["train"].resident_bytes == pytest.approx(kept_bytes, abs=2)
-    assert reft["train"].transient_bytes == reft["evaluate"].transient_bytes > plain["train"].transient_bytes
+    held = {name: small[name].resident_bytes - plain[name].resident_bytes for name in plain}
+    kept_bytes = MARGIN * 4 * (adapter_elements(shape, Lora()) + 3 * (shape.hidden + 1))
+    assert {name for name in held if held[name]} == {"evaluate", "train", "train: score", "train: checkpoint", "save"}
+    assert all(found == pytest.approx(kept_bytes, abs=2) for found in held.values() if found)
+    assert large["train: sample"].transient_bytes == large["evaluate"].transient_bytes
+    assert small["train: sample"].transient_bytes == pytest.approx(small["evaluate"].transient_bytes / 8, abs=2)
+
+
+def test_reft_whose_sampling_does_not_fit_samples_fewer_at_once() -> None:
+    """Sampling beside the optimizer's moments never changes the training: fewer questions are answered at once."""
+    shape, device = _shape(LLAMA_8B), device_profile("cuda")
+    long = Lengths(LENGTHS.train, LENGTHS.score, (30_000, 256))
+    stages = {s.name: s for s in estimate(shape, _reft(2**40, 8), long, device, Rung(0, 8), 8, "shared")}
+    budget_bytes = stages["train: sample"].peak_bytes - 1
+    assert max(s.peak_bytes for s in stages.values() if not s.generates) < budget_bytes
+    plan = make_estimate(shape, _reft(budget_bytes, 8), long, device)
+    assert (plan.rung, plan.generate_batch) == ("as asked", 4)
+
+
+def test_common_beginning_of_prompts_is_counted_once() -> None:
+    """What all prompts begin with is read in one row; rows that are padded read it each, and so does a single one."""
+    shape, device, rung = _shape(QWEN_HALF_B), device_profile("cpu"), Rung(3, 1, 32, checkpointing=True)
+    alike = replace(LENGTHS, generate=(3000, 64), asked=2900)
+    apart = replace(alike, asked=0)
+
+    def evaluation(lengths: Lengths, batch: int, layout: Layout) -> int:
+        return next(s.transient_bytes for s in estimate(shape, _job(GIB), lengths, device, rung, batch, layout) if s.stage == "evaluate")
+
+    assert evaluation(alike, 8, "shared") < 0.7 * evaluation(apart, 8, "shared")
+    assert evaluation(alike, 8, "padded") == evaluation(apart, 8, "padded")
+    assert evaluation(alike, 1, "shared") == evaluation(apart, 1, "shared")
+
+
+def test_longest_record_that_fits_is_right_where_generation_binds() -> None:
+    """Shorter records leave what is generated as long as it was: those of the length that the refusal names fit, longer ones do not."""
+    shape, device = _shape(LLAMA_1B), device_profile("cuda")
+    rows = Rows((1000,), (20,))
+    asked = Lengths(rows, rows, (100_000, 40_000))
+    job = msgspec.structs.replace(_job(5 * GIB), schedule=Schedule(batch=1))
+    with pytest.raises(DoesNotFit, match=r"stage (evaluate|sample)") as refused:
+        make_estimate(shape, job, asked, device)
+    [longest] = map(int, re.findall(r"record that fits has (\d+) tokens", str(refused.value)))
+    assert 0 < longest < 1000
+    assert asked.shortened(longest / 1000).generate[1] == 40_000
+    make_estimate(shape, job, asked.shortened(longest / 1000), device)
+    with pytest.raises(DoesNotFit):
+        make_estimate(shape, job, asked.shortened((longest + 4) / 1000), device)
 
 
 def test_refusal_names_a_budget_that_works() -> None:

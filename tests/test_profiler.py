@@ -19,8 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import orin_nano, server, write
 
+from edge_agent.errors import NonFiniteLoss
+from edge_agent.job_directory import JobDirectory
 from edge_agent.report import Energy, Result
 from edge_agent.training.outcome import describe_energy
+from edge_agent.training.trace import UPDATES, traced
 from profiles import jetson
 from profiles.device import device_profile
 from profiles.energy import Counter, Integral, Meter, NoMeter, find_meter
@@ -310,6 +313,20 @@ def test_trace_opens_and_names_the_stage(traced_job: Path) -> None:
         assert len(inside) > 100
     assert not (traced_job / "memory_snapshot.pickle").exists()
     assert not list(traced_job.glob(".*.part"))
+
+
+def test_trace_that_cannot_be_written_hides_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A training that fails ends with its own error, and one that succeeds goes on; what became of the trace is a line in the log."""
+    directory = JobDirectory(tmp_path)
+    directory.trace.mkdir()
+    with pytest.raises(NonFiniteLoss), traced(directory, lambda *_: None):
+        raise NonFiniteLoss(1, "a")
+    assert caplog.text.count("trace_unwritten") == 1
+    with traced(directory, lambda *_: None) as progress:
+        for update in range(UPDATES + 1):
+            progress(update, UPDATES + 1, 0, None, None)
+    assert caplog.text.count("trace_unwritten") == 2
+    assert [*tmp_path.iterdir()] == [directory.trace]
 
 
 def test_run_is_profiled_from_start_to_end(traced_job: Path) -> None:

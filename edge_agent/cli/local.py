@@ -175,7 +175,7 @@ def plan(
             fields = {"budget_bytes": parse_size(budget), "dataset.limit": limit, "method.name": "nlft"}
             job = build_job(model, data, eval_data, fields, settings or [])
             prepared = prepare_files(job, datasets.read_records(data), datasets.read_records(eval_data) if eval_data else None, profile)
-        survey = prepared.rehearsal().survey()
+        survey = prepared.survey()
         if as_json:
             print_json(survey)
         else:

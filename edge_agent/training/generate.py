@@ -128,13 +128,18 @@ def _generate(
     return [Generated(row[: length + keep_end], length < len(row)) for row, length in zip(new, lengths, strict=True)]
 
 
-def _common(model: Any, prompts: Sequence[Sequence[int]], longest: int) -> int:
-    """Return how many tokens all prompts begin with, one at least left over; 0 where the model's cache could not begin with them.
+def begins_once(model: Any, rows: int, longest: int) -> bool:
+    """Whether what a batch of rows begins with is computed once; `longest` tokens are in one of them, answer included.
 
     A window counts the padding between what is common and the rest; a cache that is no list of keys and values has no beginning.
     """
     window = shortest_window(model.config.get_text_config())
-    if len(prompts) == 1 or not reads_trees(model) or (window is not None and window < longest):
+    return rows > 1 and reads_trees(model) and (window is None or window >= longest)
+
+
+def _common(model: Any, prompts: Sequence[Sequence[int]], longest: int) -> int:
+    """Return how many tokens all prompts begin with, one at least left over; 0 where the model's cache could not begin with them."""
+    if not begins_once(model, len(prompts), longest):
         return 0
     first, *_, last = sorted(map(tuple, prompts))  # in lexicographic order the two with least in common
     return min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))), min(map(len, prompts)) - 1)

@@ -7,6 +7,7 @@ of 256. Small tensors keep 32 bits, there as here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ MOMENTS = (("exp_avg", "1", True), ("exp_avg_sq", "2", False))
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], schedule: Schedule, eight_bit: bool) -> torch.optim.Optimizer:
     """Return AdamW on the parameters, as the schedule says."""
-    kind: Any = AdamW8bit if eight_bit else torch.optim.AdamW
+    # On CUDA PyTorch would update all parameters at once, in temporaries of the size of all of them.
+    kind: Any = AdamW8bit if eight_bit else partial(torch.optim.AdamW, foreach=False)
     made: torch.optim.Optimizer = kind(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     return made
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from edge_agent.answers import check_answers
 from edge_agent.dataset import Record, Verify, is_correct
-from edge_agent.errors import DatasetEmpty, DeviceMissing, DiskFull, JobSchema, NoRoom, RecordTooLong
+from edge_agent.errors import DatasetEmpty, DeviceMissing, DeviceTooSmall, DiskFull, JobSchema, NoRoom, RecordTooLong
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.prompts import PROMPTS, Prompts
@@ -34,7 +34,7 @@ from quantization.estimate import MARGIN, Lengths
 from quantization.ladder import Rows
 from quantization.load import load_tokenizer
 from quantization.model_files import ModelFiles, find_model
-from quantization.plan import NONE_MISSED, Missed, Plan
+from quantization.plan import NONE_MISSED, Missed, Plan, Survey
 from quantization.shape import Shape, adapter_elements, read_shape
 
 SPARE_DISK_BYTES = 16 * 2**20
@@ -247,8 +247,19 @@ class Prepared:
     def plan(self, padded: bool = False, missed: Missed = NONE_MISSED) -> Plan:
         """Return the plan of the job by a dry run; one that lacked memory before has no room to keep what it frees. Raises DoesNotFit."""
         made = self.rehearsal(padded).plan(missed)
+        return made if missed else self._with_room(made)
+
+    def survey(self) -> Survey:
+        """Return the plan that a run would begin with, and what else the ladder offers. Raises DoesNotFit or DeviceTooSmall."""
+        rehearsal = self.rehearsal()
+        made = self._with_room(rehearsal.plan())
+        check_device(self.device, made)
+        return rehearsal.survey(made)
+
+    def _with_room(self, made: Plan) -> Plan:
+        """Return a plan that keeps what it frees where that is of use, and there is room for it now."""
         room_bytes = min(made.budget_bytes, free_bytes(self.device) - self.device.reserve_bytes + HostMemory().current_bytes())
-        return replace(made, keeps_freed=self.device.kind == "cpu" and not missed and made.roomy_bytes <= room_bytes)
+        return replace(made, keeps_freed=self.device.kind == "cpu" and made.roomy_bytes <= room_bytes)
 
 
 def usable_profile(wanted: str) -> DeviceProfile:
@@ -281,8 +292,18 @@ def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | No
     return prepared
 
 
+def check_device(device: DeviceProfile, plan: Plan) -> None:
+    """Raise DeviceTooSmall where a device could not take a plan even if nothing else ran on it, as far as its profile says."""
+    if device.memory_bytes is not None and plan.peak_bytes > device.memory_bytes - device.reserve_bytes:
+        raise DeviceTooSmall(device.title, device.memory_bytes, device.reserve_bytes, plan.peak_bytes)
+
+
 def admit(prepared: Prepared, plan: Plan, directory: JobDirectory, held_bytes: int, machine: Machine) -> None:
-    """Raise NoRoom or DiskFull where the machine cannot take the job now; this process has `held_bytes` of what is planned already."""
+    """Raise DeviceTooSmall, NoRoom or DiskFull where the machine cannot take the job now.
+
+    This process has `held_bytes` of what is planned already.
+    """
+    check_device(prepared.device, plan)
     free, needed_bytes = free_bytes(prepared.device, machine), plan.peak_bytes - held_bytes + prepared.device.reserve_bytes
     if needed_bytes > free:
         raise NoRoom("device memory", free, needed_bytes)

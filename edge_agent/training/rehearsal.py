@@ -19,25 +19,38 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache
 
-from edge_agent.job import Job, ReftOptions
-from edge_agent.training.generate import GumbelNoise
+from edge_agent.job import Job, ReftOptions, Schedule
+from edge_agent.training.generate import GumbelNoise, begins_once
 from edge_agent.training.head import answer_logp, weighted_loss
 from edge_agent.training.key_values import read_beginning, reserve
 from edge_agent.training.loop import trained
 from edge_agent.training.methods.method import Method
+from edge_agent.training.optimizer import make_optimizer
 from edge_agent.training.packing import answer_hidden, pack
 from profiles.device import DeviceProfile
 from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.attention import TREE
 from quantization.dry_run import LiveBytes, counted, ghost_model, takes_trees
-from quantization.estimate import CLIENT_BYTES, Lengths, copies, estimates, holes_bytes, load_bytes, moments_bytes, with_overhead
+from quantization.estimate import (
+    CLIENT_BYTES,
+    Lengths,
+    best_bytes,
+    estimates,
+    holes_bytes,
+    load_bytes,
+    moments_bytes,
+    reft_bytes,
+    with_overhead,
+)
 from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
 from quantization.model_files import ModelFiles
 from quantization.plan import NONE_MISSED, Missed, Plan, RungCost, StagePlan, Survey, make_plan, smallest
 from quantization.shape import Shape, adapter_elements
 
 FEW_LAYERS = 2
-"""Layers of the smaller of the two models that are run; a pattern of different layers is run whole."""
+"""Layers of the smaller of the two models that are run; of layers that differ, so many times their pattern."""
+Loss = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""What is differentiated, of model, hidden states, tokens, their weights, and rows of the head at once."""
 
 
 @dataclass
@@ -67,9 +80,9 @@ class Rehearsal:
         """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
         return make_plan(self.job, self.rungs, self.rows, self._guess_of, self.lengths.score.longest, self.stages, missed)
 
-    def survey(self) -> Survey:
-        """Return the plan, and what else the ladder offers. Raises DoesNotFit."""
-        made, guess, rungs = self.plan(), self._guess_of(1.0), self.rungs
+    def survey(self, made: Plan) -> Survey:
+        """Return what else the ladder offers beside a plan."""
+        guess, rungs = self._guess_of(1.0), self.rungs
         rung = smallest(rungs, guess)
         least = max(s.peak_bytes for s in self.stages(rung, 1))
         first = relative_time(self.shape, self.lengths.train, rungs[0], self.rows)
@@ -88,8 +101,8 @@ class Rehearsal:
         adapter = adapter_elements(self.shape, job.lora) * 4
         score, train = self._score(rung), self._train(rung)
         base = score["held"] - adapter
-        kept = copies(job, self.device) * adapter
-        moments = moments_bytes(self.shape, job, rung)
+        after, moments = reft_bytes(self.shape, job), moments_bytes(self.shape, job, rung)
+        kept = after + best_bytes(self.shape, job, self.device)
         trained = base + adapter + moments + kept
         sample = self._generation(rung, batch, lengths.generate, sampled=True)
         evaluate = self._generation(rung, batch, lengths.generate, sampled=job.evaluation.temperature is not None)
@@ -99,7 +112,7 @@ class Rehearsal:
         client = CLIENT_BYTES if job.judging.source == "endpoint" and on_device else 0
         found = [
             StagePlan("load", base, load_bytes(self.shape, self.device, rung, base)),
-            StagePlan("evaluate", base + adapter + holes_bytes(adapter, self.device), max(evaluate, free_text)),
+            StagePlan("evaluate", base + adapter + after + holes_bytes(adapter, self.device), max(evaluate, free_text)),
             StagePlan("sample", base, sample),
             StagePlan("repair", base, max(scored, self._generation(rung, batch, lengths.repair)) if lengths.repair[1] else 0),
             StagePlan("judge", base, self._generation(rung, batch, lengths.judge) or client),
@@ -110,7 +123,7 @@ class Rehearsal:
             # The rehearsed update makes the moments of 32 bits itself, beside the gradients.
             StagePlan("train", trained if rung.adam_8bit else trained - moments, _transient(train, "optimizer"), "optimizer"),
             StagePlan("train", trained, 2 * (adapter + moments + kept) if on_device else 0, "checkpoint"),
-            StagePlan("save", base + adapter + kept, 2 * adapter if on_device else 0),
+            StagePlan("save", base + adapter + after, 2 * adapter if on_device else 0),
         ]
         if isinstance(job.method, ReftOptions):
             during = self._generation(rung, min(batch, job.schedule.batch), lengths.generate, sampled=True)
@@ -126,14 +139,16 @@ class Rehearsal:
         accumulates = rung.micro_batch < self.job.schedule.batch
         settings = (rung.micro_batch, rung.head_chunk, rung.checkpointing, rung.adam_8bit, rung.offload_checkpoints)
         passed = self.method.references in ("pass", "live")
-        work = partial(_train, rows=self.lengths.train, rung=rung, accumulates=accumulates, passed=passed)
-        return self._run(("train", *settings), rung, work)
+        work = partial(_train, rows=self.lengths.train, rung=rung, schedule=self.job.schedule, accumulates=accumulates, passed=passed)
+        losses = (_weighted, _reinforced) if isinstance(self.job.method, ReftOptions) else (_weighted,)
+        found = [self._run(("train", *settings, loss), rung, partial(work, loss=loss)) for loss in losses]
+        return {part: max(peaks[part] for peaks in found) for part in found[0]}
 
     def _generation(self, rung: Rung, batch: int, lengths: tuple[int, int], sampled: bool = False) -> int:
         if not lengths[1]:
             return 0
-        common = self.lengths.asked if batch > 1 and self.rows == "shared" and lengths == self.lengths.generate else 0
-        work = partial(_generate, batch=batch, prompt=lengths[0], new=lengths[1], common=min(common, lengths[0] - 1))
+        asked = min(self.lengths.asked, lengths[0] - 1) if lengths == self.lengths.generate else 0
+        work = partial(_generate, batch=batch, prompt=lengths[0], new=lengths[1], asked=asked)
         peaks = self._run(("generate", batch, lengths), rung, work)
         return max(_transient(peaks, "generate"), _transient(peaks, "draw") if sampled else 0)
 
@@ -209,8 +224,9 @@ def _transient(peaks: dict[str, int], phase: str) -> int:
 
 
 def _pattern(layer_types: Sequence[str]) -> int:
-    """Return after how many layers their kinds repeat."""
-    return next((n for n in range(1, len(layer_types)) if all(a == b for a, b in zip(layer_types, layer_types[n:], strict=False))), 1)
+    """Return after how many layers their kinds repeat: all of them where they never do, 1 where they are not named."""
+    count = len(layer_types)
+    return next((n for n in range(1, count) if all(a == b for a, b in zip(layer_types, layer_types[n:], strict=False))), max(1, count))
 
 
 def _rows(rows: Rows, count: int) -> list[tuple[list[int], list[int]]]:
@@ -231,10 +247,11 @@ def _score(model: Any, watch: _Watch, rows: Rows, count: int, chunk: int) -> Non
     answer_logp(model, answer_hidden(model, packed), packed.target_ids_N, chunk).cpu()
 
 
-def _train(model: Any, watch: _Watch, rows: Rows, rung: Rung, accumulates: bool, passed: bool) -> None:
+def _train(
+    model: Any, watch: _Watch, rows: Rows, rung: Rung, schedule: Schedule, accumulates: bool, passed: bool, loss: Loss
+) -> None:  # fmt: skip
     """Make one update; where it accumulates, gradients are there before."""
     parameters = list(trained(model).values())
-    optimizer = torch.optim.AdamW(parameters)
     if rung.checkpointing:
         checkpoint_activations(model)
     model.train()
@@ -247,14 +264,26 @@ def _train(model: Any, watch: _Watch, rows: Rows, rung: Rung, accumulates: bool,
     if passed:
         answer_logp(model, hidden_ND.detach(), packed.target_ids_N, rung.head_chunk)
     weights_N = torch.ones(len(packed.target_ids_N), device=model.device)
-    loss = weighted_loss(model, hidden_ND, packed.target_ids_N, weights_N, weights_N, rung.head_chunk)
+    total = loss(model, hidden_ND, packed.target_ids_N, weights_N, rung.head_chunk)
     watch.begin("backward")
-    loss.backward()
-    del loss, hidden_ND, packed
+    total.backward()
+    del total, hidden_ND, packed
     watch.begin("optimizer")
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     if not rung.adam_8bit:
-        optimizer.step()
+        make_optimizer(parameters, schedule, eight_bit=False).step()
+
+
+def _weighted(model: Any, hidden_ND: torch.Tensor, ids_N: torch.Tensor, weights_N: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The loss of all methods but PPO (training/weighted.py)."""
+    return weighted_loss(model, hidden_ND, ids_N, weights_N, weights_N, chunk)
+
+
+def _reinforced(model: Any, hidden_ND: torch.Tensor, ids_N: torch.Tensor, weights_N: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The loss of PPO (training/ppo.py), in what it takes: log-probabilities with a gradient, and values of the hidden states."""
+    value_N = torch.nn.Linear(hidden_ND.shape[1], 1)(hidden_ND.float())[:, 0]
+    total: torch.Tensor = ((answer_logp(model, hidden_ND, ids_N, chunk) + value_N) * weights_N).sum()
+    return total
 
 
 def _offloaded() -> saved_tensors_hooks:
@@ -263,7 +292,7 @@ def _offloaded() -> saved_tensors_hooks:
 
 
 @torch.no_grad()
-def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int, common: int) -> None:
+def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int, asked: int) -> None:
     """Read what the prompts have in common, then the rest of each, then write the last token with the cache of all before it."""
     device, text = model.device, model.config.get_text_config()
 
@@ -278,6 +307,7 @@ def _generate(model: Any, watch: _Watch, batch: int, prompt: int, new: int, comm
         GumbelNoise(1.0, [0] * batch, device)(ids_BT, logits_BV)
 
     cache = reserve(model, batch, prompt + new)
+    common = asked if begins_once(model, batch, prompt + new) else 0
     if common:
         watch.begin("generate")
         read_beginning(model, cache, [1] * common, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from edge_agent.job_directory import JobDirectory
 from edge_agent.training.reporter import OnProgress
 from profiles.recorder import StageName
+
+log = logging.getLogger(__name__)
 
 UPDATES = 3
 MOST_S = 10.0
@@ -56,14 +59,21 @@ class _Trace:
         self._span.__enter__()
 
     def _write(self) -> None:
+        """Write what was recorded; where that fails it is a line in the log, and the training goes on or ends as it would have."""
         self._open = False
-        self._profile.stop()
         part = self._directory.trace.with_name(f".{self._directory.trace.name}.part")
-        self._profile.export_chrome_trace(str(part))
-        part.replace(self._directory.trace)
-        if self._on_gpu:
-            torch.cuda.memory._dump_snapshot(str(self._directory.memory_snapshot))
-            torch.cuda.memory._record_memory_history(enabled=None)
+        try:
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(part))
+            part.replace(self._directory.trace)
+            if self._on_gpu:
+                torch.cuda.memory._dump_snapshot(str(self._directory.memory_snapshot))
+        except (MemoryError, OSError, RuntimeError) as error:  # PyTorch's own are of the last kind
+            log.warning("trace_unwritten file=%s error=%s", self._directory.trace, error)
+            part.unlink(missing_ok=True)
+        finally:
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
 
 
 @contextmanager
