@@ -89,7 +89,7 @@ def write_rows(file: Path, model: Path, tokens: int) -> Path:
     def grown() -> Record:
         record = None
         while True:
-            group = [record, next(drawn)] if record else [next(drawn)]
+            group: list[Any] = [record, next(drawn)] if record else [next(drawn)]
             longer = Record("\n".join(p.question for p in group), "\n".join(p.answer or "" for p in group))
             taken = record_ids(tokenizer, PROMPTS["worked"], longer), answer_ids(tokenizer, longer.answer or "")
             if record and sum(map(len, taken)) > tokens:
@@ -103,7 +103,7 @@ def write_rows(file: Path, model: Path, tokens: int) -> Path:
 def products_per_s(device: str, dtype: torch.dtype) -> float:
     """Return how many multiplications and additions a second the device does in products of square matrices."""
     left, right = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
     left @ right
     wait()
     began = time.perf_counter()
@@ -149,7 +149,7 @@ def train(model: Path, data: Path, device: str, budget_bytes: int, out: Path, ra
 def runs(model: Path, data: Path, device: str, budgets: list[int], rate: float) -> Iterator[Run]:
     """Train with all memory, under each budget, and under the smallest."""
     work = prepare_files(job_of(model, data, device, UNLIMITED), read_records(data), None)
-    for number, budget_bytes in enumerate([UNLIMITED, *budgets, work.rehearsal().survey().smallest_budget_bytes]):
+    for number, budget_bytes in enumerate([UNLIMITED, *budgets, work.rehearsal().survey(work.plan()).smallest_budget_bytes]):
         yield train(model, data, device, budget_bytes, data.parent / f"job-{number}", rate)
 
 

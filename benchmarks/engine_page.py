@@ -18,6 +18,7 @@ import rungs
 import scaling
 import step
 from page import drawn, write_parts
+from step_arms import OURS
 
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
@@ -142,7 +143,7 @@ def plot_steps(rows: list[step.Row]) -> None:
     with drawn("step.svg", 2, len(groups), figsize=(4.5 * len(groups), 7), sharey=True) as axes:
         for group, (upper, lower) in zip(groups, zip(*axes, strict=True), strict=True):
             names = [r.arm for r in group]
-            colours = ["tab:blue" if n in step.OURS and n != "released scheme" else "tab:gray" for n in names]
+            colours = ["tab:blue" if n in OURS and n != "released scheme" else "tab:gray" for n in names]
             upper.barh(names, [median(r.seconds) for r in group], color=colours)
             lower.barh(names, [r.peak_bytes / MIB for r in group], color=colours)
             first = group[0]

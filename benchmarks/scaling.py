@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
 
+import msgspec
 from gsm8k import DATA
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ from step_arms import Settings
 
 MIB = 2**20
 ARMS = ("SFT", "NLFT, scored live")
-BASE = {"micro_batch": 4, "instruction": 500, "records": 8, "joined": 1}
+BASE: dict[str, Any] = {"micro_batch": 4, "instruction": 500, "records": 8, "joined": 1}
 SWEEPS: dict[str, tuple[int, ...]] = {
     "records": (8, 16, 24, 32), "joined": (1, 2, 3, 4), "instruction": (0, 250, 500, 1000, 2000), "micro_batch": (1, 2, 4, 8),
 }  # fmt: skip
@@ -74,8 +75,8 @@ def main() -> None:
         for name, values in SWEEPS.items():
             found: list[Row] = []
             for value in values:
-                sizes = BASE | {name: value}
-                settings = [Settings(arm, str(model), str(options.data), options.device, **sizes) for arm in ARMS]
+                base = Settings("", str(model), str(options.data), options.device, **BASE)
+                settings = [msgspec.structs.replace(base, arm=arm, **{name: value}) for arm in ARMS]
                 found += measure(settings, options.rounds, options.shape)
             Console(width=max(Console().width, 100)).print(table(name, found))
             rows += found

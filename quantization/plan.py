@@ -159,7 +159,7 @@ def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, gues
     """
     for rung in rungs:
         for batch in generate_batches(job):
-            over = _over(guess(rung, batch), job.budget_bytes * GUESS_TOLERANCE)
+            over = _over(guess(rung, batch), job.budget_bytes, tolerance=GUESS_TOLERANCE)
             if not over:
                 plan = plan_on(rung, batch, job.budget_bytes, layout, stages)
                 over = _over(plan.stages, job.budget_bytes, missed)
@@ -170,9 +170,14 @@ def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, gues
     return None
 
 
-def _over(stages: Sequence[StagePlan], budget_bytes: float, missed: Missed = NONE_MISSED) -> list[StagePlan]:
-    """Return the stages, and phases of them, that do not fit."""
-    return [s for s in stages if s.peak_bytes > budget_bytes or s.peak_bytes >= missed.get(s.stage, math.inf)]
+def _over(stages: Sequence[StagePlan], budget_bytes: int, missed: Missed = NONE_MISSED, tolerance: float = 1.0) -> list[StagePlan]:
+    """Return the stages, and phases of them, that do not fit; what can be counted of them may pass its room by a factor."""
+
+    def is_over(s: StagePlan) -> bool:
+        counted_bytes, room_bytes = s.peak_bytes - s.beyond_bytes, budget_bytes - s.beyond_bytes
+        return counted_bytes > tolerance * room_bytes or s.peak_bytes >= missed.get(s.stage, math.inf)
+
+    return [s for s in stages if is_over(s)]
 
 
 def smallest(rungs: Sequence[Rung], guess: Stages) -> Rung:
