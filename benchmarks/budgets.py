@@ -171,7 +171,7 @@ def table(report: Report) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=NAMES, default="llama-100m")
-    parser.add_argument("--device", choices=("cpu", "cpu-bf16", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--budget", type=parse_size, nargs="*", default=[], help="such as 8GiB 6GiB")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--out", type=Path)

@@ -11,8 +11,9 @@ the rounds of an arm's seconds over those of the option with the lowest median, 
 options: its loss takes the head of the answers' tokens only, which TRL does on GPUs only, and its adapter has the type of the
 activations. Memory is that of a further process, in its first epoch, beside the model.
 
-`--shape` takes the shapes of benchmarks/shapes.py; all arms compute in the type of `--device`: 32 bits on `cpu`, 16 on `cpu-bf16`, as is
-TRL's default, and on `cuda`, where one arm runs after the other. Needs GSM8K's train.jsonl and
+`--shape` takes the shapes of benchmarks/shapes.py; all arms compute in 32 bits on `cpu`, as jobs do there, and in 16 on `cuda`, where one
+arm runs after the other. `cpu-bf16` is a processor in 16 bits, which are TRL's default: jobs do not take them there, because PyTorch's
+kernels for them keep memory that no plan counts. Needs GSM8K's train.jsonl and
 model_outputs_6b.jsonl (`--data`; a line of the second has `question`, `answer`, and `finetuning`: an output's `solution` and
 `is_correct`), and trl (the extra `bench`). More than an hour on two cores, and half of that for one step of a larger model (`--shape
 qwen2.5-0.5b --micro-batch 4 --instruction 500 --rounds 1`). Does not cover accuracy: benchmarks/methods.py.
@@ -38,10 +39,10 @@ from gsm8k import DATA
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_model
-from step_arms import OURS, PATCHED, TRL, Epoch, Settings
+from step_arms import OURS, PATCHED, TRL, Epoch, Settings, profile_of
 
 from edge_agent.training.outcome import versions
-from profiles.device import device_name, device_profile
+from profiles.device import device_name
 
 MIB = 2**20
 DEVICES = ("cpu", "cpu-bf16", "cuda")
@@ -183,7 +184,7 @@ def write_report(out: Path, device: str, rows: list[Row]) -> None:
     """Write rows with machine, versions and date."""
     today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
     report = Report(
-        today, device_name(device_profile(device).torch_device), torch.get_num_threads(), versions() | {"trl": version("trl")}, rows
+        today, device_name(profile_of(device).torch_device), torch.get_num_threads(), versions() | {"trl": version("trl")}, rows
     )
     out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
 

@@ -30,7 +30,7 @@ from edge_agent.training.methods.nlft import Nlft, token_weights
 from edge_agent.training.methods.sft import Sft
 from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
-from profiles.device import device_profile
+from profiles.device import DeviceProfile, device_profile
 from profiles.memory import CudaMemory, HostMemory, Memory, fix_malloc, keep_freed
 from quantization.adapter import attach_adapter, checkpoint_activations
 from quantization.ladder import HEAD_CHUNK
@@ -83,10 +83,16 @@ class Work(NamedTuple):
             yield [chosen[start : start + self.settings.micro_batch] for start in range(0, len(chosen), self.settings.micro_batch)]
 
 
+def profile_of(device: str) -> DeviceProfile:
+    """Return the profile of a device; `cpu-bf16` is none of jobs."""
+    profile = device_profile(device.removesuffix("-bf16"))
+    return msgspec.structs.replace(profile, compute_dtype="bfloat16") if device.endswith("-bf16") else profile
+
+
 def ours(work: Work, method: Any, rows: list[Sample], score_only: bool = False) -> Callable[[], int]:
     """The engine: a pack a micro-batch; weights by the method, renewed when it says."""
     s = work.settings
-    model = attach_adapter(load_model(find_model(s.model), device_profile(s.device)), LORA, SEED, s.model)
+    model = attach_adapter(load_model(find_model(s.model), profile_of(s.device)), LORA, SEED, s.model)
     checkpoint_activations(model)
     plan = Plan("benchmark", s.micro_batch, HEAD_CHUNK, True, 1, 0, ())
     schedule = Schedule(batch=BATCH, epochs=1, learning_rate=LEARNING_RATE)
@@ -113,7 +119,7 @@ def ours(work: Work, method: Any, rows: list[Sample], score_only: bool = False) 
 
 def _plain_model(work: Work) -> Any:
     """The same model as any script loads it: transformers and bitsandbytes."""
-    dtype = getattr(torch, device_profile(work.settings.device).compute_dtype)
+    dtype = getattr(torch, profile_of(work.settings.device).compute_dtype)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(
         work.settings.model, dtype=dtype, quantization_config=nf4, device_map={"": work.device}, local_files_only=True

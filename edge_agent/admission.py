@@ -46,7 +46,7 @@ def check_offer(offer: Offer, config: AgentConfig, device: DeviceProfile, waitin
     alias = job.judging.endpoint
     if alias is not None and alias not in config.judges:
         raise Rejected("judge_missing", str(JudgeMissing(alias, config.judges)))
-    if job.device.removesuffix("-bf16") not in ("auto", device.torch_device):
+    if job.device not in ("auto", device.torch_device):
         raise Rejected("device_missing", f"the job asks for {job.device}, this node has {device.torch_device}")
     _check_plan(job, config, device)
 

@@ -141,7 +141,7 @@ class AgentConfig(Strict, frozen=True):
     models: dict[str, Path]
     """Models that jobs may use: their names in jobs, and their directories here."""
     fleet: Name = "default"
-    device: Literal["auto", "cpu", "cpu-bf16", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     judges: dict[Alias, Endpoint] = msgspec.field(default_factory=dict)
     """Endpoints that jobs may ask for judgments, by the aliases that jobs know."""
     broker: Broker = Broker()

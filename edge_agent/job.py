@@ -242,7 +242,7 @@ class Job(Strict, frozen=True, kw_only=True):
     """A local directory, or the id of a model in the local Hugging Face cache."""
     dataset: Dataset
     budget_bytes: Annotated[int, Meta(ge=1, le=2**53 - 1)]
-    device: Literal["auto", "cpu", "cpu-bf16", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     method: NlftOptions | SftOptions | DftOptions | CutOptions | ReftOptions = NlftOptions()
     prompts: Literal["worked", "plain"] | Prompts = "worked"
     lora: Lora = Lora()

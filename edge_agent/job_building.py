@@ -25,7 +25,7 @@ class BuildOptions(Strict, frozen=True, kw_only=True):
     """Of it the verifier, the longest output, and the number of prompts generated at once."""
     prompts: Literal["worked", "plain"] = "worked"
     seed: Seed = 42
-    device: Literal["auto", "cpu", "cpu-bf16", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def build_job(model: str, data: Path, evaluation: Path | None, fields: Mapping[str, Any], settings: Iterable[str]) -> Job:

@@ -17,7 +17,7 @@ from profiles.host import HERE, Machine, available_bytes
 
 MEMORY_TOLERANCE = 0.1
 """A GPU whose memory differs by more from that of a profile of its name is another variant of it."""
-GENERIC = ("jetson", "cuda", "cpu-bf16", "cpu")
+GENERIC = ("jetson", "cuda", "cpu")
 """Profiles of any device of a kind, in the order in which they are tried."""
 
 
@@ -77,9 +77,9 @@ def device_profile(name: str) -> DeviceProfile:
 def detect_profile(wanted: str = "auto", machine: Machine = HERE) -> DeviceProfile:
     """Return the profile of this machine: `auto` takes a GPU where there is one. Raises DeviceMissing where `cuda` is wanted in vain.
 
-    The board comes first: a Jetson's NVML may be missing, or know no more than a name. `cpu-bf16` is a processor that computes in 16 bits.
+    The board comes first: a Jetson's NVML may be missing, or know no more than a name.
     """
-    if not wanted.startswith("cpu"):
+    if wanted != "cpu":
         for profile in map(device_profile, profile_names()):
             if profile.board and re.search(profile.board, jetson.board(machine)):
                 return profile
@@ -87,7 +87,7 @@ def detect_profile(wanted: str = "auto", machine: Machine = HERE) -> DeviceProfi
             return profile_of_gpu(gpu)
         if wanted == "cuda":
             raise DeviceMissing("NVML finds none, and the device tree tells of no Jetson")
-    return device_profile(wanted if wanted.startswith("cpu") else "cpu")
+    return device_profile("cpu")
 
 
 def profile_of_gpu(gpu: nvidia.Gpu) -> DeviceProfile:
