@@ -55,6 +55,7 @@ class Row(msgspec.Struct):
     """One arm in one setting: every round's seconds, the tokens of an epoch where the arm counts them, and its memory."""
 
     shape: str
+    device: str
     micro_batch: int
     instruction: int
     records: int
@@ -113,7 +114,7 @@ def measure(settings: list[Settings], rounds: int, shape: str, warm_up: int = 1)
     found = {arm: epochs for group in together for arm, epochs in timed(group, rounds, warm_up).items()}
     return [
         Row(
-            shape, s.micro_batch, s.instruction, s.records, s.joined, s.arm,
+            shape, s.device, s.micro_batch, s.instruction, s.records, s.joined, s.arm,
             [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens, peak_bytes(s),
         )
         for s in settings
@@ -168,7 +169,7 @@ def table(rows: list[Row]) -> Table:
     first = rows[0]
     view = Table(
         "arm", "s an epoch", "to TRL", "least to greatest", "MiB", "tokens",
-        title=f"{first.shape}, micro-batch {first.micro_batch}, instruction of {first.instruction} tokens, {first.records} records",
+        title=f"{first.shape} on {first.device}, {first.records} records, micro-batch {first.micro_batch}, instruction of {first.instruction}",
     )  # fmt: skip
     of_trl = ratios(rows)
     for row in rows:
