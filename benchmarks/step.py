@@ -167,9 +167,10 @@ def ratios(rows: list[Row]) -> dict[str, tuple[float, float, float]]:
 
 def table(rows: list[Row]) -> Table:
     first = rows[0]
+    sizes = f"{first.records} records, micro-batch {first.micro_batch}, instruction of {first.instruction} tokens"
     view = Table(
         "arm", "s an epoch", "to TRL", "least to greatest", "MiB", "tokens",
-        title=f"{first.shape} on {first.device}, {first.records} records, micro-batch {first.micro_batch}, instruction of {first.instruction}",
+        title=f"{first.shape} on {first.device}, {sizes}",
     )  # fmt: skip
     of_trl = ratios(rows)
     for row in rows:
