@@ -8,7 +8,6 @@ memory is taken, it gives it back at once, so that what is measured is in use; t
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import torch
@@ -256,8 +255,8 @@ def wait() -> Callable[[int], None]:
         synchronize()
         seconds = time.perf_counter() - started
         epoch = {"seconds": seconds, "peak_bytes": sum(m.peak_bytes() for m in MEMORY) - before, "tokens": tokens}
-        OUT.write(json.dumps(epoch) + "\n")
-        OUT.flush()
+        ANSWERS[0].write(json.dumps(epoch) + "\n")
+        ANSWERS[0].flush()
 
     return answer
 
@@ -267,14 +266,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-OUT = io.TextIOWrapper(os.fdopen(os.dup(1), "wb"))
+ANSWERS: list[IO[str]] = []
+"""Where answers go: standard output, before libraries may print to it."""
 MEMORY: list[Memory] = []
 """What is measured where memory is, nothing where seconds are."""
 
 
 def main() -> None:
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
-    os.dup2(2, 1)  # libraries may print
+    ANSWERS.append(os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)
     (fix_malloc if settings.memory else keep_freed)()
     device = "cuda:0" if settings.device == "cuda" else "cpu"
     if settings.memory:
