@@ -48,7 +48,6 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
     import torch
 
     from edge_agent.job import Lora, Schedule
-    from edge_agent.training.checkpoint import Progress, load_checkpoint, save_checkpoint
     from edge_agent.training.generate import generate
     from edge_agent.training.head import answer_logp, weighted_loss
     from edge_agent.training.loop import trained
@@ -56,7 +55,7 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
     from edge_agent.training.packing import answer_hidden, pack
     from profiles.device import device_profile
     from profiles.memory import fix_malloc
-    from quantization.adapter import attach_adapter, checkpoint_activations, save_adapter
+    from quantization.adapter import attach_adapter, checkpoint_activations
     from quantization.load import load_model, load_tokenizer
     from quantization.model_files import find_model
 
@@ -103,17 +102,25 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
     phase(peaks, "backward", loss.backward)
     del loss
     phase(peaks, "optimizer", update)
+    save_all(peaks, adapted, parameters, optimizer)
+    prompts = [prompt for prompt, _ in rows(case.micro_batch)]
+    phase(peaks, "evaluate", lambda: generate(
+        adapted, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch=len(prompts), progress=lambda *_: None
+    ))  # fmt: skip
+    return peaks
+
+
+def save_all(peaks: dict[str, int], adapted: Any, parameters: dict[str, Any], optimizer: Any) -> None:
+    """Write a checkpoint, go on from it, and write the adapter."""
+    from edge_agent.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+    from quantization.adapter import save_adapter
+
     with tempfile.TemporaryDirectory() as place:
         phase(peaks, "checkpoint", lambda: save_checkpoint(Path(place), parameters, optimizer, {}, Progress("key", 1)))
         optimizer.state.clear()
         phase(peaks, "resume", lambda: load_checkpoint(Path(place), parameters, optimizer, "key"))
         optimizer.state.clear()
         phase(peaks, "save", lambda: save_adapter(adapted, Path(place) / "adapter", "model"))
-    prompts = [prompt for prompt, _ in rows(case.micro_batch)]
-    phase(peaks, "evaluate", lambda: generate(
-        adapted, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch=len(prompts), progress=lambda *_: None
-    ))  # fmt: skip
-    return peaks
 
 
 def phase(peaks: dict[str, int], name: str, work: Callable[[], Any]) -> Any:

@@ -13,10 +13,11 @@ activations. Memory is that of a further process, in its first epoch, beside the
 
 `--shape` takes the shapes of benchmarks/shapes.py; all arms compute in 32 bits on `cpu`, as jobs do there, and in 16 on `cuda`, where one
 arm runs after the other. `cpu-bf16` is a processor in 16 bits, which are TRL's default: jobs do not take them there, because PyTorch's
-kernels for them keep memory that no plan counts. Needs GSM8K's train.jsonl and
-model_outputs_6b.jsonl (`--data`; a line of the second has `question`, `answer`, and `finetuning`: an output's `solution` and
-`is_correct`), and trl (the extra `bench`). More than an hour on two cores, and half of that for one step of a larger model (`--shape
-qwen2.5-0.5b --micro-batch 4 --instruction 500 --rounds 1`). Does not cover accuracy: benchmarks/methods.py.
+kernels for them keep memory that no plan counts.
+
+Needs GSM8K's train.jsonl and model_outputs_6b.jsonl (`--data`; a line of the second has `question`, `answer`, and `finetuning`: an
+output's `solution` and `is_correct`), and trl (the extra `bench`). More than an hour on two cores, and half of that for one step of a
+larger model (`--shape qwen2.5-0.5b --micro-batch 4 --instruction 500 --rounds 1`). Does not cover accuracy: benchmarks/methods.py.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from edge_agent.training.packing import reads_trees
 from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, learn_overhead, prepare, usable_profile
 from edge_agent.training.repair import repair_outputs, turning_point
 from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
-from edge_agent.training.scores_file import load_scores, save_scores
+from edge_agent.training.scores_file import Scored, load_scores, save_scores
 from edge_agent.training.scoring import weigh
 from edge_agent.training.trace import traced
 from edge_agent.training.weighted import Weighted
@@ -98,7 +98,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         admit(work, plan, directory, reporter.recorder.memory.current_bytes(), machine)
         directory.begin(work.key)
         directory.write_plan(plan)
-    model, tokenizer = _load(work, plan, reporter), work.tokenizer
+    model = _load(work, plan, reporter)
     if plan.rows == "shared" and not reads_trees(model):  # it says that it can, and its own check found otherwise
         loaded = plan.vocabulary
         plan, misses = _plan(directory, work, reporter, padded=True)
@@ -118,14 +118,10 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         row.tokens = sum(len(p) + len(s.answer) for s in samples for p in s.prompts.values())
     model, key = attach_adapter(model, job.lora, job.seed, job.model), _key(job, work, samples)
     with reporter.stage("score") as row:
-        kept = load_scores(directory.path, key, len(samples))
-        row.resumed = kept is not None
-        scores, weights = kept or weigh(model, work.method, samples, plan, tokenizer.pad_token_id, reporter.progress)
-        if not row.resumed:
-            save_scores(directory.path, key, (scores, weights))
+        (scores, weights), row.resumed = _score(directory, model, work, samples, plan, reporter, key)
     with reporter.stage("train") as row:
         training = Training(
-            key, job.schedule, job.seed, plan, tokenizer, directory.path, work.method, work.verifier,
+            key, job.schedule, job.seed, plan, work.tokenizer, directory.path, work.method, work.verifier,
             job.evaluation.max_new_tokens, work.files.context_tokens, development,
         )  # fmt: skip
         objective = OBJECTIVES.get(type(job.method), Weighted)(model, samples, weights, training)
@@ -137,7 +133,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("save"):
         sha256 = save_adapter(model, directory.adapter, job.model)
         if isinstance(job.method, NlftOptions):
-            rows = outcome.saliency_records(tokenizer, samples, scores, weights)
+            rows = outcome.saliency_records(work.tokenizer, samples, scores, weights)
             write_file(directory.saliency, msgspec.json.encode(Saliency(1, job.method, rows)))
     measured = measure(before, after)
     accepted, acceptance = accept(measured, job.evaluation.accept_if)
@@ -181,6 +177,18 @@ def _plan(directory: JobDirectory, work: Prepared, reporter: Reporter, padded: b
 def _load(work: Prepared, plan: Plan, reporter: Reporter) -> Any:
     with reporter.stage("load"):
         return load_model(work.files, work.device, cache=find_cache(), **plan.vocabulary)
+
+
+def _score(
+    directory: JobDirectory, model: Any, work: Prepared, samples: list[Sample], plan: Plan, reporter: Reporter, key: str
+) -> tuple[Scored, bool]:
+    """Return scores and weights, and whether an earlier run has taken them; a vocabulary that is held otherwise gives other ones."""
+    key = f"{key} {plan.vocabulary}"
+    kept = load_scores(directory.path, key, len(samples))
+    scored = kept or weigh(model, work.method, samples, plan, work.tokenizer.pad_token_id, reporter.progress)
+    if kept is None:
+        save_scores(directory.path, key, scored)
+    return scored, kept is not None
 
 
 def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> tuple[list[Record], int, Repairs, Judgments]:
