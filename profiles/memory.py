@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +13,14 @@ import psutil
 
 MMAP_THRESHOLD_BYTES = 512 * 2**10
 """Smaller, and small models take twice the time, most of it the kernel's; larger, and the heap has holes that no plan foresees."""
+OWN_BLOCK_BYTES = 64 * 2**10
+"""Of what has blocks of its own while a model is loaded: all of its matrices, and what comes and goes beside them."""
 KEPT_BELOW_BYTES = 32 * 2**20
 """Blocks that stay with a process that keeps what it frees; the C library allows no more."""
 FILE_PAGES_BYTES = 8 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_tuned = [(128 * 2**10, 128 * 2**10)]
+"""The thresholds of malloc as they are now, glibc's own at first: it does not tell them."""
 
 
 class Memory(Protocol):
@@ -138,9 +143,21 @@ def keep_freed() -> bool:
     return _tune_malloc(KEPT_BELOW_BYTES, 2**30)
 
 
+@contextmanager
+def without_holes() -> Iterator[None]:
+    """Make glibc return smaller blocks too, for a time: what stays then lies close together, whatever comes and goes between."""
+    before = _tuned[-1]
+    _tune_malloc(OWN_BLOCK_BYTES, OWN_BLOCK_BYTES)
+    try:
+        yield
+    finally:
+        _tune_malloc(*before)
+
+
 def _tune_malloc(mmap_from_bytes: int, trim_from_bytes: int) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
+    _tuned[:] = [(mmap_from_bytes, trim_from_bytes)]
     return bool(mallopt(_M_MMAP_THRESHOLD, mmap_from_bytes) and mallopt(_M_TRIM_THRESHOLD, trim_from_bytes) and mallopt(_M_ARENA_MAX, 2))

@@ -29,6 +29,8 @@ ADAM_8BIT_BYTES = 1 + 4 / 256
 LAYER_OBJECTS_BYTES, ADAPTER_OBJECTS_BYTES, PASS_OBJECTS_BYTES = 340 * 2**10, 150 * 2**10, 200 * 2**10
 """What Python's objects and the smallest blocks take on the host, of a layer, of its adapter, and of what is kept of it for the backward
 pass: measured with 4, 12 and 30 layers."""
+TOKEN_BYTES = 8
+"""What a token of a sample takes on the host: a reference to its number."""
 MARGIN = 1.025
 """What is planned, to what is counted: blocks of the heap are not filled, and what differs between runs is to lie within the plan."""
 ADAPTED = ("evaluate", "score", "train", "save")
@@ -55,6 +57,8 @@ class Lengths:
     """Longest request for a judgment by the model itself."""
     asked: int = 0
     """Tokens that all prompts of `generate` begin with."""
+    held: int = 0
+    """Tokens of all samples, in every context, with their answers."""
 
     def shortened(self, share: float) -> Lengths:
         """Return the lengths of records that have a share of these tokens; as much is generated after them."""
@@ -67,7 +71,13 @@ class Lengths:
             return replace(whole, tokens=tokens, answers=answers, shared=int(whole.shared * share))
 
         return Lengths(
-            rows(self.train), rows(self.score), pair(self.generate), pair(self.repair), pair(self.judge), int(self.asked * share)
+            rows(self.train),
+            rows(self.score),
+            pair(self.generate),
+            pair(self.repair),
+            pair(self.judge),
+            int(self.asked * share),
+            int(self.held * share),
         )
 
 
@@ -80,14 +90,14 @@ def model_bytes(shape: Shape, device: DeviceProfile, rung: Rung) -> int:
     return int(shape.linear_elements * NF4_BYTES + other + held * table * (NF4_BYTES if rung.quantized_head else stored))
 
 
-def with_overhead(stages: Iterable[StagePlan], shape: Shape, device: DeviceProfile) -> tuple[StagePlan, ...]:
+def with_overhead(stages: Iterable[StagePlan], shape: Shape, device: DeviceProfile, held_tokens: int) -> tuple[StagePlan, ...]:
     """Return stages with the margin, and with what they hold beside all tensors in the memory that the budget limits."""
 
     def objects_bytes(stage: str) -> int:
         if device.kind == "discrete":
             return 0
-        adapter = ADAPTER_OBJECTS_BYTES if stage in ADAPTED else 0
-        return shape.layers * (LAYER_OBJECTS_BYTES + adapter + (PASS_OBJECTS_BYTES if stage == "train" else 0))
+        adapter, samples = (ADAPTER_OBJECTS_BYTES, held_tokens * TOKEN_BYTES) if stage in ADAPTED else (0, 0)
+        return shape.layers * (LAYER_OBJECTS_BYTES + adapter + (PASS_OBJECTS_BYTES if stage == "train" else 0)) + samples
 
     def planned(s: StagePlan) -> StagePlan:
         beyond_bytes = device.beyond_bytes(s.stage)
@@ -183,7 +193,9 @@ def estimate(
         *([("train", trained, during, "sample")] if isinstance(job.method, ReftOptions) else []),
         ("save", base + adapter + after, 2 * adapter if on_device else 0, ""),
     )
-    return with_overhead((StagePlan(name, int(held), int(passing), phase) for name, held, passing, phase in found), shape, device)
+    return with_overhead(
+        (StagePlan(name, int(held), int(passing), phase) for name, held, passing, phase in found), shape, device, lengths.held
+    )
 
 
 def estimates(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout) -> Callable[[float], Stages]:

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from edge_agent.errors import ModelUnsupported
 from profiles.device import DeviceProfile
-from profiles.memory import lacks_memory
+from profiles.memory import lacks_memory, without_holes
 from quantization.attention import TREE, Branch, Tree, shortest_window, tree_inputs
 from quantization.cache import ModelCache, own_weights
 from quantization.logits import Finish
@@ -57,7 +57,8 @@ def load_model(
     """
     transformers_logging.disable_progress_bar()
     try:
-        model = _load(files, device, quantized_head, embedding_on_host, cache)
+        with without_holes():
+            model = _load(files, device, quantized_head, embedding_on_host, cache)
     except BROKEN as error:
         if lacks_memory(error):
             raise

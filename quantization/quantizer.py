@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from profiles.memory import lacks_memory, trim_heap
+from profiles.memory import lacks_memory
 from quantization.nf4 import Kernel, quantize
 from quantization.vocabulary import Nf4Embedding, Vocabulary
 
@@ -97,7 +97,6 @@ class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
                 weight = weight.T
             found[name] = quantize(weight, config.bnb_4bit_compute_dtype, config.kernel)
             module._is_hf_initialized = True
-        trim_heap()  # matrices below malloc's threshold leave holes, which would add up to as much again as the model
         return found
 
 

@@ -152,3 +152,13 @@ def test_a_prompt_is_what_the_template_makes(name: str) -> None:
         messages = PROMPTS["worked"].messages("Ana has 12 apples. How many?")
         whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         assert record_ids(tokenizer, PROMPTS["worked"], Record("Ana has 12 apples. How many?", "#### 19")) == whole
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_token_is_one_object_wherever_it_occurs(name: str) -> None:
+    """Samples of a large dataset hold a reference for each token and not a number of its own."""
+    first, second = (_sample(name, "Ana has 19.") for _ in range(2))
+    for context in CONTEXTS:
+        pairs = list(zip(first.prompts[context] + first.answer[:-1], second.prompts[context] + second.answer[:-1], strict=True))
+        assert any(a > 256 for a, _ in pairs)  # smaller ones are Python's own
+        assert all(a is b for a, b in pairs)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from edge_agent.training.generate import generate
+from edge_agent.training.key_values import Room, reserve
 from edge_agent.training.packing import reads_trees
 from quantization.load import read_trees
 from tests.test_trees import OTHERS, SHAPES
@@ -81,3 +82,17 @@ def test_sampling_does_not_depend_on_the_batch(tiny: Tiny) -> None:
         )
     assert together == apart
     assert all(drawn != again for drawn, again in zip(apart, other, strict=True))
+
+
+def test_keys_and_values_of_all_layers_lie_in_two_blocks() -> None:
+    """Taken at once, so that they do not fill the holes that training has left in the heap; an unlike layer has a block of its own."""
+    model = _model(SHAPES["Llama"])
+    cache = reserve(model, 3, 40)
+    model.get_decoder()(input_ids=torch.tensor([[5, 6, 7]] * 3), past_key_values=cache, use_cache=True)
+    assert len(cache.layers) > 1
+    for tensors in ([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]):
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    room, new = Room(2, 3, 40), torch.zeros(3, 4, 1, 8)
+    first, unlike, second = room.take(new), room.take(new[..., :6]), room.take(new)
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() != unlike.untyped_storage().data_ptr()
+    assert unlike.shape == (3, 4, 40, 6)

@@ -197,6 +197,20 @@ def test_common_beginning_of_prompts_is_counted_once() -> None:
     assert evaluation(alike, 1, "shared") == evaluation(apart, 1, "shared")
 
 
+def test_samples_of_a_large_dataset_are_planned() -> None:
+    """They are held on the host while the adapter is, so a budget of the host has room for their token ids, and that of a card not."""
+    rung, large = Rung(3, 1, 32, checkpointing=True), replace(LENGTHS, held=50_000_000)
+    for name, bytes_each in (("cpu", 8), ("jetson-orin-nx-16gb", 8), ("cuda", 0)):
+        some, many = (
+            {s.name: s.resident_bytes for s in estimate(_shape(QWEN_HALF_B), _job(GIB), lengths, device_profile(name), rung, 8, "shared")}
+            for lengths in (LENGTHS, large)
+        )
+        more = {stage: many[stage] - some[stage] for stage in some}
+        assert more["load"] == more["sample"] == 0
+        for stage in ("evaluate", "score", "train", "save"):
+            assert more[stage] == pytest.approx(MARGIN * bytes_each * large.held, abs=1)
+
+
 def test_longest_record_that_fits_is_right_where_generation_binds() -> None:
     """Shorter records leave what is generated as long as it was: those of the length that the refusal names fit, longer ones do not."""
     shape, device = _shape(LLAMA_1B), device_profile("cuda")

@@ -9,10 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import DEADLINE_S, Cli, write_domain
+
+from edge_agent.job_directory import JobDirectory
+from edge_agent.training import run
+from edge_agent.training.methods.method import Scores, Weights
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 # A budget that allows no whole update at once, with dropout and a checkpoint after each update.
@@ -121,3 +127,21 @@ def test_two_trainers_do_not_share_a_directory(whole: Path, tiny_model: Path, cl
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait(DEADLINE_S)
+
+
+def test_scores_of_another_vocabulary_are_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary in NF4 gives other probabilities: what was scored with one in 16 bits does not count for it, nor the other way round."""
+    taken: list[bool] = []
+
+    def weigh(*_: Any) -> tuple[list[Scores], list[Weights]]:
+        taken.append(True)
+        return [Scores(torch.ones(2))], [Weights(torch.ones(2), torch.zeros(2))]
+
+    monkeypatch.setattr(run, "weigh", weigh)
+    directory, nothing = JobDirectory(tmp_path), SimpleNamespace(method=None, tokenizer=SimpleNamespace(pad_token_id=0), progress=None)
+    for quantized, resumed in ((False, False), (False, True), (True, False), (True, True), (False, False)):
+        plan = SimpleNamespace(vocabulary={"quantized_head": quantized, "embedding_on_host": False})
+        (scores, _), found = run._score(directory, None, nothing, [None], plan, nothing, "key")  # type: ignore[arg-type,list-item]
+        assert found is resumed
+        assert scores[0].base_logp_T.tolist() == [1, 1]
+    assert len(taken) == 3

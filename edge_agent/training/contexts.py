@@ -28,7 +28,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}Answer: {% endif %}"
 )
 
-
+_known: dict[int, int] = {}
+"""One object for each token of the vocabulary that has been seen: a tokenizer makes a new one, of 28 bytes, wherever it occurs."""
 MARKS = ("\ue000", "\ue001")
 """Stand for the texts of system and user while a template is rendered."""
 
@@ -53,7 +54,7 @@ def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 
 def _ids(tokenizer: Any, text: str, plain: bool = False) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-    return ids
+    return [_known.setdefault(number, number) for number in ids]
 
 
 def _prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:

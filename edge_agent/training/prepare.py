@@ -55,6 +55,10 @@ class _Longest:
         self._shared = self._shared[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._shared, prompt, strict=False)))]
 
     @property
+    def tokens(self) -> int:
+        return sum(tokens for tokens, _ in self._rows)
+
+    @property
     def longest(self) -> int:
         return max((tokens for tokens, _ in self._rows), default=0)
 
@@ -174,6 +178,7 @@ class Prepared:
             _within(limit, *repair),
             _within(limit, max(0, judge - JUDGMENT_TOKENS), min(judge, JUDGMENT_TOKENS)),
             asked.shared,
+            score.tokens,
         )
 
     def _add_unwritten(self, train: _Longest, score: _Longest, tokens: int) -> None:

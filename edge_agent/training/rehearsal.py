@@ -128,7 +128,7 @@ class Rehearsal:
         if isinstance(job.method, ReftOptions):
             during = self._generation(rung, min(batch, job.schedule.batch), lengths.generate, sampled=True)
             found.append(StagePlan("train", trained, during, "sample"))
-        return with_overhead(found, self.shape, self.device)
+        return with_overhead(found, self.shape, self.device, lengths.held)
 
     def _score(self, rung: Rung) -> dict[str, int]:
         rows = min(2 * rung.micro_batch, len(self.lengths.score.tokens))
