@@ -10,6 +10,17 @@ from typing import Any
 from edge_agent.files import write_file
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).parent / "results"
+
+
+def result_file(benchmark: str, device: str, shape: str) -> Path:
+    """Return where the results of a benchmark of the engine are."""
+    return RESULTS / f"{benchmark}-{device}-{shape}.json"
+
+
+def result_files(benchmark: str) -> list[Path]:
+    """Return all results of a benchmark of the engine, whatever the device and the shape."""
+    return sorted(RESULTS.glob(f"{benchmark}-*.json"), key=lambda file: file.stem)
 
 
 def shown(name: str) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 from gsm8k import DATA
+from page import result_file
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_model
@@ -80,7 +81,7 @@ def main() -> None:
                 found += measure(settings, options.rounds, options.shape)
             Console(width=max(Console().width, 100)).print(table(name, found))
             rows += found
-    write_report(options.out or Path(__file__).parent / "results" / f"scaling-{options.device}-{options.shape}.json", options.device, rows)
+    write_report(options.out or result_file("scaling", options.device, options.shape), options.device, rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ real model's outputs, half of them wrong, with an instruction of 500 tokens and 
 weights in NF4, LoRA of rank 16 on all projections, activation checkpointing in all.
 
 Every arm is a process of its own; on a processor rounds go through all arms in turn, one at a time, so that ratios are of neighbours. Of
-TRL's options those go through all rounds that took at most a quarter more than the fastest in the first. A ratio is the median over
+TRL's options those go through all rounds that took at most a quarter more than the fastest before. A ratio is the median over
 the rounds of an arm's seconds over those of the option with the lowest median, in the same round. "TRL, patched" is none of TRL's
 options: its loss takes the head of the answers' tokens only, which TRL does on GPUs only, and its adapter has the type of the
 activations. Memory is that of a further process, in its first epoch, beside the model.
@@ -37,6 +37,7 @@ from typing import Any
 import msgspec
 import torch
 from gsm8k import DATA
+from page import result_file
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_model
@@ -49,7 +50,7 @@ MIB = 2**20
 DEVICES = ("cpu", "cpu-bf16", "cuda")
 ARMS = (*OURS, *TRL, *PATCHED)
 NEAR = 1.25
-"""Options of TRL whose first round took at most so much of that of the fastest go on."""
+"""Options of TRL whose epoch before the rounds took at most so much of that of the fastest go on."""
 
 
 class Row(msgspec.Struct):
@@ -104,9 +105,10 @@ class Arm:
         return msgspec.json.decode(line, type=Epoch)
 
     def close(self) -> None:
-        """End the process."""
-        self._process.communicate(timeout=60)
-        self._log.close()
+        """End the process, if it has not ended."""
+        if not self._log.closed:
+            self._process.communicate(timeout=60)
+            self._log.close()
 
 
 def measure(settings: list[Settings], rounds: int, shape: str, warm_up: int = 1) -> list[Row]:
@@ -123,20 +125,32 @@ def measure(settings: list[Settings], rounds: int, shape: str, warm_up: int = 1)
 
 
 def timed(settings: list[Settings], rounds: int, warm_up: int) -> dict[str, list[Epoch]]:
-    """Return the epochs of arms that take turns; those of TRL's options that are far from the fastest in the first round have one."""
+    """Return the epochs of arms that take turns; those of TRL's options that are far from the fastest have the one that told it.
+
+    They are ended before the other arms start, because all that go on share the memory.
+    """
     with ExitStack() as stack:
-        arms = [Arm(s) for s in settings]
-        for arm in arms:
+
+        def started(s: Settings) -> Arm:
+            arm = Arm(s)
             stack.callback(arm.close)
             for _ in range(warm_up):
                 arm.epoch()
-        found = {arm.name: [arm.epoch()] for arm in arms}
-        fastest = min((epochs[0].seconds for name, epochs in found.items() if name in TRL), default=0.0)
-        going_on = [arm for arm in arms if arm.name not in TRL or found[arm.name][0].seconds <= NEAR * fastest]
-        for _ in range(rounds - 1):
+            return arm
+
+        options = [started(s) for s in settings if s.arm in TRL]
+        tried = {arm.name: arm.epoch() for arm in options}
+        fastest = min((epoch.seconds for epoch in tried.values()), default=0.0)
+        near = [arm for arm in options if tried[arm.name].seconds <= NEAR * fastest]
+        for arm in options:
+            if arm not in near:
+                arm.close()
+        going_on = [started(s) for s in settings if s.arm not in TRL] + near
+        found: dict[str, list[Epoch]] = {arm.name: [] for arm in going_on}
+        for _ in range(rounds):
             for arm in going_on:
                 found[arm.name].append(arm.epoch())
-    return found
+    return {name: [epoch] for name, epoch in tried.items()} | found
 
 
 def peak_bytes(settings: Settings) -> int:
@@ -205,7 +219,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--out", type=Path)
     options: Any = parser.parse_args()
-    out = options.out or Path(__file__).parent / "results" / f"step-{options.device}-{options.shape}.json"
+    out = options.out or result_file("step", options.device, options.shape)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
         model = write_model(Path(directory) / options.shape, options.shape)
