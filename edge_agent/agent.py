@@ -112,8 +112,8 @@ class Agent:
         match event:
             case Received():
                 self._receive(event)
-            case TrainerEvent(job, told) if self._jobs.trainer is not None and self._jobs.trainer.job == job:
-                self._jobs.trainer.hear(told)
+            case TrainerEvent():
+                self._jobs.hear(event)
             case TrainerEnded():
                 self._jobs.trainer_ended(event)
             case Connected(protocol):

@@ -20,9 +20,10 @@ from edge_agent.delivery import Uplink
 from edge_agent.errors import DiskFull, EdgeAgentError, ModelMissing
 from edge_agent.files import lock_file
 from edge_agent.job_directory import JobDirectory
-from edge_agent.messages import Artifact, ArtifactName, File, FileRequest, JobResult, Offer, Outcome, Reason, decode
-from edge_agent.runner import Ending, Trainer, TrainerEnded, end_orphan, known_reason
-from edge_agent.store import JobRow, Store
+from edge_agent.messages import Artifact, ArtifactName, File, FileRequest, JobResult, Offer, Outcome, Phase, Reason, decode
+from edge_agent.report import EventKind
+from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_orphan, known_reason
+from edge_agent.store import HAS_TRAINER, JobRow, Store
 from edge_agent.transfer import FileStore, Incoming
 from profiles.device import DeviceProfile
 
@@ -32,6 +33,8 @@ ORPHAN_S = 10.0
 """The trainer of a daemon that died ends by itself within 8 s; later it is killed."""
 SUSPENDED_S = 5.0
 """Between two looks at the jobs, which are a second apart otherwise."""
+PHASE_OF: dict[EventKind, Phase] = {"paused": "paused", "continued": "running"}
+"""What a trainer says that changes the phase of its job."""
 RUN_GRACE_S = 120.0
 """The trainer keeps `max_run_s` itself, from its first stage on; the agent ends it this much later."""
 
@@ -52,7 +55,7 @@ class Jobs:
     def recover(self) -> None:
         """Take up what an earlier agent left: a job that ran goes on from its checkpoint."""
         for row in self._store.open_jobs():
-            if row.phase == "running":
+            if row.phase in HAS_TRAINER:
                 self._interrupted(row, "the agent ended while it ran")
 
     def offer(self, job: str, payload: bytes) -> None:
@@ -156,7 +159,7 @@ class Jobs:
             trainer.wait(self._config.timers.stop_s)
         try:
             row = self._store.job(trainer.job)
-            if row is not None and row.phase == "running":
+            if row is not None and row.phase in HAS_TRAINER:
                 self._store.move(row.id, "ready")
         except (OSError, sqlite3.Error, DiskFull) as error:
             log.error("storage_error error=%r", error)  # the next agent finds it running, and goes on with it
@@ -251,10 +254,21 @@ class Jobs:
         elif trainer.paused_since is None and now - trainer.started > (limit_s := trainer.max_run_s) + RUN_GRACE_S:
             trainer.kill(Ending("timed_out", "timeout_run", f"the run passed its limit of {limit_s:,.0f} s and was killed"))
 
+    def hear(self, told: TrainerEvent) -> None:
+        """Take in what the running trainer says; that it waits for memory, and that it goes on, are phases of its job."""
+        trainer, row = self.trainer, self._store.job(told.job)
+        if trainer is None or row is None or trainer.job != told.job:
+            return
+        trainer.hear(told.event)
+        phase = PHASE_OF.get(told.event.event)
+        if phase is not None and row.phase in HAS_TRAINER - {phase}:
+            self._store.move(row.id, phase)
+            log.info("job_%s job=%s stage=%s", phase, row.id, told.event.stage)
+
     def trainer_ended(self, event: TrainerEnded) -> None:
         """Read how the trainer ended and move its job on. May be called again if the disk failed."""
         trainer, row = self.trainer, self._store.job(event.job)
-        if trainer is not None and row is not None and row.phase == "running":
+        if trainer is not None and row is not None and row.phase in HAS_TRAINER:
             self._read_ending(row, trainer, event)
         self.trainer = None
 

@@ -21,11 +21,13 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     "staging": frozenset({"ready", "ended"}),
     "ready": frozenset({"running", "ended"}),
     "running": frozenset({"paused", "ready", "finalizing", "ended"}),  # ready: the trainer was interrupted and goes on later
-    "paused": frozenset({"running", "ended"}),
+    "paused": frozenset({"running", "ready", "finalizing", "ended"}),  # finalizing: it has ended before its word that it goes on was heard
     "finalizing": frozenset({"ended"}),
     "ended": frozenset(),
 }
 """The phases a job may go to. `ended` has an outcome and never changes."""
+HAS_TRAINER: frozenset[Phase] = frozenset({"running", "paused"})
+"""The phases in which a job has a trainer; in `paused` it waits for memory that others have."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);

@@ -24,11 +24,12 @@ from edge_agent.training.enforce import persevere
 from edge_agent.training.prepare import learn_overhead
 from edge_agent.training.reporter import Reporter
 from edge_agent.training.run import run_job
+from profiles import nvidia
 from profiles.calibration import calibrated
 from profiles.device import device_profile
 from profiles.host import Machine
 from profiles.memory import HostCap, lacks_memory
-from profiles.pressure import CHECK_S, TIMES, Pressure
+from profiles.pressure import CHECK_S, HOST_RESERVE_BYTES, TIMES, Pressure
 from profiles.recorder import StageName, StageRow
 from quantization.estimate import MARGIN
 from quantization.plan import Plan, StagePlan
@@ -146,6 +147,33 @@ def test_pressure_is_what_lasts(tmp_path: Path) -> None:
         {"pressure/memory": "some avg10=40.00 avg60=9.00 avg300=0.00 total=9\nfull avg10=31.50 avg60=7.00 avg300=0.00 total=7"},
     )
     assert looks(TIMES)[-1]
+    assert not pressure.has_room(0)
+
+
+def test_a_run_on_a_card_leaves_the_host_some_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card may be as free as it likes: its run pauses where the host lacks memory, and the other way round."""
+    device, machine, now = device_profile("rtx-3060-12gb"), server(tmp_path), [0.0]
+    on_card = [2**33]
+    monkeypatch.setattr(nvidia, "free_bytes", lambda _: on_card[0])
+    pressure = Pressure(device, machine, lambda: now[0])
+
+    def crowded() -> bool:
+        for _ in range(TIMES - 1):
+            now[0] += CHECK_S
+            pressure.crowded()
+        now[0] += CHECK_S
+        return pressure.crowded()
+
+    assert not crowded()
+    assert pressure.has_room(2**32)
+    _free(machine, HOST_RESERVE_BYTES // 4)
+    assert crowded()
+    assert not pressure.has_room(0)
+    _free(machine, HOST_RESERVE_BYTES)
+    assert not crowded()
+    assert pressure.has_room(2**32)
+    on_card[0] = device.reserve_bytes // 4
+    assert crowded()
     assert not pressure.has_room(0)
 
 

@@ -9,18 +9,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import psutil
 import pytest
 
+from edge_agent.config import AgentConfig, Size
+from edge_agent.delivery import Uplink
 from edge_agent.files import lock_file
+from edge_agent.jobs import Jobs
+from edge_agent.messages import JobStatus, decode
 from edge_agent.report import Event
 from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_orphan
+from edge_agent.store import Store
 from edge_agent.supervised import STOPPED
+from profiles.device import device_profile
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 60.0
@@ -293,6 +300,28 @@ def test_ending_of_a_trainer_that_was_killed(bench: Bench) -> None:
     trainer.kill(stalled)
     trainer.kill(late)
     assert bench.end(trainer) == (-signal.SIGKILL, stalled)
+
+
+def test_waiting_for_memory_is_a_phase_of_the_job(bench: Bench) -> None:
+    """`paused` and `running` are told as they change, once each; a trainer that ends while it waits ends its job as any other does."""
+    with closing(Store(bench.place / "agent.sqlite", "f", "n")) as store:
+        config, uplink = AgentConfig("n", bench.place, Size(2**30), {}), cast("Uplink", None)
+        jobs = Jobs(config, device_profile("cpu"), store, uplink, bench.events)
+        store.accept("j", "d" * 64, b"{}", 4)
+        for phase in ("staging", "ready"):
+            store.move("j", phase)
+        store.move("j", "running", start=True)
+        says = ["progress", "paused", "paused", "continued", "progress", "paused"]
+        jobs.trainer = bench.start("".join(f'say(\'{{"time": 1, "event": "{word}"}}\')\n' for word in says) + "sys.exit(12)")
+        while not isinstance(event := bench.events.get(timeout=DEADLINE_S), TrainerEnded):
+            jobs.hear(event)
+        told = [decode(message.payload, JobStatus).data.phase for message in store.waiting(100)]
+        assert told == ["accepted", "staging", "ready", "running", "paused", "running", "paused"]
+        jobs.trainer_ended(event)
+        assert jobs.trainer is None
+        row = store.job("j")
+        assert row is not None
+        assert (row.phase, row.crashes, row.attempt) == ("ready", 1, 1)
 
 
 def test_events_are_kept(bench: Bench) -> None:
