@@ -1,42 +1,33 @@
 """Writes what the engine's benchmarks found into docs/benchmarks.md, with its plots: `python benchmarks/engine_page.py`.
 
-Reads the committed results of benchmarks/step.py, scaling.py, rungs.py, memory_plan.py and overhead.py, and computes nothing that is not in
-them.
+Reads the committed results of benchmarks/step.py, scaling.py, load.py, rungs.py, memory_plan.py and overhead.py, and computes nothing
+that is not in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from statistics import median
 
+import load
 import memory_plan
 import msgspec
 import overhead
 import rungs
 import scaling
 import step
-from page import drawn, write_parts
+from page import drawn, result_files, write_parts
 from step_arms import OURS
 
 MIB = 2**20
-RESULTS = Path(__file__).parent / "results"
-STEPS = ("step-cpu-llama-100m", "step-cpu-bf16-llama-100m", "step-cpu-qwen2.5-0.5b", "step-cpu-bf16-qwen2.5-0.5b")
-SCALING = "scaling-cpu-llama-100m"
 EPOCHS = 10
 """Over which single scores are spread."""
 
 
-def read_rows(name: str) -> list[step.Row]:
-    """Return the rows of a committed result of step.py or scaling.py, none where there is no such result."""
-    file = RESULTS / f"{name}.json"
-    return msgspec.json.decode(file.read_bytes(), type=step.Report).rows if file.exists() else []
-
-
-def read_steps() -> list[step.Row]:
-    """Return the rows of all results of step.py."""
-    return [row for name in STEPS for row in read_rows(name)]
+def read_rows(benchmark: str) -> list[step.Row]:
+    """Return the rows of all results of step.py or scaling.py."""
+    return [row for file in result_files(benchmark) for row in msgspec.json.decode(file.read_bytes(), type=step.Report).rows]
 
 
 def settings(rows: list[step.Row]) -> Iterator[list[step.Row]]:
@@ -116,13 +107,29 @@ def scaling_lines(rows: list[step.Row]) -> list[str]:
 
 
 def overhead_lines() -> list[str]:
-    """Return both clocks."""
-    report = msgspec.json.decode((RESULTS / "overhead.json").read_bytes(), type=overhead.Report)
-    lines = ["| shape | clock | bare epoch, s | as long as it goes on, % | once a stage, s |", "|---|---|---|---|---|"]
-    for clock, found in report.overhead.items():
-        running, once = found.running_percent, found.once_s
-        cells = f"{running.value:.2f} [{running.low:.2f}, {running.high:.2f}]", f"{once.value:.3f} [{once.low:.3f}, {once.high:.3f}]"
-        lines.append(f"| {report.shape} | {clock} | {found.epoch_s:.2f} | {' | '.join(cells)} |")
+    """Return both clocks of every shape."""
+    lines = ["| shape | device | clock | bare epoch, s | as long as it goes on, % | once a stage, s |", "|---|---|---|---|---|---|"]
+    for file in result_files("overhead"):
+        report = msgspec.json.decode(file.read_bytes(), type=overhead.Report)
+        for clock, found in report.overhead.items():
+            running, once = found.running_percent, found.once_s
+            cells = f"{running.value:.2f} [{running.low:.2f}, {running.high:.2f}]", f"{once.value:.3f} [{once.low:.3f}, {once.high:.3f}]"
+            lines.append(f"| {report.shape} | {report.device} | {clock} | {found.epoch_s:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def load_lines() -> list[str]:
+    """Return every kind of load of every shape, seconds to those of transformers."""
+    lines = [
+        "| shape | device | file, MiB | load | s | to transformers' | peak, MiB | MiB afterwards |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file in result_files("load"):
+        report = msgspec.json.decode(file.read_bytes(), type=load.Report)
+        for row in report.rows:
+            found, base = row.median, report.rows[0].median
+            cells = f"{found.seconds:.1f} | {found.seconds / base.seconds:.2f} | {found.peak_mib:,.0f} | {found.held_mib:,.0f}"
+            lines.append(f"| {row.shape} | {report.device} | {row.file_mib:,.0f} | {row.kind} | {cells} |")
     return lines
 
 
@@ -130,10 +137,10 @@ def parts() -> dict[str, list[str]]:
     """Return the generated parts of the page by their names, of what has been measured."""
     planned = msgspec.json.decode(memory_plan.RESULTS.read_bytes(), type=memory_plan.Report)
     held = msgspec.json.decode(rungs.RESULTS.read_bytes(), type=rungs.Report)
-    found = {"overhead": overhead_lines(), "memory plan": memory_plan.page(planned), **rungs.page(held)}
-    if rows := read_steps():
+    found = {"overhead": overhead_lines(), "load": load_lines(), "memory plan": memory_plan.page(planned), **rungs.page(held)}
+    if rows := read_rows("step"):
         found |= {"claims": claim_lines(rows), "step": step_lines(rows)}
-    if rows := read_rows(SCALING):
+    if rows := read_rows("scaling"):
         found["scaling"] = scaling_lines(rows)
     return found
 
@@ -172,9 +179,9 @@ def plot_scaling(rows: list[step.Row]) -> None:
 
 def main() -> None:
     write_parts(parts())
-    if rows := read_steps():
+    if rows := read_rows("step"):
         plot_steps(rows)
-    if rows := read_rows(SCALING):
+    if rows := read_rows("scaling"):
         plot_scaling(rows)
 
 

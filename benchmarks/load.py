@@ -1,11 +1,12 @@
-"""Seconds and peak memory of loading in 4 bits: `python benchmarks/load.py --shape qwen2.5-0.5b` writes results/load.json.
+"""Seconds and peak memory of loading in 4 bits: `python benchmarks/load.py --shape qwen2.5-0.5b` writes
+results/load-DEVICE-SHAPE.json.
 
 Side by side, for models of real shapes with random weights: transformers' own load with bitsandbytes, ours without a cache, ours when it
 has to write the cache, ours from it, and ours with the head in NF4. Each load is a process of its own, the kinds in turn, five times; the
 table shows medians. Peaks are the kernel's above the resident set after imports, on CUDA what the allocator has reserved; `held` is the
 same once the model is there. Does not cover a cold file cache: the files have just been written.
 
-`--device cuda` measures a GPU, `--out FILE` writes elsewhere, `--repeats` sets the number of times.
+`--device cuda` measures a GPU, `--out DIRECTORY` writes elsewhere, `--repeats` sets the number of times.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import msgspec
 import shapes
 import torch
+from page import result_file
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -35,7 +37,6 @@ from quantization.cache import ModelCache
 from quantization.load import load_model
 from quantization.model_files import find_model
 
-RESULTS = Path(__file__).parent / "results" / "load.json"
 MIB = 2**20
 KINDS = ("transformers", "ours", "ours, cache written", "ours, from the cache", "ours, head in NF4")
 CACHE_BYTES = 2**40
@@ -57,6 +58,17 @@ class Row(msgspec.Struct, frozen=True):
     file_mib: float
     median: Load
     loads: list[Load]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The committed results of a shape."""
+
+    date: str
+    machine: str
+    threads: str
+    versions: dict[str, str]
+    device: str
+    rows: list[Row]
 
 
 def load_once(kind: str, model: str, cache: Path, device: str) -> Load:
@@ -129,26 +141,22 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=shapes.NAMES, default=["llama-100m", "qwen2.5-0.5b"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="directory")
     for internal in ("--once", "--model", "--cache"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     options: Any = parser.parse_args()
     if options.once:
         print(msgspec.json.encode(load_once(options.once, options.model, Path(options.cache), options.device)).decode())
         return
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as directory:
-        for shape in options.shape:
-            rows += measure(shape, options.device, options.repeats, Path(directory))
-    report = {
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "machine": device_name(options.device),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": versions(),
-        "rows": rows,
-    }
-    options.out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-    Console(width=max(Console().width, 110)).print(table(rows))
+    threads = os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+    for shape in options.shape:
+        with tempfile.TemporaryDirectory() as directory:
+            rows = measure(shape, options.device, options.repeats, Path(directory))
+        report = Report(today, device_name(options.device), threads, versions(), options.device, rows)
+        file = result_file("load", options.device, shape)
+        (options.out / file.name if options.out else file).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+        Console(width=max(Console().width, 110)).print(table(rows))
 
 
 if __name__ == "__main__":

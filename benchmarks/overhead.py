@@ -1,4 +1,4 @@
-"""What the profiler and the events of a run cost: `python benchmarks/overhead.py` writes benchmarks/results/overhead.json.
+"""What the profiler and the events of a run cost: `python benchmarks/overhead.py` writes results/overhead-DEVICE-SHAPE.json.
 
 An epoch of training is run in turns in three ways: bare; with the memory released before it, as at the start of every stage, so that
 the stage's peak is its own; and as a job runs it, stages measured, sampler, events written to disk. Each turn goes the other way round than
@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 import torch
+from page import result_file
 from shapes import NAMES, write_model
 
 from edge_agent.dataset import Record
@@ -48,7 +49,6 @@ from quantization.adapter import attach_adapter
 from quantization.load import load_model
 from quantization.plan import Plan
 
-RESULTS = Path(__file__).parent / "results" / "overhead.json"
 SEED, BOUND_PERCENT, BUDGET_BYTES = 40_000, 2.0, 2**40
 
 
@@ -86,6 +86,7 @@ class Report(msgspec.Struct, frozen=True):
     date: str
     machine: str
     versions: dict[str, str]
+    device: str
     shape: str
     records: int
     turns: int
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--records", type=int, default=32)
     parser.add_argument("--turns", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     options: Any = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed()  # as a job does whose budget has room
@@ -190,9 +191,11 @@ def main() -> None:
     clocks = {clock: overhead(found, clock) for clock in Spent.__struct_fields__}
     today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
     report = Report(
-        today, device_name(options.device), versions(), options.shape, options.records, options.turns, BOUND_PERCENT, clocks, found
-    )
-    options.out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+        today, device_name(options.device), versions(), options.device, options.shape, options.records, options.turns, BOUND_PERCENT,
+        clocks, found,
+    )  # fmt: skip
+    out = options.out or result_file("overhead", options.device, options.shape)
+    out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     print(json.dumps({clock: msgspec.to_builtins(o) for clock, o in clocks.items()}, indent=2))
 
 

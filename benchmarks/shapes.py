@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 TINY = Path(__file__).parent.parent / "edge_agent" / "demo" / "tiny"
 SEED = 30_000
@@ -30,6 +30,14 @@ SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "smollm2-135m": (LlamaConfig, {
         "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
         "vocab_size": 49_152, "tie_word_embeddings": True,
+    }),
+    "smollm2-360m": (LlamaConfig, {
+        "hidden_size": 960, "num_hidden_layers": 32, "intermediate_size": 2560, "num_attention_heads": 15, "num_key_value_heads": 5,
+        "vocab_size": 49_152, "tie_word_embeddings": True,
+    }),
+    "qwen3-0.6b": (Qwen3Config, {
+        "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True,
     }),
     "qwen2.5-0.5b": (Qwen2Config, {
         "hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,

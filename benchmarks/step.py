@@ -28,6 +28,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +50,8 @@ from profiles.device import device_name
 MIB = 2**20
 DEVICES = ("cpu", "cpu-bf16", "cuda")
 ARMS = (*OURS, *TRL, *PATCHED)
+AT_ONCE = 2
+"""Processes whose memory is measured, which takes no heed of time."""
 NEAR = 1.25
 """Options of TRL whose epoch before the rounds took at most so much of that of the fastest go on."""
 
@@ -113,14 +116,17 @@ class Arm:
 
 def measure(settings: list[Settings], rounds: int, shape: str, warm_up: int = 1) -> list[Row]:
     """Return the rows of one setting: rounds to warm up, the rounds that count, and a process for memory."""
-    together = [settings] if settings[0].device != "cuda" else [[s] for s in settings]  # a GPU has no room for all models at once
+    on_gpu = settings[0].device == "cuda"
+    together = [[s] for s in settings] if on_gpu else [settings]  # a GPU has no room for all models at once
     found = {arm: epochs for group in together for arm, epochs in timed(group, rounds, warm_up).items()}
+    with ThreadPoolExecutor(1 if on_gpu else AT_ONCE) as pool:
+        peaks = list(pool.map(peak_bytes, settings))
     return [
         Row(
             shape, s.device, s.micro_batch, s.instruction, s.records, s.joined, s.arm,
-            [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens, peak_bytes(s),
+            [round(e.seconds, 3) for e in found[s.arm]], found[s.arm][0].tokens, peak,
         )
-        for s in settings
+        for s, peak in zip(settings, peaks, strict=True)
     ]  # fmt: skip
 
 

@@ -263,7 +263,7 @@ class Jobs:
         phase = PHASE_OF.get(told.event.event)
         if phase is not None and row.phase in HAS_TRAINER - {phase}:
             self._store.move(row.id, phase)
-            log.info("job_%s job=%s stage=%s", phase, row.id, told.event.stage)
+            log.info("job_phase job=%s phase=%s stage=%s", row.id, phase, told.event.stage)
 
     def trainer_ended(self, event: TrainerEnded) -> None:
         """Read how the trainer ended and move its job on. May be called again if the disk failed."""
