@@ -94,18 +94,26 @@ class Arm:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
 
+    def load(self) -> Arm:
+        """Return when it has loaded all it needs."""
+        self._heard()
+        return self
+
     def epoch(self) -> Epoch:
         """Run one epoch."""
-        if self._process.stdin is None or self._process.stdout is None:
+        if self._process.stdin is None:
             raise SystemExit(f"{self.name}: no pipes")
         with suppress(BrokenPipeError):
             self._process.stdin.write("epoch\n")
             self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        return msgspec.json.decode(self._heard(), type=Epoch)
+
+    def _heard(self) -> str:
+        line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
             self._log.seek(0)
             raise SystemExit(f"{self.name} ended: {self._log.read()[-3000:].decode(errors='replace')}")
-        return msgspec.json.decode(line, type=Epoch)
+        return line
 
     def close(self) -> None:
         """End the process, if it has not ended."""
@@ -137,21 +145,23 @@ def timed(settings: list[Settings], rounds: int, warm_up: int) -> dict[str, list
     """
     with ExitStack() as stack:
 
-        def started(s: Settings) -> Arm:
-            arm = Arm(s)
-            stack.callback(arm.close)
-            for _ in range(warm_up):
-                arm.epoch()
-            return arm
+        def started(chosen: list[Settings]) -> list[Arm]:
+            arms = [Arm(s) for s in chosen]
+            for arm in arms:
+                stack.callback(arm.close)
+            for arm in [arm.load() for arm in arms]:
+                for _ in range(warm_up):
+                    arm.epoch()
+            return arms
 
-        options = [started(s) for s in settings if s.arm in TRL]
+        options = started([s for s in settings if s.arm in TRL])
         tried = {arm.name: arm.epoch() for arm in options}
         fastest = min((epoch.seconds for epoch in tried.values()), default=0.0)
         near = [arm for arm in options if tried[arm.name].seconds <= NEAR * fastest]
         for arm in options:
             if arm not in near:
                 arm.close()
-        going_on = [started(s) for s in settings if s.arm not in TRL] + near
+        going_on = started([s for s in settings if s.arm not in TRL]) + near
         found: dict[str, list[Epoch]] = {arm.name: [] for arm in going_on}
         for _ in range(rounds):
             for arm in going_on:
@@ -163,7 +173,7 @@ def peak_bytes(settings: Settings) -> int:
     """Return what the first epoch of a new process takes beside the model."""
     arm = Arm(msgspec.structs.replace(settings, memory=True))
     try:
-        return arm.epoch().peak_bytes
+        return arm.load().epoch().peak_bytes
     finally:
         arm.close()
 

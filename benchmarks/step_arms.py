@@ -244,7 +244,10 @@ PATCHED: dict[str, dict[str, Any]] = {"TRL, patched": {"patched": True}}
 
 
 def wait() -> Callable[[int], None]:
-    """Wait for a line; return what answers it when the epoch is over. Ends the process at the end of the input."""
+    """Say once that all is loaded, and wait for a line; return what answers it when the epoch is over. Ends the process with the input."""
+    if not LOADED:
+        LOADED.append(True)
+        _say("loaded")
     if not sys.stdin.readline().strip():
         os._exit(0)
     for memory in MEMORY:
@@ -255,10 +258,14 @@ def wait() -> Callable[[int], None]:
         synchronize()
         seconds = time.perf_counter() - started
         epoch = {"seconds": seconds, "peak_bytes": sum(m.peak_bytes() for m in MEMORY) - before, "tokens": tokens}
-        ANSWERS[0].write(json.dumps(epoch) + "\n")
-        ANSWERS[0].flush()
+        _say(json.dumps(epoch))
 
     return answer
+
+
+def _say(line: str) -> None:
+    ANSWERS[0].write(f"{line}\n")
+    ANSWERS[0].flush()
 
 
 def synchronize() -> None:
@@ -268,6 +275,7 @@ def synchronize() -> None:
 
 ANSWERS: list[IO[str]] = []
 """Where answers go: standard output, before libraries may print to it."""
+LOADED: list[bool] = []
 MEMORY: list[Memory] = []
 """What is measured where memory is, nothing where seconds are."""
 
