@@ -91,23 +91,27 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
         ones_N = torch.ones(len(packed.target_ids_N))
         return weighted_loss(adapted, hidden_ND, packed.target_ids_N, ones_N, 0 * ones_N, rung.head_chunk)
 
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     forward([([2, 3], [4, 5])]).backward()  # so that the moments are there, as in all updates but the first
-    update()
+    update(parameters, optimizer)
     loss = phase(peaks, "forward", lambda: forward(rows(case.micro_batch)))
     phase(peaks, "backward", loss.backward)
     del loss
-    phase(peaks, "optimizer", update)
+    phase(peaks, "optimizer", lambda: update(parameters, optimizer))
     save_all(peaks, adapted, parameters, optimizer)
     prompts = [prompt for prompt, _ in rows(case.micro_batch)]
     phase(peaks, "evaluate", lambda: generate(
         adapted, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch=len(prompts), progress=lambda *_: None
     ))  # fmt: skip
     return peaks
+
+
+def update(parameters: dict[str, Any], optimizer: Any) -> None:
+    """Take the gradients into the parameters, and forget them."""
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def save_all(peaks: dict[str, int], adapted: Any, parameters: dict[str, Any], optimizer: Any) -> None:

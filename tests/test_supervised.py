@@ -1,33 +1,19 @@
-"""A trainer and its daemon: neither is left hanging by the other, and every way in which a trainer can end is read for what it is."""
+"""A trainer under its daemon: neither is left hanging by the other (how the daemon reads its end: test_runner.py)."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import psutil
-import pytest
 
-from edge_agent.config import AgentConfig, Size
-from edge_agent.delivery import Uplink
-from edge_agent.files import lock_file
-from edge_agent.jobs import Jobs
-from edge_agent.messages import JobStatus, decode
 from edge_agent.report import Event
-from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_orphan
-from edge_agent.store import Store
 from edge_agent.supervised import STOPPED
-from profiles.device import device_profile
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 60.0
@@ -55,7 +41,7 @@ def _script(code: str) -> list[str]:
     return [sys.executable, "-c", SUPERVISED + code]
 
 
-def _start(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
+def start(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT, **more)
 
@@ -72,7 +58,7 @@ def _until(happened: Callable[[], object], deadline_s: float = DEADLINE_S) -> No
         time.sleep(0.01)
 
 
-def _gone(pid: int) -> bool:
+def gone(pid: int) -> bool:
     """Whether a process has ended; nobody may have collected its exit status yet."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
@@ -91,7 +77,7 @@ supervision.tell(Event(time=2.0, event="progress", done=int(supervision.stopping
 wait(supervision.stopping)
 sys.exit(5)
 """
-    with _start(_script(code)) as process:
+    with start(_script(code)) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"anything\n")
@@ -105,7 +91,7 @@ sys.exit(5)
 
 def test_native_code_that_never_steps_is_ended() -> None:
     """Nobody asks for the flag, because native code runs: the process is gone in time all the same, as one that was stopped."""
-    with _start(_script("import ctypes; supervision.tell(Event(time=2.0, event='progress')); ctypes.CDLL(None).sleep(60)")) as process:
+    with start(_script("import ctypes; supervision.tell(Event(time=2.0, event='progress')); ctypes.CDLL(None).sleep(60)")) as process:
         assert process.stdin is not None
         assert process.stderr is not None
         _next_event(process)
@@ -129,12 +115,12 @@ child.wait()
 
 def test_trainer_does_not_outlive_its_daemon() -> None:
     """A daemon that is killed closes the pipe by that, so its trainer is asked to stop too."""
-    with _start([sys.executable, "-c", PARENT, *_script("wait(supervision.stopping)")]) as process:
+    with start([sys.executable, "-c", PARENT, *_script("wait(supervision.stopping)")]) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
-        assert not _gone(child)
+        assert not gone(child)
         process.kill()
-        _until(lambda: _gone(child), GONE_S)
+        _until(lambda: gone(child), GONE_S)
 
 
 def test_other_output_is_no_event() -> None:
@@ -147,7 +133,7 @@ for done in (2, 3):
     supervision.tell(Event(time=2.0, event="progress", done=done, text="line\\nbreak"))
 print('last'); sys.stdout.flush()
 """
-    with _start(_script(code)) as process:
+    with start(_script(code)) as process:
         out, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
     events = [msgspec.json.decode(line, type=Event) for line in out.splitlines()]
@@ -164,7 +150,7 @@ for _ in range(9):
 print(supervision.stopping(), file=sys.stderr)
 sys.exit(5)
 """
-    with _start([*_script(code), str(tmp_path / "closed")]) as process:
+    with start([*_script(code), str(tmp_path / "closed")]) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         _next_event(process)
@@ -172,256 +158,3 @@ sys.exit(5)
         (tmp_path / "closed").touch()
         assert process.wait(DEADLINE_S) == 5
         assert process.stderr.read() == b"True\n"
-
-
-# the daemon's side
-
-PROGRAM = """
-import os, signal, sys, time
-here = os.path.join(sys.argv[2], "program.py")
-exec(compile(open(here).read(), here, "exec"))
-"""
-LIBRARY = """
-def say(line): os.write(1, line.encode() + b"\\n")
-def failed(code): say('{"time": 1, "event": "failed", "code": "%s", "text": "what it says"}' % code)
-def await_stop():
-    while os.read(0, 4096): pass
-def cry(line): os.write(2, line.encode() + b"\\n")
-"""
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A place where `python -m edge_agent train DIR --supervised` runs the small program in DIR."""
-    (tmp_path / "edge_agent").mkdir()
-    (tmp_path / "edge_agent" / "__init__.py").write_text("")
-    (tmp_path / "edge_agent" / "__main__.py").write_text(PROGRAM)
-    (tmp_path / "job").mkdir()
-    monkeypatch.chdir(tmp_path)
-    bench = Bench(tmp_path)
-    yield bench
-    for trainer in bench.trainers:
-        trainer.stop()
-        trainer.kill()
-        assert trainer.wait(DEADLINE_S)
-
-
-class Bench:
-    """Starts trainers and hears what they say, as the daemon does."""
-
-    def __init__(self, place: Path) -> None:
-        self.place, self.events, self.trainers = place, SimpleQueue[Any](), list[Trainer]()
-
-    def start(self, program: str, threads: int | None = None) -> Trainer:
-        (self.place / "job" / "program.py").write_text(LIBRARY + program)
-        lock = lock_file(self.place / "trainer.lock")
-        assert lock is not None
-        self.trainers.append(Trainer("j", self.place / "job", lock, 3600.0, threads, self.events))
-        assert lock.closed
-        return self.trainers[-1]
-
-    def hear(self, trainer: Trainer) -> TrainerEnded | TrainerEvent:
-        event = self.events.get(timeout=DEADLINE_S)
-        if isinstance(event, TrainerEvent):
-            trainer.hear(event.event)
-        assert isinstance(event, TrainerEnded | TrainerEvent)
-        assert event.job == "j"
-        return event
-
-    def end(self, trainer: Trainer) -> tuple[int, Ending]:
-        """Hear everything until the end; return the exit status and how the daemon reads it."""
-        while not isinstance(event := self.hear(trainer), TrainerEnded):
-            pass
-        return event.code, trainer.ending(event.code)
-
-
-@pytest.mark.parametrize(
-    ("program", "code", "ending"),
-    [
-        ("", 0, Ending("succeeded")),
-        ("failed('oom_device'); sys.exit(0)", 0, Ending("succeeded")),
-        ("failed('oom_device'); sys.exit(7)", 7, Ending("failed", "oom_device", "what it says")),
-        ("failed('timeout_run'); sys.exit(10)", 10, Ending("timed_out", "timeout_run", "what it says")),
-        ("failed('state'); sys.exit(1)", 1, Ending("failed", "internal", "what it says")),
-        ("cry('first'); cry('the last word'); sys.exit(3)", 3,
-         Ending(None, "crash_loop", "the trainer ended with exit code 3: the last word", again=True)),
-        ("sys.exit(12)", 12, Ending(None, "crash_loop", "the trainer ended with exit code 12: it said nothing", again=True)),
-        ("cry('x'); os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV,
-         Ending(None, "crash_loop", "the trainer ended by signal SIGSEGV: x", again=True)),
-        ("failed('oom_device'); os.kill(os.getpid(), signal.SIGABRT)", -signal.SIGABRT,
-         Ending(None, "crash_loop", "the trainer ended by signal SIGABRT: it said nothing", again=True)),
-        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL,
-         Ending(None, "crash_loop", "the trainer ended by signal SIGKILL: it said nothing", again=True)),
-        ("os.kill(os.getpid(), signal.SIGRTMIN + 6)", -signal.SIGRTMIN - 6,
-         Ending(None, "crash_loop", "the trainer ended by signal 40: it said nothing", again=True)),
-    ],
-)  # fmt: skip
-def test_ending_that_nobody_asked_for(program: str, code: int, ending: Ending, bench: Bench) -> None:
-    """Success, a failure that was told, and a crash are told apart by exit status and last words; only a crash asks for another start."""
-    assert bench.end(bench.start(program)) == (code, ending)
-
-
-def test_ending_of_a_program_that_is_not_there(bench: Bench) -> None:
-    """A trainer that cannot even begin is a crash, with Python's own words."""
-    trainer = bench.start("import no_such_module")
-    code, ending = bench.end(trainer)
-    assert code == 1
-    assert (ending.reason, ending.again) == ("crash_loop", True)
-    assert ending.text == "the trainer ended with exit code 1: ModuleNotFoundError: No module named 'no_such_module'"
-
-
-@pytest.mark.parametrize(
-    ("program", "code", "ending"),
-    [
-        ("await_stop(); sys.exit(12)", 12, Ending(None, again=True)),
-        ("await_stop(); os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV, Ending(None, again=True)),
-        ("await_stop(); sys.exit(0)", 0, Ending("succeeded")),
-        ("await_stop(); failed('non_finite_loss'); sys.exit(9)", 9, Ending("failed", "non_finite_loss", "what it says")),
-    ],
-)
-def test_ending_after_the_order_to_stop(program: str, code: int, ending: Ending, bench: Bench) -> None:
-    """A trainer that ends because it was told to goes on later and is no crash; what it had finished or failed before counts."""
-    trainer = bench.start(program)
-    trainer.stop()
-    trainer.stop()
-    assert bench.end(trainer) == (code, ending)
-
-
-def test_ending_of_a_trainer_that_was_killed(bench: Bench) -> None:
-    """After the order to stop it goes on later; killed for a reason, that reason is its end, the first of several."""
-    trainer = bench.start('say(\'{"time": 1, "event": "progress"}\'); time.sleep(60)')
-    assert isinstance(bench.hear(trainer), TrainerEvent)
-    trainer.stop()
-    assert not trainer.wait(0.01)
-    trainer.kill()
-    assert bench.end(trainer) == (-signal.SIGKILL, Ending(None, again=True))
-    stalled, late = Ending("timed_out", "timeout_stall", "no sign"), Ending("timed_out", "timeout_run", "too long")
-    trainer = bench.start("time.sleep(60)")
-    trainer.kill(stalled)
-    trainer.kill(late)
-    assert bench.end(trainer) == (-signal.SIGKILL, stalled)
-
-
-def test_waiting_for_memory_is_a_phase_of_the_job(bench: Bench) -> None:
-    """`paused` and `running` are told as they change, once each; a trainer that ends while it waits ends its job as any other does."""
-    with closing(Store(bench.place / "agent.sqlite", "f", "n")) as store:
-        config, uplink = AgentConfig("n", bench.place, Size(2**30), {}), cast("Uplink", None)
-        jobs = Jobs(config, device_profile("cpu"), store, uplink, bench.events)
-        store.accept("j", "d" * 64, b"{}", 4)
-        for phase in ("staging", "ready"):
-            store.move("j", phase)
-        store.move("j", "running", start=True)
-        says = ["progress", "paused", "paused", "continued", "progress", "paused"]
-        jobs.trainer = bench.start("".join(f'say(\'{{"time": 1, "event": "{word}"}}\')\n' for word in says) + "sys.exit(12)")
-        while not isinstance(event := bench.events.get(timeout=DEADLINE_S), TrainerEnded):
-            jobs.hear(event)
-        told = [decode(message.payload, JobStatus).data.phase for message in store.waiting(100)]
-        assert told == ["accepted", "staging", "ready", "running", "paused", "running", "paused"]
-        jobs.trainer_ended(event)
-        assert jobs.trainer is None
-        row = store.job("j")
-        assert row is not None
-        assert (row.phase, row.crashes, row.attempt) == ("ready", 1, 1)
-
-
-def test_events_are_kept(bench: Bench) -> None:
-    """The last place, the stages that have ended and the failure are known; noise and a line that was cut off are no events."""
-    program = """
-say('{"time": 1, "event": "stage_started", "stage": "train"}')
-say('no json')
-say('{"time": 1, "event": "unheard of"}')
-say('{"time": 1, "event": "progress", "stage": "train", "done": 3}')
-os.write(1, b'\\xff\\xfe\\n')
-say('{"time": 1, "event": "stage_finished", "stage": "train", "seconds": 2.5, "memory_bytes": 7}')
-os.write(1, b'{"time": 1, "event": "prog')
-"""
-    trainer = bench.start(program)
-    assert bench.end(trainer) == (0, Ending("succeeded"))
-    assert trainer.last_event is not None
-    assert (trainer.last_event.event, trainer.last_event.done) == ("progress", 3)
-    assert [(s.stage, s.seconds, s.peak_bytes) for s in trainer.finished] == [("train", 2.5, 7)]
-    assert trainer.failed is None
-
-
-def test_trainer_is_cut_off_from_the_daemon(bench: Bench) -> None:
-    """It has a session of its own, so a signal to the daemon's group does not reach it, looks nothing up in the network, and uses the
-    threads that it was given."""
-    program = "import json; cry(json.dumps([os.getsid(0), os.environ['HF_HUB_OFFLINE'], os.environ.get('OMP_NUM_THREADS')])); sys.exit(3)"
-    for threads, wanted in ((3, "3"), (None, os.environ.get("OMP_NUM_THREADS"))):
-        trainer = bench.start(program, threads)
-        _, ending = bench.end(trainer)
-        assert ending.text is not None
-        assert json.loads(ending.text.partition("code 3: ")[2]) == [trainer.pid, "1", wanted]
-
-
-def test_device_is_taken_for_as_long_as_the_trainer_lives(bench: Bench) -> None:
-    """The daemon gives its lock away with the start: the trainer alone holds it, and its end frees it."""
-    trainer = bench.start("await_stop()")
-    assert lock_file(bench.place / "trainer.lock") is None
-    trainer.stop()
-    assert bench.end(trainer)[0] == 0
-    lock = lock_file(bench.place / "trainer.lock")
-    assert lock is not None
-    lock.close()
-
-
-def test_orphan_is_known_by_its_start(bench: Bench) -> None:
-    """The recorded process is killed; another one that has got the same id since is not, and one that is gone is no error."""
-    trainer = bench.start("time.sleep(60)")
-    assert trainer.start_ticks > 0
-    for other in (trainer.start_ticks - 1, trainer.start_ticks + 1):
-        assert not end_orphan(trainer.pid, other)
-    assert not trainer.wait(0.05)
-    assert end_orphan(trainer.pid, trainer.start_ticks)
-    assert bench.end(trainer)[0] == -signal.SIGKILL
-    assert not end_orphan(trainer.pid, trainer.start_ticks)
-
-
-# the lock
-
-HOLDER = """
-import subprocess, sys
-from pathlib import Path
-from edge_agent.files import lock_file
-lock = lock_file(Path(sys.argv[1]))
-child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()], stdout=subprocess.DEVNULL)
-print(child.pid, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_lock_excludes_and_is_given_back(tmp_path: Path) -> None:
-    """Nobody else gets it while it is held, in this process or another; closing the handle frees it."""
-    path = tmp_path / "lock"
-    lock = lock_file(path)
-    assert lock is not None
-    assert lock_file(path) is None
-    lock.close()
-    lock = lock_file(path)
-    assert lock is not None
-    lock.close()
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, None], ids=["killed", "ended"])
-def test_lock_lives_as_long_as_the_child_that_inherited_it(number: int | None, tmp_path: Path) -> None:
-    """The end of the process that took the lock does not free it while the child it was handed to lives; the child's end does."""
-    path = tmp_path / "lock"
-    with _start([sys.executable, "-c", HOLDER, str(path)]) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        child = int(process.stdout.readline())
-        try:
-            assert lock_file(path) is None
-            if number is not None:
-                process.send_signal(number)
-            process.stdin.close()
-            process.wait(DEADLINE_S)
-            assert not _gone(child)
-            assert lock_file(path) is None
-        finally:
-            os.kill(child, signal.SIGKILL)
-    deadline = time.monotonic() + DEADLINE_S
-    while (lock := lock_file(path)) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    lock.close()
