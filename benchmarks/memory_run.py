@@ -6,7 +6,6 @@ in here.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from profiles.memory import close_holes
 from quantization.ladder import Rung
 
 NEW_TOKENS = 24
@@ -54,7 +54,7 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
     from edge_agent.training.optimizer import make_optimizer
     from edge_agent.training.packing import answer_hidden, pack
     from profiles.device import device_profile
-    from profiles.memory import fix_malloc
+    from profiles.memory import fix_malloc, trim_heap
     from quantization.adapter import attach_adapter, checkpoint_activations
     from quantization.load import load_model, load_tokenizer
     from quantization.model_files import find_model
@@ -63,7 +63,7 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
     torch.manual_seed(0)
     rung, files = case.settings, find_model(str(directory))
     tokenizer = load_tokenizer(files)
-    ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     peaks = {"imports": status("VmRSS")}
     loaded = phase(peaks, "load", lambda: load_model(files, device_profile("cpu"), quantized_head=rung.quantized_head))
     adapted = attach_adapter(loaded, Lora(), 0, "model")
@@ -128,8 +128,8 @@ def save_all(peaks: dict[str, int], adapted: Any, parameters: dict[str, Any], op
 
 
 def phase(peaks: dict[str, int], name: str, work: Callable[[], Any]) -> Any:
-    """Do a work, note its peak, and return what it returns."""
-    ctypes.CDLL(None).malloc_trim(0)
+    """Do a work as a stage begins, note its peak, and return what it returns."""
+    close_holes()
     Path("/proc/self/clear_refs").write_text("5")
     found = work()
     peaks[name] = status("VmHWM")

@@ -11,13 +11,15 @@ the rounds of an arm's seconds over those of the option with the lowest median, 
 options: its loss takes the head of the answers' tokens only, which TRL does on GPUs only, and its adapter has the type of the
 activations. Memory is that of a further process, in its first epoch, beside the model.
 
-`--shape` takes the shapes of benchmarks/shapes.py; all arms compute in 32 bits on `cpu`, as jobs do there, and in 16 on `cuda`, where one
-arm runs after the other. `cpu-bf16` is a processor in 16 bits, which are TRL's default: jobs do not take them there, because PyTorch's
+`--shape` takes the shapes of benchmarks/shapes.py; all arms compute in 32 bits on `cpu`, as jobs do there, and in 16 on `cuda`. On `cuda`,
+and with `--in-turn` for shapes of which not all arms fit the host's memory side by side, one arm runs after the other, through all its
+rounds. `cpu-bf16` is a processor in 16 bits, which are TRL's default: jobs do not take them there, because PyTorch's
 kernels for them keep memory that no plan counts.
 
 Needs GSM8K's train.jsonl and model_outputs_6b.jsonl (`--data`; a line of the second has `question`, `answer`, and `finetuning`: an
-output's `solution` and `is_correct`), and trl (the extra `bench`). More than an hour on two cores, and half of that for one step of a
-larger model (`--shape qwen2.5-0.5b --micro-batch 4 --instruction 500 --rounds 1`). Does not cover accuracy: benchmarks/methods.py.
+output's `solution` and `is_correct`), and trl (the extra `bench`). More than an hour on two cores, and half of that for one step of a larger
+model (`--shape qwen2.5-0.5b --in-turn --micro-batch 4 --instruction 500 --records 4 --rounds 1 --warm-up 0`). Does not cover accuracy:
+benchmarks/methods.py.
 """
 
 from __future__ import annotations
@@ -122,12 +124,11 @@ class Arm:
             self._log.close()
 
 
-def measure(settings: list[Settings], rounds: int, shape: str, warm_up: int = 1) -> list[Row]:
+def measure(settings: list[Settings], rounds: int, shape: str, warm_up: int = 1, in_turn: bool = False) -> list[Row]:
     """Return the rows of one setting: rounds to warm up, the rounds that count, and a process for memory."""
-    on_gpu = settings[0].device == "cuda"
-    together = [[s] for s in settings] if on_gpu else [settings]  # a GPU has no room for all models at once
+    together = [[s] for s in settings] if in_turn else [settings]
     found = {arm: epochs for group in together for arm, epochs in timed(group, rounds, warm_up).items()}
-    with ThreadPoolExecutor(1 if on_gpu else AT_ONCE) as pool:
+    with ThreadPoolExecutor(1 if in_turn else AT_ONCE) as pool:
         peaks = list(pool.map(peak_bytes, settings))
     return [
         Row(
@@ -154,14 +155,14 @@ def timed(settings: list[Settings], rounds: int, warm_up: int) -> dict[str, list
                     arm.epoch()
             return arms
 
-        options = started([s for s in settings if s.arm in TRL])
+        options = started([s for s in settings if s.arm in TRL and len(settings) > 1])
         tried = {arm.name: arm.epoch() for arm in options}
         fastest = min((epoch.seconds for epoch in tried.values()), default=0.0)
         near = [arm for arm in options if tried[arm.name].seconds <= NEAR * fastest]
         for arm in options:
             if arm not in near:
                 arm.close()
-        going_on = started([s for s in settings if s.arm not in TRL]) + near
+        going_on = started([s for s in settings if s.arm not in tried]) + near
         found: dict[str, list[Epoch]] = {arm.name: [] for arm in going_on}
         for _ in range(rounds):
             for arm in going_on:
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=8, help="of an epoch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count, before the others")
+    parser.add_argument("--in-turn", action="store_true", help="one arm after the other, where they do not fit side by side")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--out", type=Path)
     options: Any = parser.parse_args()
@@ -243,7 +245,8 @@ def main() -> None:
             for micro in options.micro_batch:
                 names = (str(model), str(options.data), options.device)
                 settings = [Settings(arm, *names, micro, instruction, options.records) for arm in options.arms]
-                found = measure(settings, options.rounds, options.shape, options.warm_up)
+                in_turn = options.in_turn or options.device == "cuda"  # a GPU has no room for all models at once
+                found = measure(settings, options.rounds, options.shape, options.warm_up, in_turn)
                 Console(width=max(Console().width, 100)).print(table(found))
                 rows += found
                 write_report(out, options.device, rows)

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 
@@ -15,12 +15,16 @@ MMAP_THRESHOLD_BYTES = 512 * 2**10
 """Smaller, and small models take twice the time, most of it the kernel's; larger, and the heap has holes that no plan foresees."""
 OWN_BLOCK_BYTES = 64 * 2**10
 """Of what has blocks of its own while a model is loaded: all of its matrices, and what comes and goes beside them."""
+MOST_FILLINGS = 2**14
+"""Far more than a heap has holes of that size; malloc would extend the heap for ever where it may map no more."""
 KEPT_BELOW_BYTES = 32 * 2**20
 """Blocks that stay with a process that keeps what it frees; the C library allows no more."""
 FILE_PAGES_BYTES = 8 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _tuned = [(128 * 2**10, 128 * 2**10)]
 """The thresholds of malloc as they are now, glibc's own at first: it does not tell them."""
+_fillings: list[int] = []
+"""Addresses of the blocks that fill holes of the heap."""
 
 
 class Memory(Protocol):
@@ -44,7 +48,7 @@ class HostMemory:
         self._process = psutil.Process()
 
     def release(self) -> None:
-        trim_heap()
+        close_holes()
         # Where this is not allowed the peak stays that of the whole process: an upper bound.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -100,8 +104,8 @@ class HostCap:
     """Lets the process allocate until its resident set is at a budget, and no further: then an allocation fails.
 
     The kernel limits what is allocated from now on, touched or not; so threads should be there already, whose stacks are large and empty.
-    What comes beside it until `renew` is called again: pages of files, programs among them, for which a little is left, and holes of the
-    heap that are filled again.
+    What comes beside it until `renew` is called again: pages of files, programs among them, for which a little is left, and small holes of
+    the heap that are filled again. It holds in a process with `one_arena`.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -130,6 +134,52 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def close_holes() -> None:
+    """Give back what is free, and have large blocks take pages of their own although there is room between those in use.
+
+    malloc looks for room first, whatever its threshold says, and what comes and goes in holes of many sizes touches more pages than it
+    takes, which no plan foresees: generation after training was measured to take up to a tenth more. So the holes are filled until the
+    next call, with blocks that nothing writes to. After `keep_freed` they are left open: there they are what is wanted.
+    """
+    _open_holes()
+    trim_heap()
+    if _tuned[-1][0] != MMAP_THRESHOLD_BYTES:
+        return
+    libc = _glibc()
+    while libc is not None and len(_fillings) < MOST_FILLINGS:
+        block = libc.malloc(MMAP_THRESHOLD_BYTES)
+        if block is None or block > libc.sbrk(0):  # no hole has taken it: it has been mapped, beyond the heap
+            libc.free(block)
+            return
+        _fillings.append(block)
+
+
+def _open_holes() -> None:
+    libc = _glibc()
+    while libc is not None and _fillings:
+        libc.free(_fillings.pop())
+
+
+def _glibc() -> Any:
+    """The C library with what is called here declared; None where it is another one."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return None
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    return libc
+
+
+def one_arena() -> None:
+    """Have all threads of this process allocate from one heap; to be called before there are others.
+
+    A thread for which the heap may not grow goes over to another one for good, whose pages no cap counts a second time.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def fix_malloc() -> bool:
     """Make glibc return every block of 512 KiB or more when it is freed, so that the resident set is what is in use.
 
@@ -140,6 +190,7 @@ def fix_malloc() -> bool:
 
 def keep_freed() -> bool:
     """Make glibc keep what is freed for what is allocated next, so that its pages are not fetched again; False as for `fix_malloc`."""
+    _open_holes()
     return _tune_malloc(KEPT_BELOW_BYTES, 2**30)
 
 
@@ -160,4 +211,4 @@ def _tune_malloc(mmap_from_bytes: int, trim_from_bytes: int) -> bool:
     except (AttributeError, OSError):
         return False
     _tuned[:] = [(mmap_from_bytes, trim_from_bytes)]
-    return bool(mallopt(_M_MMAP_THRESHOLD, mmap_from_bytes) and mallopt(_M_TRIM_THRESHOLD, trim_from_bytes) and mallopt(_M_ARENA_MAX, 2))
+    return bool(mallopt(_M_MMAP_THRESHOLD, mmap_from_bytes) and mallopt(_M_TRIM_THRESHOLD, trim_from_bytes))

@@ -70,11 +70,11 @@ class Recorder:
         """Measure a stage; the caller sets the row's `tokens` and `resumed`."""
         row = StageRow(stage=name, planned_bytes=planned_bytes, energy_source=self.meter.source)
         self.rows.append(row)
-        self._on_stage(row, False)
         self._synchronize()
         self.memory.release()
         if self._host is not self.memory:
             self._host.release()
+        self._on_stage(row, False)  # after what is free has been given back: a cap is set to what is left
         energy, wall, cpu = self.meter.joules(), time.monotonic(), time.process_time()
         try:
             yield row

@@ -21,9 +21,6 @@ NF4_BYTES = 4.127 / 8
 """Bytes of one weight in NF4 with double quantisation, scales included."""
 SCALES_BYTES = 4 / 64
 """Bytes of a weight's scale in 32 bits while it is quantised."""
-HOLES = 1.3
-"""Bytes of the heap that generation after training touches again, to those of the adapter, whose gradients and moments were there. Measured
-with adapters of 1 to 34 MiB."""
 ADAM_8BIT_BYTES = 1 + 4 / 256
 """Bytes of one moment in 8 bits with the scale of its block."""
 LAYER_OBJECTS_BYTES, ADAPTER_OBJECTS_BYTES, PASS_OBJECTS_BYTES = 340 * 2**10, 150 * 2**10, 200 * 2**10
@@ -126,11 +123,6 @@ def moments_bytes(shape: Shape, job: Job, rung: Rung) -> int:
     return int(adapter_elements(shape, job.lora) * 2 * (ADAM_8BIT_BYTES if rung.adam_8bit else 4))
 
 
-def holes_bytes(adapter_bytes: int, device: DeviceProfile) -> int:
-    """Return what training has left in the heap where generation works on the host."""
-    return int(HOLES * adapter_bytes) if device.kind == "cpu" else 0
-
-
 def reft_bytes(shape: Shape, job: Job) -> int:
     """Return what ReFT holds from its training on: the adapter of its warm-up, and its value head with two moments."""
     return (adapter_elements(shape, job.lora) + 3 * (shape.hidden + 1)) * 4 if isinstance(job.method, ReftOptions) else 0
@@ -182,7 +174,7 @@ def estimate(
     during = generation(lengths.generate, min(batch, job.schedule.batch), lengths.asked)
     found: tuple[tuple[str, float, float, str], ...] = (
         ("load", base, load_bytes(shape, device, rung, int(base)), ""),
-        ("evaluate", base + adapter + after + holes_bytes(adapter, device), max(asked, free_text), ""),
+        ("evaluate", base + adapter + after, max(asked, free_text), ""),
         ("sample", base, asked, ""),
         ("repair", base, max(score, generation(lengths.repair)) if lengths.repair[1] else 0, ""),
         ("judge", base, generation(lengths.judge) or client, ""),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -342,3 +344,35 @@ def test_run_is_profiled_from_start_to_end(traced_job: Path) -> None:
         assert row.peak_resident_bytes > 0
     assert (result.energy.total_j is None) == (result.energy.per_record_j is None)
     assert (result.energy.total_j is None) == (result.energy.reason is not None)
+
+
+HOLES = """
+import ctypes
+from profiles.memory import close_holes, fix_malloc, keep_freed
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.sbrk.restype, libc.free.argtypes = ctypes.c_void_p, ctypes.c_void_p, [ctypes.c_void_p]
+
+def in_a_hole():
+    block = libc.malloc(2 * 2**20)
+    found = block < libc.sbrk(0)
+    libc.free(block)
+    return found
+
+fix_malloc()
+blocks = [libc.malloc(256 * 2**10) for _ in range(64)]
+for number, block in enumerate(blocks):
+    if number % 16 != 15:
+        libc.free(block)
+print(in_a_hole())
+for _ in range(2):
+    close_holes()
+    print(in_a_hole())
+keep_freed()
+print(in_a_hole())
+"""
+
+
+def test_large_blocks_stay_out_of_the_holes_of_the_heap() -> None:
+    """A block of 2 MiB is put between blocks of 256 KiB where there is room; after `close_holes` it has pages of its own."""
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    assert done.stdout.split() == ["True", "False", "False", "True"]

@@ -10,6 +10,7 @@ import typer
 
 from edge_agent.cli import fleet, local
 from edge_agent.cli.shared import EXIT_CODES
+from profiles.memory import one_arena
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -32,7 +33,8 @@ dataset_app.command("build", epilog=EXIT_CODES)(local.dataset_build)
 
 @app.callback()
 def _environment() -> None:
-    """Nothing is fetched while a job runs: no weights, no kernels."""
+    """Nothing is fetched while a job runs: no weights, no kernels. And memory is counted."""
+    one_arena()
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Memory that PyTorch takes from the system anew for every large tensor (profiles/memory.py) comes in huge pages.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

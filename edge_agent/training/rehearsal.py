@@ -36,7 +36,6 @@ from quantization.estimate import (
     Lengths,
     best_bytes,
     estimates,
-    holes_bytes,
     load_bytes,
     moments_bytes,
     reft_bytes,
@@ -112,7 +111,7 @@ class Rehearsal:
         client = CLIENT_BYTES if job.judging.source == "endpoint" and on_device else 0
         found = [
             StagePlan("load", base, load_bytes(self.shape, self.device, rung, base)),
-            StagePlan("evaluate", base + adapter + after + holes_bytes(adapter, self.device), max(evaluate, free_text)),
+            StagePlan("evaluate", base + adapter + after, max(evaluate, free_text)),
             StagePlan("sample", base, sample),
             StagePlan("repair", base, max(scored, self._generation(rung, batch, lengths.repair)) if lengths.repair[1] else 0),
             StagePlan("judge", base, self._generation(rung, batch, lengths.judge) or client),
