@@ -78,7 +78,7 @@ def main() -> None:
             for value in values:
                 base = Settings("", str(model), str(options.data), options.device, **BASE)
                 settings = [msgspec.structs.replace(base, arm=arm, **{name: value}) for arm in ARMS]
-                found += measure(settings, options.rounds, options.shape)
+                found += measure(settings, options.rounds, options.shape, in_turn=options.device == "cuda")
             Console(width=max(Console().width, 100)).print(table(name, found))
             rows += found
     write_report(options.out or result_file("scaling", options.device, options.shape), options.device, rows)

@@ -17,9 +17,9 @@ rounds. `cpu-bf16` is a processor in 16 bits, which are TRL's default: jobs do n
 kernels for them keep memory that no plan counts.
 
 Needs GSM8K's train.jsonl and model_outputs_6b.jsonl (`--data`; a line of the second has `question`, `answer`, and `finetuning`: an
-output's `solution` and `is_correct`), and trl (the extra `bench`). More than an hour on two cores, and half of that for one step of a larger
-model (`--shape qwen2.5-0.5b --in-turn --micro-batch 4 --instruction 500 --records 4 --rounds 1 --warm-up 0`). Does not cover accuracy:
-benchmarks/methods.py.
+output's `solution` and `is_correct`), and trl (the extra `bench`). More than an hour on two cores, and half of that for one step of a
+larger model: `--shape qwen2.5-0.5b --in-turn --micro-batch 4 --instruction 500 --records 4 --rounds 1 --warm-up 0`. Does not cover
+accuracy: benchmarks/methods.py.
 """
 
 from __future__ import annotations
