@@ -93,14 +93,17 @@ def _memory(own_bytes: int, other: step.Row) -> str:
 
 def scaling_lines(rows: list[step.Row]) -> list[str]:
     """Return seconds and exponents of every sweep."""
-    lines = ["| what grows | values | | s an epoch | exponent | MiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| what grows | values | | tokens of an epoch | s an epoch | exponent | of tokens | MiB |", "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
     for name, of_arms in scaling.sweeps(rows).items():
         for arm, found in of_arms.items():
             seconds = [median(r.seconds) for r in found]
-            slope = scaling.exponent(scaling.SWEEPS[name], seconds)
+            slopes = scaling.exponent(scaling.SWEEPS[name], seconds), scaling.exponent([r.tokens for r in found], seconds)
             texts = (
-                ", ".join(map(str, scaling.SWEEPS[name])), arm, ", ".join(f"{s:.1f}" for s in seconds), f"{slope:.2f}",
-                ", ".join(f"{r.peak_bytes / MIB:,.0f}" for r in found),
+                ", ".join(map(str, scaling.SWEEPS[name])), arm, " · ".join(f"{r.tokens:,}" for r in found),
+                " · ".join(f"{s:.1f}" for s in seconds), *(f"{slope:.2f}" for slope in slopes),
+                " · ".join(f"{r.peak_bytes / MIB:,.0f}" for r in found),
             )  # fmt: skip
             lines.append(f"| {scaling.TITLES[name]} | {' | '.join(texts)} |")
     return lines

@@ -1,8 +1,9 @@
 """What an epoch costs as it grows: `python benchmarks/scaling.py` writes benchmarks/results/scaling-DEVICE-SHAPE.json.
 
-One of records, tokens of a record, tokens of the instruction, and micro-batch grows, the rest stays. The exponent is the slope of the
-logarithm of the seconds over that of what grows: 1 is in proportion. Where more of an epoch is shared (a longer instruction, a larger
-micro-batch) less than 1 is due. The arms are those of benchmarks/step.py, a process each; seconds are medians of the rounds.
+One of records, tokens of a record, tokens of the instruction, and micro-batch grows, the rest stays. The exponents are the slopes of the
+logarithm of the seconds over that of what grows, and over that of the tokens that an epoch computes: 1 is in proportion. Records differ in
+length, so only the second is to be 1 for them; and where more of an epoch is shared (a longer instruction, a larger micro-batch) it
+computes fewer tokens. The arms are those of benchmarks/step.py, a process each; seconds are medians of the rounds.
 
 About 35 minutes on two cores, 20 with `--rounds 1`. Does not cover accuracy.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import linear_regression, median
@@ -37,7 +39,7 @@ TITLES = {
 }  # fmt: skip
 
 
-def exponent(values: tuple[int, ...], seconds: list[float]) -> float:
+def exponent(values: Sequence[int], seconds: list[float]) -> float:
     """Return the slope of the logarithms, over the values that are not 0."""
     pairs = [(math.log(v), math.log(s)) for v, s in zip(values, seconds, strict=True) if v]
     return linear_regression(*map(list, zip(*pairs, strict=True))).slope
@@ -54,11 +56,12 @@ def _by_arm(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def table(name: str, rows: list[Row]) -> Table:
-    view = Table("arm", *map(str, SWEEPS[name]), "exponent", title=f"seconds an epoch (MiB) by {name}")
+    view = Table("arm", *map(str, SWEEPS[name]), "exponent", "of tokens", title=f"seconds an epoch (MiB) by {name}")
     for arm, of_arm in _by_arm(rows).items():
         seconds = [median(r.seconds) for r in of_arm]
         cells = [f"{s:.2f} ({r.peak_bytes / MIB:,.0f})" for s, r in zip(seconds, of_arm, strict=True)]
-        view.add_row(arm, *cells, f"{exponent(SWEEPS[name], seconds):.2f}")
+        slopes = exponent(SWEEPS[name], seconds), exponent([r.tokens for r in of_arm], seconds)
+        view.add_row(arm, *cells, *(f"{slope:.2f}" for slope in slopes))
     return view
 
 
