@@ -48,7 +48,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_agent.job import Dataset, Job
-from edge_agent.messages import Ack, Cancel, File, Hello, JobResult, JobStatus, Message, NodeState, Offer, decode, encode, new_id
+from edge_agent.messages import Ack, Cancel, File, Hello, JobResult, JobStatus, Message, NodeState, Offer, Order, decode, encode, new_id
+from edge_agent.signing import seal
 from edge_agent.topics import coordinator_subscriptions, down, split
 from profiles.device import device_name
 
@@ -317,11 +318,13 @@ def trainer_of(job: str) -> int | None:
 
 def measure_offer(stand_in: StandIn, number: int, values: Values) -> None:
     """Offer a new job, cancel it as soon as its trainer exists, and wait for the end of both."""
-    file = File(hashlib.sha256(RECORDS).hexdigest(), len(RECORDS), RECORDS)
+    file = File(hashlib.sha256(RECORDS).hexdigest(), len(RECORDS))
     document = Job(model="tiny", dataset=Dataset(file.sha256), budget_bytes=2**30, seed=number)
-    job = new_id()
+    job, now = new_id(), datetime.datetime.now(datetime.timezone.utc)
+    until_then = now + datetime.timedelta(hours=1)
+    order = Order(id=job, fleet=FLEET, node=NODE, issued=now, expires=until_then, job=document, dataset=file)
     published = time.monotonic()
-    stand_in.publish(Offer(document, file), "job", job, "offer")
+    stand_in.publish(Offer(seal(msgspec.json.encode(order), None), {file.sha256: RECORDS}), "job", job, "offer")
     pid = until("the trainer", lambda: trainer_of(job), POLL_S)
     values.add("trainer_ms", 1000 * (time.monotonic() - published))
     stand_in.publish(Cancel(), "job", job, "cancel")

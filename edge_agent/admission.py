@@ -1,13 +1,12 @@
-"""Whether a node takes an offer: arithmetic on what is declared, without torch and before any side effect."""
+"""Whether a node takes an offer: who has signed it, for whom, and arithmetic on what is declared. Without torch, before any side effect."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
-from edge_agent.config import AgentConfig
+from edge_agent.config import AgentConfig, Trust
 from edge_agent.errors import JudgeMissing, human_bytes
-from edge_agent.job import Job
-from edge_agent.messages import MAX_INLINE_BYTES, File, Offer, Reason
+from edge_agent.messages import LONGEST_ORDER_S, MAX_INLINE_BYTES, PAYLOAD_TYPE, Envelope, Offer, Order, Reason, read_order
 from profiles.calibration import calibrated
 from profiles.device import DeviceProfile
 from quantization.estimate import Lengths, make_estimate
@@ -24,19 +23,48 @@ class Rejected(Exception):
         self.reason = reason
 
 
-def check_offer(offer: Offer, config: AgentConfig, device: DeviceProfile, waiting: int, draining: bool, now: datetime) -> None:
-    """Raise Rejected, or the EdgeAgentError that a run of this job would raise, where the node does not take the offer.
+def open_order(envelope: Envelope, job: str, config: AgentConfig) -> Order:
+    """Return the order of an envelope that a trusted key has signed, if this node asks for that, and that is for this node and job.
+
+    The keys are read anew each time, so that they can be changed while the agent runs. Raises Rejected, MessageInvalid, ConfigInvalid.
+    """
+    if envelope.payload_type != PAYLOAD_TYPE:
+        raise Rejected("job_schema", f"the payload is {envelope.payload_type!r}, only {PAYLOAD_TYPE!r} is taken")
+    _check_signature(envelope, config.trust)
+    order = read_order(envelope.payload)
+    wanted, found = (config.fleet, config.node, job), (order.fleet, order.node, order.id)
+    for name, own, named in zip(("fleet", "node", "job"), wanted, found, strict=True):
+        if own != named:
+            raise Rejected("audience", f"the order is for {name} {named!r}, it was sent to {own!r}")
+    if (order.expires - order.issued).total_seconds() > LONGEST_ORDER_S:
+        raise Rejected("expired", f"an order is valid for {LONGEST_ORDER_S:,.0f} s at most; submit the job with a shorter --expires-s")
+    return order
+
+
+def _check_signature(envelope: Envelope, trust: Trust | None) -> None:
+    if trust is None or not (trust.required or envelope.signatures):
+        return
+    from edge_agent.signing import SignatureInvalid, read_trusted, verify  # takes megabytes of an agent that idles
+
+    try:
+        verify(envelope, read_trusted(trust.keys_file))
+    except SignatureInvalid as error:
+        raise Rejected("signature", str(error)) from None
+
+
+def check_order(order: Order, config: AgentConfig, device: DeviceProfile, waiting: int, draining: bool, now: datetime) -> None:
+    """Raise Rejected, or the EdgeAgentError that a run of this job would raise, where the node does not take the order.
 
     Does not cover what only a tokenizer can tell: the plan is a lower bound, with records of one token.
     """
-    job = offer.job
-    if offer.expires is not None and offer.expires < now:
-        raise Rejected("expired", f"the offer expired at {offer.expires.isoformat()}; submit the job again")
+    job = order.job
+    if order.expires < now:
+        raise Rejected("expired", f"the order expired at {order.expires.isoformat()}; submit the job again, and check this node's clock")
     if draining:
         raise Rejected("draining", "the node takes no new jobs; `resume` it, or choose another")
     if waiting >= config.queue:
         raise Rejected("busy", f"{waiting} jobs wait already, the limit of this node; wait, or choose another node")
-    _check_files(offer, config)
+    _check_files(order, config)
     if job.budget_bytes > config.budget:
         asked, lent = human_bytes(job.budget_bytes), human_bytes(config.budget)
         raise Rejected("oom_predicted", f"the job's budget is {asked}, this node lends {lent}; submit it with a smaller --budget")
@@ -48,30 +76,43 @@ def check_offer(offer: Offer, config: AgentConfig, device: DeviceProfile, waitin
         raise Rejected("judge_missing", str(JudgeMissing(alias, config.judges)))
     if job.device not in ("auto", device.torch_device):
         raise Rejected("device_missing", f"the job asks for {job.device}, this node has {device.torch_device}")
-    _check_plan(job, config, device)
+    _check_model(order, config, device)
 
 
-def _check_files(offer: Offer, config: AgentConfig) -> None:
-    wanted = {"dataset": offer.job.dataset.sha256, "evaluation": offer.job.dataset.evaluation_sha256}
-    inline = 0
-    for name, sha256 in wanted.items():
-        file: File | None = getattr(offer, name)
-        if (file.sha256 if file else None) != sha256:
-            raise Rejected("dataset_checksum", f"the job names {name} {sha256}, the offer brings {file.sha256 if file else None}")
-        if file is not None and file.size_bytes > config.dataset_limit:
-            size, limit = human_bytes(file.size_bytes), human_bytes(config.dataset_limit)
-            raise Rejected("dataset_too_large", f"{name} has {size}, the limit of this node is {limit}; split it")
-        inline += len(file.inline or b"") if file else 0
-    if inline > MAX_INLINE_BYTES:
+def check_contents(offer: Offer, order: Order) -> None:
+    """Raise Rejected where an offer brings files that nobody asked for, or too much of them."""
+    if unknown := set(offer.contents) - {f.sha256 for f in order.files}:
+        raise Rejected("dataset_checksum", f"the offer brings a file {min(unknown)} that its order does not name")
+    if (inline := sum(map(len, offer.contents.values()))) > MAX_INLINE_BYTES:
         raise Rejected(
             "dataset_too_large", f"{inline:,} bytes of files inside the offer, at most {MAX_INLINE_BYTES:,}; send them in blocks"
         )
 
 
-def _check_plan(job: Job, config: AgentConfig, device: DeviceProfile) -> None:
+def _check_files(order: Order, config: AgentConfig) -> None:
+    wanted = {"dataset": order.job.dataset.sha256, "evaluation": order.job.dataset.evaluation_sha256}
+    brought = {"dataset": order.dataset, "evaluation": order.evaluation}
+    for name, sha256 in wanted.items():
+        file = brought[name]
+        if (file.sha256 if file else None) != sha256:
+            raise Rejected("dataset_checksum", f"the job names {name} {sha256}, the order {file.sha256 if file else None}")
+        if file is not None and file.size_bytes > config.dataset_limit:
+            size, limit = human_bytes(file.size_bytes), human_bytes(config.dataset_limit)
+            raise Rejected("dataset_too_large", f"{name} has {size}, the limit of this node is {limit}; split it")
+
+
+def _check_model(order: Order, config: AgentConfig, device: DeviceProfile) -> None:
+    name = order.job.model
     try:
-        shape = read_shape(find_model(str(config.models[job.model])))
+        files = find_model(str(config.models[name]))
+        shape = read_shape(files)
     except OSError as error:
-        raise Rejected("model_missing", f"model {job.model!r} cannot be read on this node: {error.strerror}") from None
+        raise Rejected("model_missing", f"model {name!r} cannot be read on this node: {error.strerror}") from None
+    if order.model_fingerprint not in (None, files.fingerprint):
+        raise Rejected(
+            "model_mismatch",
+            f"the order is for model {name!r} with fingerprint {order.model_fingerprint}, this node has {files.fingerprint}; "
+            "give it the same files, or submit the job again",
+        )
     shortest = Rows(tokens=(2,), answers=(1,))
-    make_estimate(shape, job, Lengths(train=shortest, score=shortest, generate=(1, 1)), calibrated(device))
+    make_estimate(shape, order.job, Lengths(train=shortest, score=shortest, generate=(1, 1)), calibrated(device))

@@ -14,14 +14,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
 from edge_agent import logs
-from edge_agent.config import AGENT_CONFIG, AgentConfig, read_config
+from edge_agent.config import AGENT_CONFIG, AgentConfig, Trust, read_config
 from edge_agent.delivery import Outbox, Uplink
 from edge_agent.errors import EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
@@ -47,12 +46,14 @@ from edge_agent.messages import (
     is_ulid,
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
+from edge_agent.rest import Rest
 from edge_agent.runner import TrainerEnded, TrainerEvent
 from edge_agent.serving import END, serve
 from edge_agent.store import Store
 from edge_agent.topics import COORDINATOR, block_number, node_subscriptions, split, up
 from profiles.device import detect_profile, device_name
 from profiles.sensors import Sensors
+from quantization.model_files import find_model
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Agent:
         self._config = config
         for judge in config.judges.values():
             judge.check()
+        if config.trust is not None:
+            check_trusted(config.trust)
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
         self._store = Store(config.state_directory / "agent.sqlite", config.fleet, config.node)
@@ -79,7 +82,8 @@ class Agent:
         self._link = Link(config.broker, config.node, node_subscriptions(config.fleet, config.node), self._events, self._birth)
         self._uplink = Uplink(self._link, config.fleet, config.node, self._store.boot)
         self._outbox = Outbox(self._store, self._link)
-        self._jobs = Jobs(config, self._device, self._store, self._uplink, self._events)
+        rest = Rest(config.rest, self._sensors.device.temperature_c)
+        self._jobs = Jobs(config, self._device, self._store, self._uplink, self._events, rest)
         self._connections = 0
         self._heartbeat_at = self._hello_at = self._progress_at = self._watched_until = 0.0
         self._told_event: object = None
@@ -221,7 +225,7 @@ class Agent:
         self._outbox.send_again()
         self._jobs.link_is_new()
 
-    @cached_property
+    @property
     def _info(self) -> NodeInfo:
         config, kind = self._config, self._device.torch_device
         total = self._sensors.sample(None).device_total_bytes.value
@@ -229,7 +233,7 @@ class Agent:
         versions = {package: found for package in PACKAGES if (found := _version(package))}
         return NodeInfo(
             _version("edge-agent") or "", platform.python_version(), device_name(kind), kind, None if total is None else int(total),
-            sorted(config.models), limits, versions,
+            {name: _fingerprint(path) for name, path in sorted(config.models.items())}, limits, versions,
         )  # fmt: skip
 
     def _heartbeat(self, now: float) -> None:
@@ -256,6 +260,20 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
+        return None
+
+
+def check_trusted(trust: Trust) -> None:
+    """Raise ConfigInvalid where no order could ever be taken."""
+    from edge_agent.signing import read_trusted
+
+    read_trusted(trust.keys_file)
+
+
+def _fingerprint(model: Path) -> str | None:
+    try:
+        return find_model(str(model)).fingerprint
+    except (EdgeAgentError, OSError):
         return None
 
 

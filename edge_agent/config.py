@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from functools import partial
@@ -18,7 +19,8 @@ from edge_agent.job import Alias, Positive, Strict
 from edge_agent.sizes import parse_size
 from edge_agent.topics import COORDINATOR
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
+NAME_PATTERN = r"^[a-z0-9-]{1,64}\Z"
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 AGENT_CONFIG = Path("/etc/edge-agent/agent.toml")
 COORDINATOR_CONFIG = Path("/etc/edge-agent/coordinator.toml")
 Seconds = Annotated[float, Meta(gt=0)]
@@ -91,6 +93,27 @@ class Timers(Strict, frozen=True):
     """From the request to stop until the trainer is killed."""
 
 
+DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_DAY, _TIME = f"({'|'.join(DAYS)})", "([01][0-9]|2[0-3]):[0-5][0-9]"
+_HOURS = re.compile(f"({_DAY}(-{_DAY})? )?{_TIME}-{_TIME}")
+
+
+class RestLimits(Strict, frozen=True):
+    """When no trainer runs: one that does writes a checkpoint and ends, and its job goes on afterwards."""
+
+    quiet_hours: tuple[str, ...] = ()
+    """Such as `22:00-06:00` or `mon-fri 08:00-18:00`, in local time; days are those on which the hours begin."""
+    max_temperature_c: Annotated[float, Meta(gt=0, le=150)] | None = None
+    """Of the device; null: whatever it has. It protects itself, by clocks that it lowers."""
+    cool_by_c: Annotated[float, Meta(ge=0, le=100)] = 10.0
+    """Degrees below the limit at which a job goes on."""
+
+    def __post_init__(self) -> None:
+        for hours in self.quiet_hours:
+            if _HOURS.fullmatch(hours) is None:
+                raise ValueError(f"`quiet_hours` {hours!r} are not like `22:00-06:00` or `mon-fri 08:00-18:00`")
+
+
 class Endpoint(Strict, frozen=True, kw_only=True):
     """An OpenAI-compatible server that writes judgments, and what it may cost."""
 
@@ -131,6 +154,15 @@ class Endpoint(Strict, frozen=True, kw_only=True):
             raise PackageMissing("openai", "judge")
 
 
+class Trust(Strict, frozen=True):
+    """Who may give this node orders."""
+
+    keys_file: Path
+    """Public keys as in OpenSSH's `authorized_keys`, Ed25519 only; read anew with every order."""
+    required: bool = True
+    """Reject orders that nobody has signed. With false only those are rejected that somebody else has signed."""
+
+
 class AgentConfig(Strict, frozen=True):
     """`agent.toml`."""
 
@@ -145,7 +177,10 @@ class AgentConfig(Strict, frozen=True):
     judges: dict[Alias, Endpoint] = msgspec.field(default_factory=dict)
     """Endpoints that jobs may ask for judgments, by the aliases that jobs know."""
     broker: Broker = Broker()
+    trust: Trust | None = None
+    """null: whoever the broker lets publish to this node's topics may give it orders."""
     timers: Timers = Timers()
+    rest: RestLimits = RestLimits()
     queue: Positive = 16
     """Jobs that may wait."""
     dataset_limit: Size = Size(256 * 2**20)
@@ -154,6 +189,8 @@ class AgentConfig(Strict, frozen=True):
     """Files kept for jobs that have ended, the least recently used go first."""
     cache_limit: Limit = CACHE_LIMIT
     """Quantised models kept for the next job with the same model, the least recently used go first; 0 keeps none."""
+    retention_s: Annotated[float, Meta(ge=0)] = 7 * 24 * 3600.0
+    """Seconds from the acknowledgement of a job's end to the deletion of all that it left here; `inf` keeps it until `forget`."""
     max_attempts: Positive = 5
     """Starts of a trainer that dies without a result; then the job has failed as `crash_loop`."""
     threads: Positive | None = None
@@ -173,6 +210,8 @@ class CoordinatorConfig(Strict, frozen=True):
     broker: Broker = Broker()
     artifact_limit: Size = Size(4 * 2**30)
     """Largest file that is fetched from a node."""
+    signing_key_file: Path | None = None
+    """Private Ed25519 key in OpenSSH's format that signs all orders; only its owner may read it."""
 
 
 C = TypeVar("C", AgentConfig, CoordinatorConfig)

@@ -316,7 +316,7 @@ def jobs_table(jobs: list[JobView]) -> Table:
         measured = job.result.accuracy if job.result else None
         both = (measured.before, measured.after) if measured else (None, None)
         accuracy = " → ".join(f"{100 * a.value:.1f}" for a in both if a)
-        run = f"{printable(job.offer.job.model)} {job.offer.job.method.__struct_config__.tag}"
+        run = f"{printable(job.order.job.model)} {job.order.job.method.__struct_config__.tag}"
         state = Text(job.outcome or job.phase, style="" if good else "red")
         if job.reason not in (None, job.outcome):
             state.append(f" {job.reason}")

@@ -11,8 +11,6 @@ from edge_agent.store import Store
 from edge_agent.topics import up
 
 IN_FLIGHT = 8
-MOST_WAITING = 1000
-"""Messages that are looked at in one go."""
 RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
 
 
@@ -57,24 +55,29 @@ class Try:
 
 
 class Outbox:
-    """Sends the stored messages, the oldest first and a few at a time, each again with growing pauses until it is acknowledged."""
+    """Sends the stored messages, a few at a time, each again with growing pauses until it is acknowledged."""
 
     def __init__(self, store: Store, link: Link) -> None:
         self._store, self._link = store, link
         self._tries: dict[str, Try] = {}
 
     def tick(self) -> None:
-        """Send what is due. A message that nobody ever acknowledges holds up the others for a few seconds only."""
+        """Send what is due: what was never sent first, so that messages that nobody ever acknowledges hold up no others."""
         now = time.monotonic()
         room = IN_FLIGHT - sum(now - t.sent_at < RETRY_S for t in self._tries.values())
-        for message in self._store.waiting(MOST_WAITING) if room > 0 else ():
-            earlier = self._tries.get(message.id)
-            if earlier and now < earlier.sent_at + earlier.pause_s:
-                continue
-            if room == 0 or not self._link.publish(message.topic, message.payload, qos=1):
+        if room <= 0:
+            return
+        waiting = self._store.waiting()
+        due = [m for m in waiting if m not in self._tries]
+        due += sorted((m for m in waiting if m in self._tries and self._due_at(m) <= now), key=self._due_at)
+        for message in due[:room]:
+            found, earlier = self._store.message(message), self._tries.get(message)
+            if found is None or not self._link.publish(found.topic, found.payload, qos=1):
                 return
-            self._tries[message.id] = Try(now, min(2 * earlier.pause_s, LONGEST_RETRY_S) if earlier else RETRY_S)
-            room -= 1
+            self._tries[message] = Try(now, min(2 * earlier.pause_s, LONGEST_RETRY_S) if earlier else RETRY_S)
+
+    def _due_at(self, message: str) -> float:
+        return self._tries[message].sent_at + self._tries[message].pause_s
 
     def acknowledged(self, message: str) -> None:
         """The coordinator has stored a message."""

@@ -13,9 +13,11 @@ import msgspec
 import psutil
 
 from edge_agent.config import AgentConfig, read_config
+from edge_agent.enrolment import SOON_DAYS, days_left
 from edge_agent.errors import EdgeAgentError, human_bytes
 from edge_agent.messages import Hello, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
+from edge_agent.signing import read_trusted
 from edge_agent.topics import down, up
 from profiles.device import detect_profile, device_name, free_bytes
 from quantization.model_files import find_model
@@ -40,7 +42,7 @@ def examine(path: Path) -> list[Check]:
     except EdgeAgentError as error:
         return [Check("configuration", False, str(error))]
     checks = [Check("configuration", True, f"{path}: node {config.node} of fleet {config.fleet}")]
-    for name, look in (("state directory", _state), ("device", _device), ("models", _models), ("judges", _judges), ("link", _link)):
+    for name, look in CHECKS.items():
         checks.append(_try(name, look, config))
     return checks
 
@@ -89,6 +91,27 @@ def _judges(config: AgentConfig) -> str:
     return ", ".join(sorted(config.judges)) or "none: jobs have the critic or the model itself for judgments"
 
 
+def _trust(config: AgentConfig) -> str:
+    trust = config.trust
+    if trust is None:
+        return "orders need no signature: whoever the broker lets publish to this node gives them; see [trust] in docs/config.md"
+    keys = read_trusted(trust.keys_file)
+    if not keys:
+        raise _Wrong(f"{trust.keys_file} holds no key, so no signed order is taken; add the line of `edge-agent keys show`")
+    named = ", ".join(f"{key.fingerprint} ({key.comment})" if key.comment else key.fingerprint for key in keys)
+    return f"orders {'must be' if trust.required else 'may be'} signed by {named}"
+
+
+def _certificate(config: AgentConfig) -> str:
+    file = config.broker.tls.certificate_file if config.broker.tls else None
+    if file is None:
+        return "none: the broker knows this node by its password, or not at all"
+    days = days_left(file)
+    if days < SOON_DAYS:
+        raise _Wrong(f"{file} {'has expired' if days < 0 else f'expires in {days:.0f} days'}; make a new one with `edge-agent enroll node`")
+    return f"{file} is valid for {days:.0f} days"
+
+
 def _link(config: AgentConfig) -> str:
     """Ask the coordinator and wait for its acknowledgement: login, encryption, rights and its presence in one."""
     events: SimpleQueue[Any] = SimpleQueue()
@@ -116,3 +139,10 @@ def _link(config: AgentConfig) -> str:
     if reached:
         raise _Wrong(f"{reached}, but no coordinator of fleet {config.fleet!r} answered; start it, or check the broker's access rules")
     raise _Wrong(f"{where}: no answer in {ANSWER_S:.0f} s; check host, port and firewall")
+
+
+CHECKS: dict[str, Callable[[AgentConfig], str]] = {
+    "state directory": _state, "device": _device, "models": _models, "judges": _judges, "trust": _trust,
+    "certificate": _certificate, "link": _link,
+}  # fmt: skip
+"""What is tried, in this order."""

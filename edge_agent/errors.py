@@ -342,6 +342,15 @@ class StateUnusable(EdgeAgentError):
         super().__init__(f"state directory {path}: {problem}")
 
 
+class StateDamaged(EdgeAgentError):
+    """A daemon's database has broken while it worked."""
+
+    code = "state_damaged"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the database in the state directory is damaged: {problem}; start the daemon again, which says what to do")
+
+
 class MessageInvalid(EdgeAgentError):
     """A message does not follow the contract."""
 

@@ -14,14 +14,32 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.admission import Rejected, check_offer
+from edge_agent.admission import Rejected, check_contents, check_order, open_order
 from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.delivery import Uplink
-from edge_agent.errors import DiskFull, EdgeAgentError, ModelMissing
+from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, ModelMissing
 from edge_agent.files import lock_file
+from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
-from edge_agent.messages import Artifact, ArtifactName, File, FileRequest, JobResult, Offer, Outcome, Phase, Reason, decode
+from edge_agent.messages import (
+    LONGEST_ORDER_S,
+    Artifact,
+    ArtifactName,
+    File,
+    FileRequest,
+    Forgotten,
+    JobResult,
+    JobStatus,
+    Offer,
+    Order,
+    Outcome,
+    Phase,
+    Reason,
+    decode,
+    read_order,
+)
 from edge_agent.report import EventKind
+from edge_agent.rest import Rest, Rests
 from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_orphan, known_reason
 from edge_agent.store import HAS_TRAINER, JobRow, Store
 from edge_agent.transfer import FileStore, Incoming
@@ -42,8 +60,10 @@ RUN_GRACE_S = 120.0
 class Jobs:
     """Moves every job as far as it can go; called by the agent's one thread."""
 
-    def __init__(self, config: AgentConfig, device: DeviceProfile, store: Store, uplink: Uplink, events: SimpleQueue[Any]) -> None:
-        self._config, self._device, self._store, self._uplink, self._events = config, device, store, uplink, events
+    def __init__(
+        self, config: AgentConfig, device: DeviceProfile, store: Store, uplink: Uplink, events: SimpleQueue[Any], rest: Rest
+    ) -> None:
+        self._config, self._device, self._store, self._uplink, self._events, self._rest = config, device, store, uplink, events, rest
         self._files = FileStore(config.state_directory / "files")
         self._incoming: dict[str, Incoming] = {}
         self._orphan_since: float | None = None
@@ -57,39 +77,55 @@ class Jobs:
         for row in self._store.open_jobs():
             if row.phase in HAS_TRAINER:
                 self._interrupted(row, "the agent ended while it ran")
+        self._files.sweep({sha256 for row in self._store.open_jobs() for sha256 in _contents(row)})
 
     def offer(self, job: str, payload: bytes) -> None:
-        """Take or reject an offer; either answer is in the store when this returns."""
-        digest, row = None, self._store.job(job)
+        """Take an offer, or say why not. Taken, it is in the store when this returns; a rejection that is lost follows the next offer."""
+        order, row = None, self._store.job(job)
         try:
             offer = decode(payload, Offer).data
-            digest = offer.job.digest
-            if row is not None and row.digest not in ("", digest):
+            order = open_order(offer.order, job, self._config)
+            if row is not None and row.digest != order.job.digest:
                 raise Rejected("conflict", "a job with this id and another document is here; submit it under a new id")
             if row is not None:
                 self._store.tell_again(row)
                 return
-            check_offer(offer, self._config, self._device, self.waiting(), self._store.draining, datetime.now(timezone.utc))
-            for file in _files(offer):
-                if file.inline is not None:
-                    self._files.put(file.inline, file.sha256)
-        except (Rejected, EdgeAgentError) as error:
-            if row is not None and digest is None:  # what cannot be read must not end the job that is here
-                log.warning("offer_unreadable job=%s text=%r", job, str(error))
-                self._store.tell_again(row)
+            if (status := self._store.closed(job)) is not None:
+                self._uplink.ask(status, "job", job, "status")
                 return
-            reason = error.reason if isinstance(error, Rejected) else known_reason(error.code)
-            self._store.reject(job, digest, reason, str(error))
-            log.info("job_rejected job=%s reason=%s text=%r", job, reason, str(error))
+            check_order(order, self._config, self._device, self.waiting(), self._store.draining, datetime.now(timezone.utc))
+            check_contents(offer, order)
+            for sha256, contents in offer.contents.items():
+                self._files.put(contents, sha256)
+        except ConfigInvalid as error:
+            log.error("trust_unreadable job=%s text=%r", job, str(error))
             return
-        self._store.accept(job, digest, _without_files(offer), offer.priority)
-        log.info("job_accepted job=%s model=%s priority=%d", job, offer.job.model, offer.priority)
+        except (Rejected, EdgeAgentError) as error:
+            self._reject(job, row, order, error.reason if isinstance(error, Rejected) else known_reason(error.code), str(error))
+            return
+        self._store.accept(job, order.job.digest, offer.order.payload, order.priority)
+        log.info("job_accepted job=%s model=%s priority=%d", job, order.job.model, order.priority)
+
+    def _reject(self, job: str, row: JobRow | None, order: Order | None, reason: Reason, text: str) -> None:
+        """Say that an offer is not taken. Of one that can be read this answer is kept, so that nobody can send it again later."""
+        if row is not None and order is None:  # what cannot be read, or comes from nobody, must not end the job that is here
+            log.warning("offer_ignored job=%s text=%r", job, text)
+            self._store.tell_again(row)
+            return
+        status = JobStatus(order.job.digest if order else None, "ended", "rejected", reason, text[:1024])
+        if order is not None and row is None:
+            self._store.close_job(job, status, _until(order))
+        self._uplink.ask(status, "job", job, "status")
+        log.info("job_rejected job=%s reason=%s text=%r", job, reason, text)
 
     def cancel(self, job: str) -> None:
-        """End a job, or ask its trainer to; the answer is the job's result."""
+        """End a job, or ask its trainer to; the answer is the job's result. One that is not here must not come any more."""
         row = self._store.job(job)
         if row is None:
-            self._store.cancel_unknown(job)
+            text = "it was canceled before its offer came"
+            if self._store.closed(job) is None:
+                self._store.close_job(job, JobStatus(None, "ended", "rejected", "canceled", text), _until(None))
+            self._uplink.ask(JobResult(None, "canceled", "canceled", text), "job", job, "result")
         elif row.phase == "ended":
             self._store.tell_again(row)
         elif self.trainer is not None and self.trainer.job == job:
@@ -103,16 +139,26 @@ class Jobs:
         for row in self._store.unacknowledged_jobs():
             self._store.tell_again(row)
 
-    def forget(self, job: str) -> bool:
-        """Delete an ended job with all its files; False where there is none."""
+    def forget(self, job: str) -> None:
+        """Delete a job with all its files, and say so. One whose end the coordinator has not acknowledged stays, and nothing is said."""
         row = self._store.job(job)
-        if row is None or not self._store.forget(job):
-            return False
-        shutil.rmtree(self._directory(job), ignore_errors=True)
-        for sha256 in _contents(row) - {s for other in self._store.jobs() for s in _contents(other)}:
-            self._files.remove(sha256)
-        log.info("job_forgotten job=%s", job)
-        return True
+        if row is not None and row.settled is None:
+            return
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._directory(job))
+        if row is not None:
+            for sha256 in _contents(row) - {s for other in self._store.jobs() if other.id != job for s in _contents(other)}:
+                self._files.remove(sha256)
+            log.info("job_forgotten job=%s", job)
+        # The row goes last: where the disk fails before, all this is done again.
+        status = JobStatus(row.digest if row else None, "ended", "rejected", "replayed", "this job was here, and has been deleted")
+        self._store.forget(job, status, _until(read_order(row.payload) if row else None))
+        self._uplink.ask(Forgotten(), "job", job, "forgotten")
+
+    def _forget_settled(self) -> None:
+        """Delete what one job has left whose time is over; a clock that was set back only keeps it longer."""
+        if (job := self._store.settled_before(time.time() - self._config.retention_s)) is not None:
+            self.forget(job)
 
     def receive_block(self, sha256: str, number: int, block: bytes) -> None:
         if (incoming := self._incoming.get(sha256)) and incoming.receive(number, block):
@@ -139,9 +185,15 @@ class Jobs:
                 self._stage(row)
             elif row.phase == "finalizing":
                 self._end(row, "succeeded", None, None)
+            elif row.phase in HAS_TRAINER and self.trainer is None:  # the disk failed while it was to be started
+                self._interrupted(row, "its trainer was not started")
+        self._forget_settled()
+        rest = self._rest.due()
         if self.trainer is not None:
+            if rest is not None:
+                self._let_rest(self.trainer, rest)
             self._watch(self.trainer)
-        elif ready := next((r for r in self._store.open_jobs() if r.phase == "ready"), None):
+        elif rest is None and (ready := next((r for r in self._store.open_jobs() if r.phase == "ready"), None)):
             self._start(ready)
 
     def waiting(self) -> int:
@@ -173,8 +225,8 @@ class Jobs:
         """Get the files of a job; with the last one its directory is laid down."""
         if row.phase == "accepted":
             row = self._store.move(row.id, "staging")
-        offer = msgspec.json.decode(row.offer, type=Offer)
-        missing = [f for f in _files(offer) if not self._files.has(f.sha256)]
+        order = read_order(row.payload)
+        missing = [f for f in order.files if not self._files.has(f.sha256)]
         if missing and time.time() - row.arrived > self._config.timers.staging_s:
             self._end(row, "timed_out", "timeout_staging", f"its files did not come within {self._config.timers.staging_s:,.0f} s")
             return
@@ -182,7 +234,7 @@ class Jobs:
             for file in missing:
                 self._fetch(file)
             if not missing:
-                self._lay_down(row.id, offer)
+                self._lay_down(row.id, order.job)
                 self._store.move(row.id, "ready")
         except EdgeAgentError as error:
             self._end(row, "failed", known_reason(error.code), str(error))
@@ -198,15 +250,17 @@ class Jobs:
         if incoming.tick():
             del self._incoming[file.sha256]
 
-    def _lay_down(self, job: str, offer: Offer) -> None:
+    def _lay_down(self, job: str, document: Job) -> None:
         """Write the job's directory. The name of the model becomes its place on this node, and `auto` this node's device."""
-        model = self._config.models.get(offer.job.model)
+        model = self._config.models.get(document.model)
         if model is None:
-            raise ModelMissing(offer.job.model, "it was taken out of this node's configuration")
-        device = self._config.device if offer.job.device == "auto" else offer.job.device
-        local = msgspec.structs.replace(offer.job, model=str(model), device=device)
-        dataset, *evaluation = (self._files.path(f.sha256) for f in _files(offer))
-        JobDirectory(self._directory(job)).create(local, dataset, evaluation[0] if evaluation else None)
+            raise ModelMissing(document.model, "it was taken out of this node's configuration")
+        device = self._config.device if document.device == "auto" else document.device
+        local = msgspec.structs.replace(document, model=str(model), device=device)
+        evaluation = document.dataset.evaluation_sha256
+        JobDirectory(self._directory(job)).create(
+            local, self._files.path(document.dataset.sha256), self._files.path(evaluation) if evaluation else None
+        )
 
     # the trainer
 
@@ -224,7 +278,7 @@ class Jobs:
         self._orphan_since = None
         row = self._store.move(row.id, "running", start=True)
         try:
-            job, judges = msgspec.json.decode(row.offer, type=Offer).job, self._config.judges
+            job, judges = read_order(row.payload).job, self._config.judges
             asked = {alias: judge for alias, judge in judges.items() if alias == job.judging.endpoint}
             cache = {CACHE_VARIABLE: str(self._config.state_directory / "cache"), CACHE_LIMIT_VARIABLE: str(int(self._config.cache_limit))}
             self.trainer = Trainer(row.id, self._directory(row.id), lock, job.max_run_s, self._config.threads, self._events, asked, cache)
@@ -242,6 +296,13 @@ class Jobs:
         last = self._store.last_trainer()
         if now - self._orphan_since > ORPHAN_S and last is not None and end_orphan(*last):
             log.warning("orphan_killed pid=%d", last[0])
+
+    def _let_rest(self, trainer: Trainer, rest: Rests) -> None:
+        """Have the trainer write a checkpoint and end; its job goes on when the node no longer rests."""
+        if trainer.stopping_since is None:
+            log.info("trainer_rests job=%s reason=%s text=%r", trainer.job, rest.reason, rest.text)
+            trainer.rests = rest
+            trainer.stop()
 
     def _watch(self, trainer: Trainer) -> None:
         """Keep the timers of the running trainer."""
@@ -282,7 +343,8 @@ class Jobs:
         elif row.cancel:
             self._end(row, "canceled", "canceled", "it was canceled while its trainer ran; the directory keeps its checkpoint")
         elif ending.reason is None:
-            self._store.move(row.id, "ready")
+            reason, text = trainer.rests or (None, None)
+            self._store.move(row.id, "ready", reason=reason, text=text)
         else:
             if ending.reason == "oom_host":
                 self._missed(row, trainer, ending.text or "")
@@ -340,18 +402,13 @@ class Jobs:
         return {a.sha256 for result in results for a in msgspec.json.decode(result, type=JobResult).artifacts}
 
 
+def _until(order: Order | None) -> float:
+    """Return the time in seconds since 1970 up to which an order is surely worth nothing any more, whatever its clock and ours."""
+    return max(time.time(), order.expires.timestamp() if order else 0.0) + LONGEST_ORDER_S
+
+
 def _contents(row: JobRow) -> set[str]:
     """The files that a job brought and made."""
-    brought = _files(msgspec.json.decode(row.offer, type=Offer)) if row.offer else []
+    brought = read_order(row.payload).files
     made = msgspec.json.decode(row.result, type=JobResult).artifacts if row.result else ()
     return {f.sha256 for f in brought} | {a.sha256 for a in made}
-
-
-def _files(offer: Offer) -> list[File]:
-    return [f for f in (offer.dataset, offer.evaluation) if f is not None]
-
-
-def _without_files(offer: Offer) -> bytes:
-    """Return the offer as it is stored: its inline files are in the store of files."""
-    dataset, *evaluation = (msgspec.structs.replace(f, inline=None) for f in _files(offer))
-    return msgspec.json.encode(msgspec.structs.replace(offer, dataset=dataset, evaluation=evaluation[0] if evaluation else None))

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from edge_agent.config import Name
 from edge_agent.errors import MessageInvalid
 from edge_agent.job import Job, Sha256, Strict
 from edge_agent.report import Event, Measured
@@ -24,6 +25,8 @@ Ulid = Annotated[str, Meta(pattern=ULID_PATTERN, max_length=26)]
 Text = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
+PAYLOAD_TYPE = "application/vnd.edge1.order+json"
+"""Of the envelope of an order."""
 MAX_MESSAGE_BYTES = 256 * 1024
 """A longer message is refused unread."""
 MAX_INLINE_BYTES = 64 * 1024
@@ -31,14 +34,17 @@ MAX_INLINE_BYTES = 64 * 1024
 BLOCK_BYTES = 64 * 1024
 WINDOW_BLOCKS = 8
 """Blocks that a receiver asks for at once."""
+ORDER_S, LONGEST_ORDER_S = 7 * 24 * 3600.0, 30 * 24 * 3600.0
+"""From issue to expiry of an order, if nobody says otherwise and at most. A node remembers the jobs that it has deleted as long."""
 
 Phase = Literal["accepted", "staging", "ready", "running", "paused", "finalizing", "ended"]
 Outcome = Literal["succeeded", "failed", "rejected", "canceled", "timed_out"]
 Reason = Literal[
-    "adapter_mismatch", "busy", "canceled", "conflict", "crash_loop", "dataset_checksum", "dataset_empty", "dataset_schema",
+    "adapter_mismatch", "audience", "busy", "canceled", "conflict", "crash_loop", "dataset_checksum", "dataset_empty", "dataset_schema",
     "dataset_too_large", "device_missing", "directory", "disk_full", "draining", "expired", "internal", "job_schema", "judge_missing",
-    "judge_refused", "model_missing", "model_unsafe", "model_unsupported", "no_room", "non_finite_loss", "oom_device", "oom_host",
-    "oom_predicted", "record_too_long", "timeout_run", "timeout_staging", "timeout_stall",
+    "judge_refused", "model_mismatch", "model_missing", "model_unsafe", "model_unsupported", "no_room", "non_finite_loss", "oom_device",
+    "oom_host", "oom_predicted", "quiet_hours", "record_too_long", "replayed", "signature", "thermal", "timeout_run", "timeout_staging",
+    "timeout_stall",
 ]  # fmt: skip
 ArtifactName = Literal["result.json", "adapter_config.json", "adapter_model.safetensors"]
 
@@ -82,8 +88,8 @@ class NodeInfo(Strict, frozen=True):
     device_kind: Literal["cpu", "cuda"]
     memory_bytes: Count | None
     """Of the device; null where it does not tell."""
-    models: list[str]
-    """Names that jobs may use."""
+    models: dict[Name, Sha256 | None]
+    """Names that jobs may use, each with the fingerprint of its files; null where they are not there."""
     limits: NodeLimits
     versions: dict[str, str]
 
@@ -103,20 +109,52 @@ class File(Strict, frozen=True):
 
     sha256: Sha256
     size_bytes: Count
-    inline: bytes | None = None
-    """Its contents, where it is small enough; None: ask for its blocks."""
+
+
+class Order(Strict, frozen=True, kw_only=True):
+    """A job for one node: all that it does there, for whom and until when. It is what a signature stands for."""
+
+    id: Ulid
+    fleet: Name
+    node: Name
+    issued: Annotated[datetime, Meta(tz=True)]
+    expires: Annotated[datetime, Meta(tz=True)]
+    """A node that first sees the order after this rejects it."""
+    job: Job
+    """`model` is a name of `NodeInfo.models`."""
+    model_fingerprint: Sha256 | None = None
+    """Of the model's files, as `NodeInfo.models` tells it; a node with another model under that name rejects the order."""
+    dataset: File
+    evaluation: File | None = None
+    priority: Annotated[int, Meta(ge=0, le=9)] = 4
+
+    @property
+    def files(self) -> list[File]:
+        return [f for f in (self.dataset, self.evaluation) if f is not None]
+
+
+class Signature(Strict, frozen=True):
+    """Ed25519 over DSSE's encoding of type and payload."""
+
+    sig: Annotated[bytes, Meta(max_length=64)]
+    keyid: Annotated[str, Meta(max_length=128)] = ""
+    """Fingerprint of the key; a hint only."""
+
+
+class Envelope(Strict, frozen=True):
+    """A DSSE envelope (protocol 1.0.2) with an `Order` as JSON in it. An order without signature has no signatures."""
+
+    payload: bytes
+    payload_type: Annotated[str, Meta(max_length=128)] = msgspec.field(name="payloadType")
+    signatures: Annotated[tuple[Signature, ...], Meta(max_length=4)] = ()
 
 
 class Offer(Strict, frozen=True):
     """A job for a node. The same offer comes again until the node has accepted or rejected it."""
 
-    job: Job
-    """`model` is a name of `NodeInfo.models`."""
-    dataset: File
-    evaluation: File | None = None
-    expires: Annotated[datetime, Meta(tz=True)] | None = None
-    """An offer that the node first sees after this is rejected."""
-    priority: Annotated[int, Meta(ge=0, le=9)] = 4
+    order: Envelope
+    contents: Annotated[dict[Sha256, bytes], Meta(max_length=2)] = msgspec.field(default_factory=dict)
+    """Files of the order that are small enough, by their sha256; the node asks for the blocks of others."""
 
 
 class Cancel(Strict, frozen=True):
@@ -151,6 +189,10 @@ class Forget(Strict, frozen=True):
     job: Ulid
 
 
+class Forgotten(Strict, frozen=True):
+    """The node has nothing of a job any more. The answer to `Forget`."""
+
+
 class JobStatus(Strict, frozen=True):
     """Where a job stands."""
 
@@ -159,6 +201,7 @@ class JobStatus(Strict, frozen=True):
     phase: Phase
     outcome: Outcome | None = None
     reason: Reason | None = None
+    """Of the outcome; or why a job that was interrupted does not go on yet."""
     text: Text | None = None
 
     def __post_init__(self) -> None:
@@ -218,6 +261,7 @@ TYPES: dict[type, str] = {
     Heartbeat: "edge1.node.heartbeat", Offer: "edge1.job.offer", Cancel: "edge1.job.cancel", Watch: "edge1.job.watch",
     JobStatus: "edge1.job.status", JobProgress: "edge1.job.progress", JobResult: "edge1.job.result", Ack: "edge1.ack",
     Report: "edge1.command.report", Drain: "edge1.command.drain", Resume: "edge1.command.resume", Forget: "edge1.command.forget",
+    Forgotten: "edge1.job.forgotten",
     FileRequest: "edge1.file.request",
 }  # fmt: skip
 """The `type` attribute of each kind of data."""
@@ -250,6 +294,17 @@ def new_id() -> str:
     """Return a ULID (github.com/ulid/spec) in lower case: 48 bits of milliseconds, 80 random bits; sorts by time."""
     number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def read_order(payload: bytes) -> Order:
+    """Read the payload of an envelope strictly. Raises MessageInvalid with the path of what is wrong."""
+    try:
+        return _ORDERS.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageInvalid(str(error)) from None
+
+
+_ORDERS = msgspec.json.Decoder(Order)
 
 
 def encode(

@@ -13,6 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 SESSION_S = 7 * 24 * 3600
 """How long the broker keeps messages for a client that is away (MQTT 5; with 3.1.1 the broker decides)."""
+DAY_S = 24 * 3600.0
 RETRY_S, LONGEST_RETRY_S = 1.0, 120.0
 STEADY_S = 30.0
 """A connection that has lasted as long was a good one: the next attempt comes soon."""
@@ -100,7 +102,9 @@ class Link:
         self._version: Literal["5", "3.1.1"] = "3.1.1" if broker.protocol == "3.1.1" else "5"
         self._subscribed = False
         self._limit: int = broker.packet_limit
-        self._password, self._tls = broker.password, _tls_context(broker)
+        self._password = broker.password
+        _tls_context(broker)
+        self._expiry_looked_at = -DAY_S
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -108,10 +112,23 @@ class Link:
         self._thread.start()
 
     def supervise(self) -> None:
-        """Start the link's thread again where a defect has ended it; its traceback stands on standard error."""
+        """Start the link's thread again where a defect has ended it, with its traceback on standard error; tell an expiry that is near."""
         if self._thread is not None and not self._thread.is_alive() and not self._closing.is_set():
             log.error("link_thread_died")
             self.start()
+        if (now := time.monotonic()) - self._expiry_looked_at >= DAY_S:
+            self._expiry_looked_at = now
+            self._tell_expiry()
+
+    def _tell_expiry(self) -> None:
+        file = self._broker.tls.certificate_file if self._broker.tls else None
+        if file is None:
+            return
+        from edge_agent.enrolment import SOON_DAYS, days_left  # takes megabytes of an agent without a certificate
+
+        with suppress(ConfigInvalid):  # a missing one is told with the connection
+            if (days := days_left(file)) < SOON_DAYS:
+                log.warning("certificate_expires days=%d file=%s", days, file)
 
     @property
     def connected(self) -> bool:
@@ -171,7 +188,7 @@ class Link:
         """Serve one connection until it ends; return why it ended. Never raises."""
         try:
             return self._connection()
-        except (OSError, ValueError, RuntimeError, paho.WebsocketConnectionError) as error:
+        except (OSError, ValueError, RuntimeError, ConfigInvalid, paho.WebsocketConnectionError) as error:
             return f"{type(error).__name__}: {error}"
         finally:
             self._subscribed, self._client = False, None
@@ -179,8 +196,8 @@ class Link:
     def _connection(self) -> str:
         connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._events)
         client = connection.client
-        if self._tls is not None:
-            client.tls_set_context(self._tls)
+        if (tls := _tls_context(self._broker)) is not None:  # read anew, so that a certificate can be changed while it runs
+            client.tls_set_context(tls)
         if self._broker.username is not None:
             client.username_pw_set(self._broker.username, self._password)
         if birth := self._birth():

@@ -26,6 +26,7 @@ import msgspec
 from edge_agent.config import JUDGES_VARIABLE, Endpoint, write_judges
 from edge_agent.messages import Outcome, Reason, StageDone
 from edge_agent.report import Event
+from edge_agent.rest import Rests
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Trainer:
         self.heard = self.started
         self.stopping_since: float | None = None
         self.paused_since: float | None = None
+        self.rests: Rests | None = None
+        """Why it was asked to stop, where the node rests."""
         self.killed_for: Ending | None = None
         self._events, self._log_file = events, directory / "trainer.log"
         self._oom_kills = _oom_kills()

@@ -10,7 +10,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from edge_agent.errors import DiskFull
+from edge_agent.database import is_damage
+from edge_agent.errors import DiskFull, StateDamaged
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ def serve(
     """Handle events until END; after each one, and `tick_s` seconds after the last, do what is due by `tick(now)`.
 
     Where the disk is full or fails, an event is handled again a second later: `handle` may be called twice with it. Where it
-    fails for a defect of ours, `drop` gets it, so that one message cannot end the daemon or come back to it for ever.
+    fails for a defect of ours, `drop` gets it, so that one message cannot end the daemon or come back to it for ever. Raises StateDamaged
+    where the database is broken: nothing that is done then would last.
     """
     while True:
         event: object = _NOTHING
@@ -43,6 +45,8 @@ def serve(
                 event = _NOTHING
             tick(time.monotonic())
         except (OSError, sqlite3.Error, DiskFull) as error:
+            if isinstance(error, sqlite3.Error) and is_damage(error):
+                raise StateDamaged(str(error)) from error
             log.error("storage_error error=%r", error)
             if event is not _NOTHING:
                 events.put(event)

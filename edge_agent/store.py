@@ -29,12 +29,16 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 HAS_TRAINER: frozenset[Phase] = frozenset({"running", "paused"})
 """The phases in which a job has a trainer; in `paused` it waits for memory that others have."""
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS jobs (
+MOST_CLOSED = 10_000
+"""Jobs that are remembered as closed; the oldest go first, so that nobody can fill the disk with them."""
+
+VERSIONS = (
+    """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE jobs (
     id TEXT PRIMARY KEY,
-    digest TEXT NOT NULL,                -- of the job document; empty for a job canceled before its offer came
-    offer BLOB NOT NULL,                 -- JSON of the offer without inline files
+    digest TEXT NOT NULL,                -- of the job document
+    payload BLOB NOT NULL,               -- JSON of the order, as it was signed
     priority INTEGER NOT NULL,
     arrived REAL NOT NULL,               -- seconds since 1970
     phase TEXT NOT NULL,
@@ -44,22 +48,30 @@ CREATE TABLE IF NOT EXISTS jobs (
     crashes INTEGER NOT NULL DEFAULT 0,  -- starts that ended without a result and without a request to stop
     cancel INTEGER NOT NULL DEFAULT 0,   -- whether a cancel has been asked for
     seq INTEGER NOT NULL DEFAULT 0,      -- messages written about this job
+    settled REAL,                        -- seconds since 1970; when the coordinator had acknowledged the end
     pid INTEGER, pid_ticks INTEGER       -- the trainer that was started last, in one row only
 );
-CREATE TABLE IF NOT EXISTS outbox (
+CREATE TABLE closed (
+    id TEXT PRIMARY KEY,                 -- of a job that is not here, and must not come again: deleted, rejected, canceled before it came
+    until REAL NOT NULL,                 -- seconds since 1970; then its order has expired
+    status BLOB NOT NULL                 -- JSON of the JobStatus that answers its offer
+);
+CREATE TABLE outbox (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,             -- of the message; its acknowledgement deletes the row
     job TEXT NOT NULL,
     topic TEXT NOT NULL,
     payload BLOB NOT NULL
 );
-"""
+""",
+)
+"""The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also an agent whose disk was wiped is newer than its last will.
 COUNT_BOOT = """INSERT INTO meta VALUES ('boot', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
 RETURNING value"""
 SET_FLAG = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 GET_FLAG = "SELECT value FROM meta WHERE name = ?"
-INSERT_JOB = "INSERT OR IGNORE INTO jobs (id, digest, offer, priority, arrived, phase) VALUES (?, ?, ?, ?, ?, 'accepted')"
+INSERT_JOB = "INSERT OR IGNORE INTO jobs (id, digest, payload, priority, arrived, phase) VALUES (?, ?, ?, ?, ?, 'accepted')"
 GET_JOB = "SELECT * FROM jobs WHERE id = ?"
 OPEN_JOBS = "SELECT * FROM jobs WHERE phase != 'ended' ORDER BY priority DESC, arrived, id"
 UNACKNOWLEDGED_JOBS = "SELECT * FROM jobs WHERE phase != 'ended' OR id IN (SELECT job FROM outbox) ORDER BY arrived, id"
@@ -74,11 +86,18 @@ ASK_CANCEL = "UPDATE jobs SET cancel = 1 WHERE id = ?"
 COUNT_MESSAGE = "UPDATE jobs SET seq = seq + 1 WHERE id = ? RETURNING seq, attempt"
 ALL_JOBS = "SELECT * FROM jobs ORDER BY arrived, id"
 DELETE_JOB = "DELETE FROM jobs WHERE id = ? AND phase = 'ended'"
+CLOSE = "INSERT OR REPLACE INTO closed (id, until, status) VALUES (?, ?, ?)"
+CLOSED = "SELECT status FROM closed WHERE id = ?"
+OPEN_AGAIN = "DELETE FROM closed WHERE until < ? OR rowid <= (SELECT max(rowid) FROM closed) - ?"
 DELETE_MESSAGES = "DELETE FROM outbox WHERE job = ?"
 INSERT_MESSAGE = "INSERT INTO outbox (id, job, topic, payload) VALUES (?, ?, ?, ?)"
-DELETE_MESSAGE = "DELETE FROM outbox WHERE id = ?"
+DELETE_MESSAGE = "DELETE FROM outbox WHERE id = ? RETURNING job"
+SETTLE = """UPDATE jobs SET settled = ? WHERE id = ? AND phase = 'ended' AND settled IS NULL
+AND NOT EXISTS (SELECT 1 FROM outbox WHERE job = jobs.id)"""
+SETTLED_BEFORE = "SELECT id FROM jobs WHERE settled < ? ORDER BY settled LIMIT 1"
 WAITING_FOR_JOB = "SELECT 1 FROM outbox WHERE job = ?"
-WAITING_MESSAGES = "SELECT id, topic, payload FROM outbox ORDER BY number LIMIT ?"
+WAITING_MESSAGES = "SELECT id FROM outbox ORDER BY number"
+GET_MESSAGE = "SELECT id, topic, payload FROM outbox WHERE id = ?"
 
 
 @dataclass(frozen=True)
@@ -87,7 +106,7 @@ class JobRow:
 
     id: str
     digest: str
-    offer: bytes
+    payload: bytes
     priority: int
     arrived: float
     phase: Phase
@@ -97,6 +116,7 @@ class JobRow:
     crashes: int
     cancel: bool
     seq: int
+    settled: float | None
     pid: int | None
     pid_ticks: int | None
 
@@ -115,7 +135,7 @@ class Store:
 
     def __init__(self, path: Path, fleet: str, node: str) -> None:
         self._fleet, self._node, self._source = fleet, node, f"edge1/{fleet}/{node}"
-        self._db = open_database(path, SCHEMA)
+        self._db = open_database(path, VERSIONS, replace_damaged=True)
         self.boot: int = self._db.execute(COUNT_BOOT, (int(time.time()),)).fetchone()[0]
 
     def close(self) -> None:
@@ -147,20 +167,16 @@ class Store:
         """Jobs that have not ended, or of whose end the coordinator may not know."""
         return [JobRow(*row) for row in self._db.execute(UNACKNOWLEDGED_JOBS)]
 
-    def accept(self, job: str, digest: str, offer: bytes, priority: int) -> None:
+    def accept(self, job: str, digest: str, payload: bytes, priority: int) -> None:
         """Keep a new job and the message that it was accepted. A job that is there already changes nothing."""
         with transaction(self._db):
-            if self._db.execute(INSERT_JOB, (job, digest, offer, priority, time.time())).rowcount:
+            if self._db.execute(INSERT_JOB, (job, digest, payload, priority, time.time())).rowcount:
                 self._tell(job, JobStatus(digest, "accepted"))
 
-    def reject(self, job: str, digest: str | None, reason: Reason, text: str) -> None:
-        """Keep the message that an offer was rejected, and nothing else of it."""
-        status = JobStatus(digest, "ended", "rejected", reason, text[:1024])
-        with transaction(self._db):
-            self._write(job, "status", status, seq=None, attempt=None)
-
-    def move(self, job: str, phase: Phase, *, start: bool = False, crashed: bool = False) -> JobRow:
-        """Move a job to a phase that is not its end, and keep the message that tells it."""
+    def move(
+        self, job: str, phase: Phase, *, start: bool = False, crashed: bool = False, reason: Reason | None = None, text: str | None = None
+    ) -> JobRow:
+        """Move a job to a phase that is not its end, and keep the message that tells it, with its reason where it has one."""
         with transaction(self._db):
             row = self._checked(job, phase)
             self._db.execute(MOVE_JOB, (phase, job))
@@ -168,7 +184,7 @@ class Store:
                 self._db.execute(COUNT_START, (job,))
             if crashed:
                 self._db.execute(COUNT_CRASH, (job,))
-            self._tell(job, JobStatus(row.digest, phase))
+            self._tell(job, JobStatus(row.digest, phase, None, reason, text))
         moved = self.job(job)
         if moved is None:
             raise LookupError(job)
@@ -179,12 +195,6 @@ class Store:
         with transaction(self._db):
             self._checked(job, "ended")
             self._end(job, result)
-
-    def cancel_unknown(self, job: str) -> None:
-        """Keep the end of a job that is canceled before its offer came, so that a late offer does not start it."""
-        with transaction(self._db):
-            self._db.execute(INSERT_JOB, (job, "", b"", 0, time.time()))
-            self._end(job, JobResult(None, "canceled", "canceled", "it was canceled before its offer came"))
 
     def tell_again(self, row: JobRow) -> None:
         """Keep a message with the current view of a job once more, unless what was said last is still to be acknowledged."""
@@ -209,21 +219,48 @@ class Store:
         row = self._db.execute(LAST_TRAINER).fetchone()
         return (row[0], row[1]) if row else None
 
-    def forget(self, job: str) -> bool:
-        """Delete a job that has ended, and what was still to be said of it; False where it has not ended, or is unknown."""
+    def forget(self, job: str, status: JobStatus, until: float) -> None:
+        """Delete a job that has ended, or is unknown, with what was still to be said of it, and close it."""
         with transaction(self._db):
-            deleted = bool(self._db.execute(DELETE_JOB, (job,)).rowcount)
-            if deleted:
-                self._db.execute(DELETE_MESSAGES, (job,))
-        return deleted
+            self._db.execute(DELETE_JOB, (job,))
+            self._db.execute(DELETE_MESSAGES, (job,))
+            self._close(job, status, until)
 
-    def waiting(self, limit: int) -> list[Waiting]:
-        """The oldest messages that have not been acknowledged."""
-        return [Waiting(*row) for row in self._db.execute(WAITING_MESSAGES, (limit,))]
+    def close_job(self, job: str, status: JobStatus, until: float) -> None:
+        """Remember until a time in seconds since 1970 that a job must not come, and what is said to its offer."""
+        with transaction(self._db):
+            self._close(job, status, until)
+
+    def _close(self, job: str, status: JobStatus, until: float) -> None:
+        self._db.execute(CLOSE, (job, until, msgspec.json.encode(status)))
+        self._db.execute(OPEN_AGAIN, (time.time(), MOST_CLOSED))
+
+    def closed(self, job: str) -> JobStatus | None:
+        """Return what is said to the offer of a job that must not come."""
+        row = self._db.execute(CLOSED, (job,)).fetchone()
+        return msgspec.json.decode(row[0], type=JobStatus) if row else None
+
+    def waiting(self) -> list[str]:
+        """The messages that have not been acknowledged, by their ids, the oldest first."""
+        return [row[0] for row in self._db.execute(WAITING_MESSAGES)]
+
+    def message(self, message: str) -> Waiting | None:
+        """Return a message that has not been acknowledged."""
+        row = self._db.execute(GET_MESSAGE, (message,)).fetchone()
+        return Waiting(*row) if row else None
 
     def acknowledged(self, message: str) -> bool:
         """Delete a message that has been stored at its destination; False where it was not there."""
-        return bool(self._db.execute(DELETE_MESSAGE, (message,)).rowcount)
+        with transaction(self._db):
+            row = self._db.execute(DELETE_MESSAGE, (message,)).fetchone()
+            if row is not None:
+                self._db.execute(SETTLE, (time.time(), row[0]))
+        return row is not None
+
+    def settled_before(self, when: float) -> str | None:
+        """Return the ended job whose end was acknowledged first, if that was before a time in seconds since 1970."""
+        row = self._db.execute(SETTLED_BEFORE, (when,)).fetchone()
+        return row[0] if row else None
 
     def _checked(self, job: str, phase: Phase) -> JobRow:
         row = self.job(job)
@@ -237,9 +274,6 @@ class Store:
 
     def _tell(self, job: str, data: JobStatus | JobResult) -> None:
         seq, attempt = self._db.execute(COUNT_MESSAGE, (job,)).fetchone()
-        self._write(job, "result" if isinstance(data, JobResult) else "status", data, seq, attempt)
-
-    def _write(self, job: str, kind: str, data: JobStatus | JobResult, seq: int | None, attempt: int | None) -> None:
-        message = new_id()
+        message, kind = new_id(), "result" if isinstance(data, JobResult) else "status"
         payload = encode(data, self._source, boot=self.boot, attempt=attempt, seq=seq, message_id=message)
         self._db.execute(INSERT_MESSAGE, (message, job, up(self._fleet, self._node, "job", job, kind), payload))

@@ -2,7 +2,7 @@
 
 edge1/<fleet>/coordinator/<instance>/state      retained, last will
 edge1/<fleet>/<node>/up/{hello,state,info,heartbeat}
-edge1/<fleet>/<node>/up/job/<job>/{status,progress,result}
+edge1/<fleet>/<node>/up/job/<job>/{status,progress,result,forgotten}
 edge1/<fleet>/<node>/up/file/<sha256>/{request,block/<number>}
 edge1/<fleet>/<node>/down/job/<job>/{offer,cancel,watch}
 edge1/<fleet>/<node>/down/ack/<message>

@@ -73,6 +73,18 @@ class FileStore:
     def remove(self, sha256: str) -> None:
         self.path(sha256).unlink(missing_ok=True)
 
+    def sweep(self, awaited: Collection[str]) -> None:
+        """Delete what an end of the process has left of files that nobody awaits; called before anything comes."""
+        for part in self.incoming.iterdir():
+            if part.name.partition(".")[0] not in awaited or self.has(part.name.partition(".")[0]):
+                part.unlink()
+
+    def remove_old(self, needed: Collection[str], age_s: float) -> None:
+        """Delete files that nobody needs and nobody has used for a time."""
+        for file in self._root.iterdir():
+            if file.name not in needed and time.time() - file.stat().st_mtime > age_s:
+                file.unlink()
+
     def remove_unused(self, limit_bytes: int, needed: Collection[str]) -> None:
         """Delete the least recently used files over the limit, never one that is needed."""
         files = sorted(((f, f.stat()) for f in self._root.iterdir()), key=lambda pair: pair[1].st_mtime)

@@ -121,17 +121,21 @@ class DeviceSensors:
         """Read all sensors once. Takes a few milliseconds."""
         return DeviceReadings(**{name: read(sensor, self._machine) for name, sensor in self._sensors.items()})
 
+    def temperature_c(self) -> float | None:
+        """Read the thermometer alone, so that no rate is disturbed; None where there is none."""
+        return read(self._sensors["temperature_c"], self._machine).value
+
 
 class Sensors:
     """Samples a node and its device."""
 
     def __init__(self, device: DeviceProfile, budget_bytes: int, directory: Path, machine: Machine = HERE) -> None:
-        self._device, self._machine = DeviceSensors(device, machine), machine
+        self.device, self._machine = DeviceSensors(device, machine), machine
         self._budget_bytes, self._directory = budget_bytes, directory
 
     def sample(self, trainer_bytes: int | None) -> Resources:
         """Read all sensors once."""
-        d = self._device.sample()
+        d = self.device.sample()
         free, disk = int(psutil.virtual_memory().available), psutil.disk_usage(str(self._directory)).free
         return Resources(
             d.free_bytes, d.total_bytes, free, disk, self._budget_bytes, trainer_bytes, d.utilisation_percent, d.temperature_c, d.power_w

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,9 @@ from conftest import TINY, write_domain
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jsonschema import Draft202012Validator
+from orders import NODE
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edge_agent.asyncapi import schema_of
@@ -37,9 +39,9 @@ from edge_agent.coordinator.client import Client
 from edge_agent.coordinator.store import JobView
 from edge_agent.job_building import build_job
 from edge_agent.messages import Ack, encode
+from edge_agent.signing import make_key, read_private_key
 from edge_agent.topics import down
 
-NODE = "node-1"
 DEADLINE_S = 120.0
 MOSQUITTO = shutil.which("mosquitto", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
 # Some 10 seconds of work, with dropout, a checkpoint after every update.
@@ -67,7 +69,7 @@ def free_port() -> int:
 
 
 class Fleet:
-    """Owns the processes. `secure` gives the broker TLS and passwords; `amqtt` takes that broker, which speaks MQTT 3.1.1 only."""
+    """Owns the processes. `secure`: TLS, passwords, signed orders; `amqtt` takes that broker, which speaks MQTT 3.1.1 only."""
 
     def __init__(self, *, secure: bool = False, amqtt: bool = False, agent: str = "", protocol: str = "auto") -> None:
         # Sockets have short paths; those of pytest are long.
@@ -85,7 +87,10 @@ class Fleet:
                 secret = self.directory / f"{user}.password"
                 secret.write_text(f"secret of {user}\n")
                 secret.chmod(0o600)
-        for name, text in (("agent", self._agent_toml(agent)), ("coordinator", 'state_directory = "coordinator"\n')):
+            (self.directory / "trusted_keys").write_text(make_key(self.directory / "signing.key", "the tests").line + "\n")
+            agent += '[trust]\nkeys_file = "trusted_keys"\n'
+        signing = 'signing_key_file = "signing.key"\n' if secure else ""
+        for name, text in (("agent", self._agent_toml(agent)), ("coordinator", f'state_directory = "coordinator"\n{signing}')):
             (self.directory / f"{name}.toml").write_text(text + self._broker_toml(name, protocol))
         self.client = Client(self.directory / "coordinator")
 
@@ -147,19 +152,23 @@ class Fleet:
         except OSError:
             return False
 
-    def start_coordinator(self) -> None:
-        self._start("coordinator", [sys.executable, "-m", "edge_agent", "coordinator", "--config", str(self.config("coordinator"))])
+    def start_coordinator(self, command: Sequence[str] = ("-m", "edge_agent", "coordinator")) -> None:
+        """Start the coordinator; with a command of Python, that instead."""
+        self._start("coordinator", [sys.executable, *command, "--config", str(self.config("coordinator"))])
         wait_for("the coordinator's socket", self._coordinator_answers)
 
     def _coordinator_answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:  # httpx leaves a socket open where nobody listens
             return probe.connect_ex(str(self.directory / "coordinator" / "api.sock")) == 0
 
-    def start_agent(self, kernel_kills: Path | None = None) -> None:
-        """Start the agent; with a file, on a machine whose kernel has ended as many processes for want of memory as stands in it."""
-        counted = [str(Path(__file__).parent / "counted_agent.py"), str(kernel_kills)]
-        command = ["-m", "edge_agent", "run"] if kernel_kills is None else counted
+    def start_agent(self, command: Sequence[str] = ("-m", "edge_agent", "run")) -> None:
+        """Start the agent; with a command of Python, that instead."""
         self._start("agent", [sys.executable, *command, "--config", str(self.config("agent"))])
+
+    @property
+    def key(self) -> Ed25519PrivateKey:
+        """What signs the orders of a secure fleet."""
+        return read_private_key(self.directory / "signing.key")
 
     def present(self) -> bool:
         return any(node.id == NODE and node.present for node in self.client.nodes())
@@ -201,7 +210,7 @@ class Fleet:
         files = {job.dataset.sha256: data}
         if questions is not None:
             files[str(job.dataset.evaluation_sha256)] = questions
-        return self.client.submit(NODE, job, files, priority=4, expires_s=None)
+        return self.client.submit(NODE, job, files, priority=4)
 
     def data(self, name: str = "data", count: int = 24, seed: int = 5) -> Path:
         return write_domain(self.directory / f"{name}.jsonl", "chain", count, seed)

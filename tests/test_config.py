@@ -335,13 +335,17 @@ def test_daemon_without_a_file(tmp_path: Path, cli: Cli) -> None:
     assert _never_starts(cli, missing) == f"error config: {missing}: No such file or directory; see docs/config.md"
 
 
-def test_daemon_with_a_broken_database(tmp_path: Path, cli: Cli) -> None:
-    """A state that is no database is not overwritten: the daemon ends with 13 and names it."""
+def test_coordinator_with_a_broken_database(tmp_path: Path, cli: Cli) -> None:
+    """A state that is no database is not overwritten: the coordinator ends with 13 and names it."""
     (tmp_path / "state").mkdir(mode=0o700)
-    database = tmp_path / "state" / "agent.sqlite"
+    database = tmp_path / "state" / "coordinator.sqlite"
     database.write_text("somebody's notes, more than a header long\n" * 10)
     before = database.read_bytes()
-    assert _never_starts(cli, _agent_file(tmp_path)).startswith(f"error state: state directory {database}: file is not a database")
+    config = tmp_path / "coordinator.toml"
+    config.write_text('state_directory = "state"\n')
+    ran = cli("coordinator", "--config", config)
+    assert ran.code == 13
+    assert ran.err.startswith(f"error state: state directory {database}: file is not a database")
     assert database.read_bytes() == before
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from orders import make_offer, make_order
 
 from edge_agent.coordinator.store import CoordinatorStore
 from edge_agent.job import Dataset, Job
 from edge_agent.messages import (
     Artifact,
-    File,
     Heartbeat,
     JobResult,
     JobStatus,
@@ -25,11 +25,9 @@ from edge_agent.messages import (
     NodeInfo,
     NodeLimits,
     NodeState,
-    Offer,
     Phase,
     decode,
     encode,
-    new_id,
 )
 from profiles.sensors import Reading, Resources
 
@@ -45,8 +43,9 @@ def kept(tmp_path: Path) -> Iterator[CoordinatorStore]:
 
 def _add(store: CoordinatorStore) -> str:
     document = Job(model="tiny", dataset=Dataset(EMPTY), budget_bytes=2**30)
-    store.add_job(job := new_id(), "n", Offer(document, File(EMPTY, 0)))
-    return job
+    order = make_order(document, 0, node="n")
+    store.add_job(order, make_offer(order).order)
+    return order.id
 
 
 def _status(phase: Phase, seq: int | None, *, attempt: int | None = 1) -> Message[JobStatus]:
@@ -197,7 +196,7 @@ def test_state_of_an_earlier_connection_is_ignored(state: NodeState, taken: bool
 def test_node_before_its_first_state(kept: CoordinatorStore) -> None:
     """What a node can do may come before its presence, which then counts whatever its numbers; it is not present until then."""
     limits = NodeLimits(2**30, 2**20, 16)
-    info = NodeInfo("0.1.0", "3.11", "some device", "cpu", None, ["tiny"], limits, {})
+    info = NodeInfo("0.1.0", "3.11", "some device", "cpu", None, {"tiny": None}, limits, {})
     kept.set_info("n", info)
     node = kept.node("n")
     assert node is not None

@@ -21,7 +21,7 @@ import edge_agent
 from edge_agent.answers import Answer, Comparison
 from edge_agent.asyncapi import CHANNELS, channel_of
 from edge_agent.cli import EXIT_CODES, PANELS, app
-from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Endpoint, Limit, Size, Timers, read_config
+from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Endpoint, Limit, RestLimits, Size, Timers, Trust, read_config
 from edge_agent.coordinator.store import CoordinatorPhase, JobView
 from edge_agent.dataset import FORMS, Record
 from edge_agent.dataset_check import Check, Finding, Spread
@@ -29,7 +29,7 @@ from edge_agent.demo.tour import DemoReport
 from edge_agent.errors import EdgeAgentError
 from edge_agent.job import Job, NlftOptions
 from edge_agent.json_items import MAX_FILE_BYTES, MAX_RECORD_BYTES, MAX_RECORDS
-from edge_agent.messages import Drain, Reason, decode
+from edge_agent.messages import Reason, Report, decode
 from edge_agent.report import Accuracy, Built, Event, Example, FreeText, Measured, Paired, PassAtK, Result
 from edge_agent.saliency import Saliency
 from edge_agent.sizes import parse_size
@@ -137,11 +137,13 @@ def _method_options() -> tuple[type, ...]:
 METHODS = {options.__struct_config__.tag: options for options in _method_options()}
 JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
 CONFIG_FIELDS = {
-    "Agent": _fields(AgentConfig, (Broker, Endpoint, Timers)),
+    "Agent": _fields(AgentConfig, (Broker, Endpoint, RestLimits, Timers, Trust)),
     "Coordinator": _fields(CoordinatorConfig, (Broker,)),
     "Broker": _fields(Broker, (), "broker."),
     "Judges": _fields(Endpoint, (), "judges.*."),
+    "Trust": _fields(Trust, (), "trust."),
     "Timers": _fields(Timers, (), "timers."),
+    "Rest": _fields(RestLimits, (), "rest."),
 }
 """The tables of docs/config.md; that of the broker belongs to both files."""
 INPUTS = [
@@ -206,7 +208,7 @@ def _size(kind: type, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "kind", "sections"),
     [
-        ("agent.toml", AgentConfig, ("Agent", "Judges", "Broker", "Timers")),
+        ("agent.toml", AgentConfig, ("Agent", "Judges", "Broker", "Trust", "Timers", "Rest")),
         ("coordinator.toml", CoordinatorConfig, ("Coordinator", "Broker")),
     ],
 )
@@ -218,7 +220,7 @@ def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple
     assert isinstance(read_config(file, kind), kind)
     named = r"^(?:(models)\..*|(judges)\.[^.]*)"
     given = {re.sub(named, lambda m: f"{m[1] or m[2]}.*", field) for field in _dotted(msgspec.toml.decode(example))}
-    assert given == {field for section in sections for field in CONFIG_FIELDS[section]}
+    assert given == {field.removesuffix("[]") for section in sections for field in CONFIG_FIELDS[section]}
 
 
 def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -320,6 +322,7 @@ COMMANDS = dict(_commands(typer.main.get_command(app), "edge-agent"))
 def test_commands_documented_are_those_of_a_fleet() -> None:
     """docs/fleet.md names the commands of a node and of a fleet, and no others."""
     commands = {f"edge-agent {command.__name__}" for panel, members in PANELS.items() if panel != "On this machine" for command in members}
+    commands |= {name for name in COMMANDS if name.split()[1] in ("enroll", "keys")}
     assert set(_rows("fleet.md", "Commands", "Command")) == commands
     assert commands < set(COMMANDS)
 
@@ -360,8 +363,8 @@ def test_example_request_of_an_operator_is_valid() -> None:
     [(topic, message)] = re.findall(r"-t (\S+) -m '(.*?)'", (DOCS / "fleet.md").read_text(encoding="utf-8"), re.DOTALL)
     channel = channel_of(topic)
     assert channel.action == "receive"
-    assert channel.kind is Drain
-    assert decode(message.encode(), Drain).data == Drain()
+    assert channel.kind is Report
+    assert decode(message.encode(), Report).data == Report()
 
 
 def test_log_lines_documented_are_those_of_the_daemons() -> None:

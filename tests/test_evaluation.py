@@ -10,10 +10,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from conftest import DEADLINE_S, write_domain
+from orders import make_offer, make_order
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -29,9 +29,10 @@ from edge_agent.errors import RecordTooLong
 from edge_agent.files import check_writable
 from edge_agent.job import Dataset, Evaluation, Job
 from edge_agent.jobs import Jobs
-from edge_agent.messages import File, JobResult, Offer, decode, new_id
+from edge_agent.messages import JobResult, decode
 from edge_agent.mqtt import Link
 from edge_agent.prompts import PROMPTS
+from edge_agent.rest import Rest
 from edge_agent.store import Store
 from edge_agent.training.contexts import answer_ids, prompt_ids
 from edge_agent.training.evaluate import evaluate
@@ -198,24 +199,24 @@ def test_evaluate_takes_any_verifier_prompts_and_draws(ruined: Path, tiny_model:
 
 def test_acceptance_travels_to_the_coordinator(ruined: Path, tmp_path: Path, tiny_model: Path) -> None:
     """The node's result message says that the adapter is not accepted and why, and the coordinator's list of jobs shows it."""
-    job, sha256 = new_id(), "0" * 64
-    offer = Offer(Job(model="tiny", dataset=Dataset(sha256), budget_bytes=2**30), File(sha256, 1))
+    order = make_order(Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**30), 1, node="n")
+    job, envelope = order.id, make_offer(order).order
     config = AgentConfig("n", tmp_path, Size(2**30), {"tiny": tiny_model})
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / job).symlink_to(ruined)
     store = Store(tmp_path / "agent.sqlite", "f", "n")
     link = Link(config.broker, "n", [], SimpleQueue(), lambda: None)
-    jobs = Jobs(config, device_profile("cpu"), store, Uplink(link, "f", "n", 1), SimpleQueue())
-    store.accept(job, offer.job.digest, msgspec.json.encode(offer), 4)
+    jobs = Jobs(config, device_profile("cpu"), store, Uplink(link, "f", "n", 1), SimpleQueue(), Rest(config.rest, lambda: None))
+    store.accept(job, order.job.digest, envelope.payload, 4)
     for phase in ("staging", "ready", "running", "finalizing"):
         store.move(job, phase)  # type: ignore[arg-type]
     jobs.tick()
-    message = decode(store.waiting(10)[-1].payload, JobResult)
+    message = decode(store.message(store.waiting()[-1]).payload, JobResult)  # type: ignore[union-attr]
     store.close()
     assert message.data.accepted is False
     assert "lies below 0" in (message.data.text or "")
     coordinator = CoordinatorStore(tmp_path / "coordinator.sqlite")
-    coordinator.add_job(job, "n", offer)
+    coordinator.add_job(order, envelope)
     coordinator.apply_result(coordinator.jobs(1)[0], message)
     [view] = coordinator.jobs(1)
     coordinator.close()

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from conftest import Cli, write_domain
-from fleet import NODE, QUICK, Fleet, wait_for
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fleet import QUICK, Fleet, wait_for
+from orders import NODE, make_offer, make_order
 
 from edge_agent.job_building import build_job
-from edge_agent.messages import Cancel, Drain, File, FileRequest, Forget, Offer, Report, Resume, encode, new_id
+from edge_agent.messages import Cancel, Drain, File, FileRequest, Forget, Offer, Order, Report, Resume, encode, new_id
+from edge_agent.signing import seal
 from edge_agent.topics import up
 
 SETTINGS = [part for name, value in QUICK.items() for part in ("--set", f"{name}={json.dumps(value)}")]
@@ -93,7 +98,8 @@ def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:
     """The same offer, sent five times at once and again after the end, gives one run and the same answer; another document under the
     same id is a conflict and changes nothing."""
     data = fleet.data("repeated", 20, 9)
-    job, offer = new_id(), _offer(data, updates=2)
+    job = new_id()
+    offer = _offer(fleet, data, job, updates=2)
     for _ in range(5):
         fleet.publish(offer, "job", job, "offer")
     first = wait_for("the result", lambda: fleet.heard("job", job, "result"))[0]
@@ -102,25 +108,24 @@ def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:
     fleet.publish(offer, "job", job, "offer")
     wait_for("the result once more", lambda: len({m["id"] for m in fleet.heard("job", job, "result")}) == 2)
     assert all(m["data"] == first["data"] for m in fleet.heard("job", job, "result"))
-    fleet.publish(_offer(data, updates=3), "job", job, "offer")
+    fleet.publish(_offer(fleet, data, job, updates=3), "job", job, "offer")
     conflict = wait_for("the rejection", lambda: [m for m in fleet.heard("job", job, "status") if m["data"]["outcome"] == "rejected"])[0]
     assert conflict["data"]["reason"] == "conflict"
     assert len([m for m in fleet.log("agent").splitlines() if f"trainer_started job={job}" in m]) == 1
     fleet.publish(Forget(job), "command", "forget")
     wait_for("the job's directory to go", lambda: not (fleet.directory / "node" / "jobs" / job).exists())
+    fleet.publish(offer, "job", job, "offer")
+    replayed = wait_for("its rejection", lambda: [m for m in fleet.heard("job", job, "status") if m["data"]["reason"] == "replayed"])[0]
+    assert replayed["data"]["outcome"] == "rejected"
 
 
-def _offer(data: Path, updates: int = 2, **changes: object) -> Offer:
+def _order(data: Path, job: str, updates: int = 2, model: str = "tiny", **changes: object) -> Order:
     fields = {"budget_bytes": 2**30, "method.name": "nlft"} | QUICK | {"schedule.updates": updates} | changes
-    job = build_job("tiny", data, None, fields, [])
-    return Offer(job, File(job.dataset.sha256, data.stat().st_size, data.read_bytes()))
+    return make_order(build_job(model, data, None, fields, []), data.stat().st_size, id=job)
 
 
-def _encoded(data: Path, old: str, new: str) -> bytes:
-    """A valid offer with one change in its text."""
-    text = encode(_offer(data), "test").decode()
-    assert text.count(old) >= 1
-    return text.replace(old, new, 1).encode()
+def _offer(fleet: Fleet, data: Path, job: str, updates: int = 2, **changes: object) -> Offer:
+    return make_offer(_order(data, job, updates, **changes), data.read_bytes(), fleet.key)
 
 
 def test_bad_messages_are_answered_and_others_go_on(fleet: Fleet, tmp_path: Path) -> None:
@@ -130,37 +135,72 @@ def test_bad_messages_are_answered_and_others_go_on(fleet: Fleet, tmp_path: Path
     data = fleet.data("bad", 20, 8)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "How many?", "answer": "#### 1"}\n{"question": 5}\n')
-    past = datetime.now(timezone.utc) - timedelta(hours=1)
-    good_offer = _offer(data)
-    bad: dict[str, object] = {
-        "broken JSON": b'{"specversion": "1.0", "data": {',
-        "no object": b"[1, 2, 3]",
-        "not UTF-8": b'{"specversion": "\xff\xfe"}',
-        "unknown field": _encoded(data, '"epochs":', '"epoch":'),
-        "wrong type": _encoded(data, '"rank":16', '"rank":"16"'),
-        "out of bounds": _encoded(data, '"rank":16', '"rank":100000'),
-        "other type": _encoded(data, '"type":"edge1.job.offer"', '"type":"edge1.job.cancel"'),
-        "10 MB": b'{"specversion": "1.0", "filler": "' + b"x" * 10_000_000 + b'"}',
-        "deep": b'{"data":' * 100_000,
-        "wrong digest": Offer(good_offer.job, File(good_offer.job.dataset.sha256, 5, b"other")),
-        "digest of another": Offer(good_offer.job, File("0" * 64, 5)),
-        "unknown model": Offer(build_job("../../etc", data, None, {"budget_bytes": 2**30}, []), good_offer.dataset),
-        "too large a budget": _offer(data, 2, budget_bytes=2**40),
-        "too small a budget": _offer(data, 2, budget_bytes=2**20),
-        "expired": Offer(good_offer.job, good_offer.dataset, expires=past),
-        "broken line": _offer(broken),
-        "too large": Offer(good_offer.job, File(good_offer.job.dataset.sha256, 2**40)),
+    past, key = datetime.now(timezone.utc) - timedelta(hours=1), fleet.key
+
+    def offered(job: str) -> Offer:
+        return _offer(fleet, data, job)
+
+    def ordered(job: str, **changes: Any) -> Offer:
+        return make_offer(msgspec.structs.replace(_order(data, job), **changes), None, key)
+
+    def edited(job: str, old: str, new: str) -> Offer:
+        """Signed, with one change in the text of the order."""
+        text = offered(job).order.payload.decode()
+        assert text.count(old) >= 1
+        return Offer(seal(text.replace(old, new, 1).encode(), key))
+
+    def other_type(job: str) -> bytes:
+        return encode(offered(job), "test").replace(b'"type":"edge1.job.offer"', b'"type":"edge1.job.cancel"', 1)
+
+    def other_order(job: str) -> Offer:
+        """The signature of another order."""
+        return Offer(msgspec.structs.replace(offered(job).order, signatures=offered(new_id()).order.signatures))
+
+    sha256 = _order(data, new_id()).dataset.sha256
+    bad: dict[str, Callable[[str], object]] = {
+        "broken JSON": lambda _: b'{"specversion": "1.0", "data": {',
+        "no object": lambda _: b"[1, 2, 3]",
+        "not UTF-8": lambda _: b'{"specversion": "\xff\xfe"}',
+        "unknown field": lambda job: edited(job, '"epochs":', '"epoch":'),
+        "wrong type": lambda job: edited(job, '"rank":16', '"rank":"16"'),
+        "out of bounds": lambda job: edited(job, '"rank":16', '"rank":100000'),
+        "other type": other_type,
+        "10 MB": lambda _: b'{"specversion": "1.0", "filler": "' + b"x" * 10_000_000 + b'"}',
+        "deep": lambda _: b'{"data":' * 100_000,
+        "deep order": lambda _: Offer(seal(b'{"job":' * 20_000, key)),
+        "no JSON": lambda _: Offer(seal(b"\x80\x04K*.", key)),
+        "wrong digest": lambda job: msgspec.structs.replace(offered(job), contents={sha256: b"other"}),
+        "digest of another": lambda job: ordered(job, dataset=File("0" * 64, 5)),
+        "file of another": lambda job: msgspec.structs.replace(offered(job), contents={"0" * 64: b"other"}),
+        "unknown model": lambda job: make_offer(_order(data, job, model="../../etc"), None, key),
+        "other model": lambda job: ordered(job, model_fingerprint="0" * 64),
+        "too large a budget": lambda job: _offer(fleet, data, job, budget_bytes=2**40),
+        "too small a budget": lambda job: _offer(fleet, data, job, budget_bytes=2**20),
+        "expired": lambda job: ordered(job, expires=past),
+        "valid for too long": lambda job: ordered(job, expires=past + timedelta(days=365)),
+        "other node": lambda job: ordered(job, node="node-2"),
+        "other fleet": lambda job: ordered(job, fleet="theirs"),
+        "other job": lambda _: offered(new_id()),
+        "unsigned": lambda job: make_offer(_order(data, job)),
+        "signed by another": lambda job: make_offer(_order(data, job), None, Ed25519PrivateKey.generate()),
+        "signature of another": other_order,
+        "other payload type": lambda job: Offer(msgspec.structs.replace(offered(job).order, payload_type="text/plain")),
+        "broken line": lambda job: _offer(fleet, broken, job),
+        "too large": lambda job: ordered(job, dataset=File(sha256, 2**40)),
     }
     expected = {
         "broken JSON": "job_schema", "no object": "job_schema", "not UTF-8": "job_schema", "unknown field": "job_schema",
         "wrong type": "job_schema", "out of bounds": "job_schema", "other type": "job_schema", "10 MB": "job_schema", "deep": "job_schema",
+        "deep order": "job_schema", "no JSON": "job_schema", "file of another": "dataset_checksum", "other model": "model_mismatch",
+        "valid for too long": "expired", "other node": "audience", "other fleet": "audience", "other job": "audience",
+        "unsigned": "signature", "signed by another": "signature", "signature of another": "signature", "other payload type": "job_schema",
         "wrong digest": "dataset_checksum", "digest of another": "dataset_checksum", "unknown model": "model_missing",
         "too large a budget": "oom_predicted", "too small a budget": "oom_predicted", "expired": "expired",
         "broken line": "dataset_schema", "too large": "dataset_too_large",
     }  # fmt: skip
     jobs = {name: new_id() for name in bad}
-    for name, message in bad.items():
-        fleet.publish(message, "job", jobs[name], "offer")
+    for name, make in bad.items():
+        fleet.publish(make(jobs[name]), "job", jobs[name], "offer")
     for parts in (("job", "no-ulid", "offer"), ("job", "..", "cancel"), ("file", "..", "block", "0"), ("command", "explode"), ("strange",)):
         fleet.publish(b"{}", *parts)
     for name, job in jobs.items():
@@ -181,8 +221,8 @@ def test_garbage_does_not_end_a_job_that_runs(fleet: Fleet) -> None:
     wait_for("running", lambda: fleet.client.job(job.id).phase == "running")
     fleet.publish(b'{"bad": 1}', "job", job.id, "offer")
     absurd = encode(FileRequest(2**20, [2**42]), "test")
-    fleet.speak(up("default", NODE, "file", job.offer.dataset.sha256, "request"), absurd)
-    fleet.speak(up("default", NODE, "file", job.offer.dataset.sha256, "block", "9" * 5000), b"x")
+    fleet.speak(up("default", NODE, "file", job.order.dataset.sha256, "request"), absurd)
+    fleet.speak(up("default", NODE, "file", job.order.dataset.sha256, "block", "9" * 5000), b"x")
     assert fleet.ended(job.id).outcome == "succeeded"
     for name in ("agent", "coordinator"):
         assert "event_failed" not in fleet.log(name)
@@ -208,7 +248,7 @@ def test_a_job_is_canceled_wherever_it_is(fleet: Fleet, cli: Cli) -> None:
     unknown = new_id()
     fleet.publish(Cancel(), "job", unknown, "cancel")
     wait_for("an answer", lambda: fleet.heard("job", unknown, "result"))
-    fleet.publish(_offer(data), "job", unknown, "offer")
+    fleet.publish(_offer(fleet, data, unknown), "job", unknown, "offer")
     for job in (waiting.id, running.id):
         assert cli("cancel", job, "--config", fleet.config("coordinator")).code == 0
     for job in (waiting.id, running.id):
@@ -221,18 +261,63 @@ def test_a_job_is_canceled_wherever_it_is(fleet: Fleet, cli: Cli) -> None:
     wait_for("the trainer to end", lambda: not fleet.trainers())
 
 
+def test_a_forgotten_job_leaves_nothing(fleet: Fleet, cli: Cli) -> None:
+    """Of two jobs over the same dataset the first keeps it as long as it is there; with the last one the file goes, at both ends. One that
+    has not ended is refused, and one that its node never took is deleted as well."""
+    data, config = fleet.data("forgotten", 20, 12), ("--config", fleet.config("coordinator"))
+    first, second = (fleet.submit(data, schedule__updates=k) for k in (1, 2))
+    files = [fleet.directory / side / "files" / "sha256" for side in ("node", "coordinator")]
+    sha256 = first.order.dataset.sha256
+    for job in (first.id, second.id):
+        assert fleet.ended(job).outcome == "succeeded"
+        assert all((place / sha256).exists() for place in files)
+        made = {a.sha256 for a in fleet.client.job(job).artifacts if a.name != "adapter_config.json"}  # all jobs of a fleet have the same
+        assert cli("forget", job, *config).code == 0
+        wait_for("the job to go", lambda job=job: job not in {view.id for view in fleet.client.jobs(10_000)})  # type: ignore[misc]
+        assert not (fleet.directory / "node" / "jobs" / job).exists()
+        assert not any((place / artifact).exists() for place in files for artifact in made)
+    assert not any((place / sha256).exists() for place in files)
+    running = fleet.submit(data, schedule__updates=500)
+    refused = cli("forget", running.id, *config, "--json")
+    assert (refused.code, refused.json["error"]["code"]) == (14, "refused")
+    fleet.client.cancel(running.id)
+    fleet.ended(running.id)
+    rejected = fleet.submit(data, budget_bytes=2**21)
+    assert fleet.ended(rejected.id).outcome == "rejected"
+    fleet.client.forget(rejected.id)
+    wait_for("the rejected job to go", lambda: rejected.id not in {view.id for view in fleet.client.jobs(10_000)})
+
+
+def test_an_operator_drains_a_node(fleet: Fleet, cli: Cli) -> None:
+    """Until `resume`; a node that comes back without draining is told again."""
+    config = ("--config", fleet.config("coordinator"))
+
+    def state() -> str:
+        return next(node.state for node in fleet.client.nodes() if node.id == NODE)
+
+    assert cli("drain", NODE, *config).code == 0
+    wait_for("draining", lambda: state() == "draining")
+    fleet.publish(Resume(), "command", "resume")
+    wait_for("draining again", lambda: [m["data"]["state"] for m in fleet.heard("state")][-3:] == ["draining", "ready", "draining"])
+    assert cli("resume", NODE, *config).code == 0
+    wait_for("ready", lambda: state() == "ready")
+    assert next(node.drain for node in fleet.client.nodes() if node.id == NODE) is None
+    unknown = cli("drain", "nobody", *config, "--json")
+    assert (unknown.code, unknown.json["error"]["code"]) == (14, "refused")
+
+
 def test_a_draining_node_takes_no_jobs(fleet: Fleet) -> None:
     """`drain` refuses new jobs until `resume`; `report` tells where jobs stand."""
     data = fleet.data("drained", 20, 3)
     fleet.publish(Drain(), "command", "drain")
     wait_for("draining", lambda: fleet.heard("state")[-1]["data"]["state"] == "draining")
     refused = new_id()
-    fleet.publish(_offer(data), "job", refused, "offer")
+    fleet.publish(_offer(fleet, data, refused), "job", refused, "offer")
     assert wait_for("the answer", lambda: fleet.heard("job", refused, "status"))[0]["data"]["reason"] == "draining"
     fleet.publish(Resume(), "command", "resume")
     wait_for("ready", lambda: fleet.heard("state")[-1]["data"]["state"] == "ready")
     taken = new_id()
-    fleet.publish(_offer(data, 400), "job", taken, "offer")
+    fleet.publish(_offer(fleet, data, taken, 400), "job", taken, "offer")
     wait_for("running", lambda: "running" in [m["data"]["phase"] for m in fleet.heard("job", taken, "status")])
     fleet.acknowledge(taken)
     before = len({m["id"] for m in fleet.heard("job", taken, "status")})

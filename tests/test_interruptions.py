@@ -14,7 +14,8 @@ from queue import SimpleQueue
 
 import pytest
 from conftest import Cli, write_domain
-from fleet import NODE, QUICK, Fleet, wait_for
+from fleet import QUICK, Fleet, wait_for
+from orders import NODE
 
 from edge_agent.config import Broker
 from edge_agent.messages import Cancel, encode, new_id
@@ -132,7 +133,7 @@ def test_a_trainer_that_the_kernel_ends_goes_on_one_rung_lower(fleet: Fleet, tmp
     fleet.stop("agent")
     kills = tmp_path / "kills"
     kills.write_text("0")
-    fleet.start_agent(kills)
+    fleet.start_agent((str(Path(__file__).parent / "counted_agent.py"), str(kills)))
     job = fleet.submit(fleet.data()).id
     fleet.trained(job, 2)
     first = json.loads((fleet.directory / "node" / "jobs" / job / "plan.json").read_text())

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from chat_server import COST, KEY, Server, digest, endpoint, said
 from conftest import TINY
+from orders import make_order
 from tiny_training import silent
 
-from edge_agent.admission import Rejected, check_offer
+from edge_agent.admission import Rejected, check_order
 from edge_agent.config import AgentConfig, Size, read_config
 from edge_agent.errors import ConfigInvalid, JobSchema, JudgeMissing, JudgeRefused
 from edge_agent.job import Dataset, Job, Judging
 from edge_agent.job_building import build_options
 from edge_agent.judging import GIVE_UP_AFTER, JUDGMENT_CHARACTERS, RETRIES, EndpointJudge, clean_judgment
-from edge_agent.messages import File, Offer
 from edge_agent.training.completion import find_endpoint
 from profiles.device import device_profile
 
@@ -219,7 +219,7 @@ def test_node_takes_only_jobs_whose_endpoint_it_has(server: Server, tmp_path: Pa
 
     def offer(alias: str) -> None:
         job = Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**30, judging=Judging("endpoint", alias))
-        check_offer(Offer(job, File("0" * 64, 9)), config, device_profile("cpu"), 0, False, datetime.now(timezone.utc))
+        check_order(make_order(job, 9), config, device_profile("cpu"), 0, False, datetime.now(timezone.utc))
 
     offer("a")
     with pytest.raises(Rejected) as rejected:

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from edge_agent import topics
 from edge_agent.asyncapi import CHANNELS, PARAMETERS, channel_of, document, schema_of
 from edge_agent.errors import EdgeAgentError, MessageInvalid, Stopped, exit_code_of
-from edge_agent.job import Dataset, Job
 from edge_agent.messages import (
     MAX_MESSAGE_BYTES,
     TYPES,
@@ -31,9 +30,10 @@ from edge_agent.messages import (
     Cancel,
     CoordinatorState,
     Drain,
-    File,
+    Envelope,
     FileRequest,
     Forget,
+    Forgotten,
     Heartbeat,
     Hello,
     JobProgress,
@@ -47,6 +47,7 @@ from edge_agent.messages import (
     Reason,
     Report,
     Resume,
+    Signature,
     StageDone,
     Watch,
     decode,
@@ -68,9 +69,10 @@ SAMPLES: dict[type, Any] = {
     type(data): data
     for data in (
         CoordinatorState(True, 3), Hello(), NodeState("ready", 7, 2), Heartbeat(RESOURCES, 0, JOB), Cancel(), Watch(10.0), Ack(), Report(),
-        NodeInfo("0.1.0", "3.11.7", "a GPU", "cuda", 8 * 2**30, ["tiny"], NodeLimits(6 * 2**30, 2**28, 16), {"torch": "2.9.0"}),
-        Offer(Job(model="tiny", dataset=Dataset(SHA256), budget_bytes=2**30), File(SHA256, 2, b"{}"), None, datetime.now(timezone.utc)),
-        JobStatus(SHA256, "ended", "rejected", "busy", "16 jobs wait already"), Drain(), Resume(), Forget(JOB), FileRequest(65536, [0, 7]),
+        NodeInfo("0.1.0", "3.11.7", "a GPU", "cuda", 8 * 2**30, {"tiny": SHA256}, NodeLimits(6 * 2**30, 2**28, 16), {"torch": "2.9.0"}),
+        Offer(Envelope(b"{}", "application/vnd.edge1.order+json", (Signature(bytes(64), "SHA256:abc"),)), {SHA256: b"{}"}),
+        JobStatus(SHA256, "ended", "rejected", "busy", "16 jobs wait already"), Drain(), Resume(), Forget(JOB),
+        Forgotten(), FileRequest(65536, [0, 7]),
         JobProgress(Event(time=1.5, event="progress", stage="train", loss=0.5), [StageDone("load", 2.0, 10**9)], RESOURCES),
         JobResult(
             SHA256, "succeeded", accuracy=Measured(wilson(3, 9), wilson(8, 9), mcnemar([False], [True])), seconds=60.0, peak_bytes=10**9,
@@ -81,9 +83,22 @@ SAMPLES: dict[type, Any] = {
 """One message of every kind."""
 LONGEST = {"fleet": "f" * 64, "node": "n" * 64, "instance": "i" * 64, "job": JOB, "message": JOB, "sha256": SHA256, "number": "9" * 19}
 """The longest ids, and the number of a block in the largest file that a 64-bit size can name."""
-CODES_OF_PROCESSES = {"answers", "package_missing", "config", "coordinator", "profile_unknown", "refused", "state", "stopped"}
+CODES_OF_PROCESSES = {
+    "answers",
+    "package_missing",
+    "config",
+    "coordinator",
+    "profile_unknown",
+    "refused",
+    "state",
+    "state_damaged",
+    "stopped",
+}
 """Errors of a command or daemon itself: no job ends with them."""
-REASONS_OF_NODES = {"canceled", "crash_loop", "draining", "expired", "oom_host", "timeout_staging", "timeout_stall"}
+REASONS_OF_NODES = {
+    "audience", "canceled", "crash_loop", "draining", "expired", "model_mismatch", "oom_host", "quiet_hours", "replayed", "signature",
+    "thermal", "timeout_staging", "timeout_stall",
+}  # fmt: skip
 """What only a node or coordinator can say of a job: a local run never ends so."""
 
 KINDS = pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)

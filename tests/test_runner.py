@@ -9,17 +9,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, cast
 
 import pytest
 
-from edge_agent.config import AgentConfig, Size
+from edge_agent.config import AgentConfig, RestLimits, Size
 from edge_agent.delivery import Uplink
 from edge_agent.files import lock_file
 from edge_agent.jobs import Jobs
 from edge_agent.messages import JobStatus, decode
+from edge_agent.rest import LOOK_S, Rest
 from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_orphan
 from edge_agent.store import Store
 from profiles.device import device_profile
@@ -158,7 +160,7 @@ def test_waiting_for_memory_is_a_phase_of_the_job(bench: Bench) -> None:
     """`paused` and `running` are told as they change, once each; a trainer that ends while it waits ends its job as any other does."""
     with closing(Store(bench.place / "agent.sqlite", "f", "n")) as store:
         config, uplink = AgentConfig("n", bench.place, Size(2**30), {}), cast("Uplink", None)
-        jobs = Jobs(config, device_profile("cpu"), store, uplink, bench.events)
+        jobs = Jobs(config, device_profile("cpu"), store, uplink, bench.events, Rest(config.rest, lambda: None))
         store.accept("j", "d" * 64, b"{}", 4)
         for phase in ("staging", "ready"):
             store.move("j", phase)
@@ -167,13 +169,37 @@ def test_waiting_for_memory_is_a_phase_of_the_job(bench: Bench) -> None:
         jobs.trainer = bench.start("".join(f'say(\'{{"time": 1, "event": "{word}"}}\')\n' for word in says) + "sys.exit(12)")
         while not isinstance(event := bench.events.get(timeout=DEADLINE_S), TrainerEnded):
             jobs.hear(event)
-        told = [decode(message.payload, JobStatus).data.phase for message in store.waiting(100)]
+        told = [decode(store.message(m).payload, JobStatus).data.phase for m in store.waiting()]  # type: ignore[union-attr]
         assert told == ["accepted", "staging", "ready", "running", "paused", "running", "paused"]
         jobs.trainer_ended(event)
         assert jobs.trainer is None
         row = store.job("j")
         assert row is not None
         assert (row.phase, row.crashes, row.attempt) == ("ready", 1, 1)
+
+
+def test_trainer_stops_while_the_node_rests(bench: Bench) -> None:
+    """Its job is told as `ready` with the reason, its start is no crash, and nothing starts before the node has cooled."""
+    temperature = [90.0]
+    with closing(Store(bench.place / "agent.sqlite", "f", "n")) as store:
+        config, uplink = AgentConfig("n", bench.place, Size(2**30), {}), cast("Uplink", None)
+        rest = Rest(RestLimits(max_temperature_c=80), lambda: temperature[0], clock=count(step=LOOK_S).__next__)
+        jobs = Jobs(config, device_profile("cpu"), store, uplink, bench.events, rest)
+        store.accept("j", "d" * 64, b"{}", 4)
+        for phase in ("staging", "ready"):
+            store.move("j", phase)
+        store.move("j", "running", start=True)
+        jobs.trainer = bench.start("await_stop(); sys.exit(12)")
+        jobs.tick()
+        event = bench.events.get(timeout=DEADLINE_S)
+        jobs.trainer_ended(event)
+        told = decode(store.message(store.waiting()[-1]).payload, JobStatus).data  # type: ignore[union-attr]
+        assert (told.phase, told.outcome, told.reason) == ("ready", None, "thermal")
+        row = store.job("j")
+        assert row is not None
+        assert (row.phase, row.crashes) == ("ready", 0)
+        jobs.tick()
+        assert (jobs.trainer, store.job("j")) == (None, row)
 
 
 def test_events_are_kept(bench: Bench) -> None:

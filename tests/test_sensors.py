@@ -115,7 +115,7 @@ def test_messages_carry_the_readings(samples: list[Resources]) -> None:
         progress = JobProgress(Event(time=1.0, event="progress"), [], resources)
         assert decode(encode(progress, "edge1/f/n"), JobProgress).data == progress
         total = resources.device_total_bytes.value
-        info = NodeInfo("1", "3", "d", "cpu", None if total is None else int(total), [], NodeLimits(1, 1, 1), {})
+        info = NodeInfo("1", "3", "d", "cpu", None if total is None else int(total), {}, NodeLimits(1, 1, 1), {})
         assert decode(encode(info, "edge1/f/n"), NodeInfo).data == info
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -11,13 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import pairwise, product
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, get_args
 
 import msgspec
 import pytest
 
 from edge_agent.coordinator.store import CoordinatorStore
-from edge_agent.errors import StateUnusable
+from edge_agent.database import open_database
+from edge_agent.errors import StateDamaged, StateUnusable
 from edge_agent.messages import (
     Artifact,
     JobResult,
@@ -27,12 +30,12 @@ from edge_agent.messages import (
     decode,
     new_id,
 )
-from edge_agent.store import TRANSITIONS, JobRow, Store
+from edge_agent.serving import serve
+from edge_agent.store import MOST_CLOSED, TRANSITIONS, JobRow, Store, Waiting
 from edge_agent.topics import up
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 DIGEST, OTHER_DIGEST, EMPTY = "d" * 64, "e" * 64, "0" * 64
-ALL = 1_000_000
 DEADLINE_S = 60.0
 SUCCEEDED = JobResult(DIGEST, "succeeded", seconds=1.5, artifacts=(Artifact("result.json", EMPTY, 7),))
 # How a new job comes to each phase.
@@ -83,10 +86,14 @@ def _row(store: Store, job: str) -> JobRow:
     return row
 
 
+def _waiting(store: Store) -> list[Waiting]:
+    return [found for message in store.waiting() if (found := store.message(message))]
+
+
 def _told(store: Store, job: str) -> list[Message[Any]]:
     """The messages about a job that wait, the oldest first."""
     topics: dict[str, type] = {up("f", "n", "job", job, kind): data for kind, data in (("status", JobStatus), ("result", JobResult))}
-    return [decode(w.payload, topics[w.topic]) for w in store.waiting(ALL) if w.topic in topics]
+    return [decode(w.payload, topics[w.topic]) for w in _waiting(store) if w.topic in topics]
 
 
 def _place(message: Message[Any]) -> tuple[str, str | None]:
@@ -120,10 +127,10 @@ def test_transition_that_is_allowed(before: Phase, after: Phase, store: Store) -
 def test_transition_that_is_not_allowed(before: Phase, after: Phase, store: Store) -> None:
     """It raises LookupError, and neither the job nor the messages that wait have changed."""
     job = _at(store, before)
-    kept = _row(store, job), store.waiting(ALL)
+    kept = _row(store, job), _waiting(store)
     with pytest.raises(LookupError, match=f"{job} cannot go from {before} to {after}"):
         _go(store, job, after)
-    assert (_row(store, job), store.waiting(ALL)) == kept
+    assert (_row(store, job), _waiting(store)) == kept
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -133,16 +140,16 @@ def test_transition_of_an_unknown_job(phase: Phase, store: Store) -> None:
     with pytest.raises(LookupError, match=job):
         _go(store, job, phase)
     assert store.job(job) is None
-    assert store.waiting(ALL) == []
+    assert _waiting(store) == []
 
 
 def test_job_is_not_moved_to_its_end(store: Store) -> None:
     """An end has an outcome: without one nothing changes."""
     job = _at(store, "running")
-    kept = _row(store, job), store.waiting(ALL)
+    kept = _row(store, job), _waiting(store)
     with pytest.raises(ValueError, match="an outcome belongs"):
         store.move(job, "ended")
-    assert (_row(store, job), store.waiting(ALL)) == kept
+    assert (_row(store, job), _waiting(store)) == kept
 
 
 def test_start_is_counted_before_it_is_told(store: Store) -> None:
@@ -162,22 +169,30 @@ def test_start_is_counted_before_it_is_told(store: Store) -> None:
 def test_accept_again_changes_nothing(store: Store) -> None:
     """An offer that comes again, also with another document, leaves one job and one message."""
     job = _accept(store)
-    kept = _row(store, job), store.waiting(ALL)
+    kept = _row(store, job), _waiting(store)
     store.accept(job, DIGEST, b"{}", 4)
     store.accept(job, OTHER_DIGEST, b"{1}", 9)
-    assert (_row(store, job), store.waiting(ALL)) == kept
+    assert (_row(store, job), _waiting(store)) == kept
 
 
-def test_reject_keeps_no_job(store: Store) -> None:
-    """A rejected offer leaves its answer and nothing else, so a later offer of the same job can be taken. A long text is cut."""
-    job = new_id()
-    store.reject(job, None, "job_schema", "x" * 5000)
-    assert store.job(job) is None
-    [answer] = _told(store, job)
-    assert answer.data == JobStatus(None, "ended", "rejected", "job_schema", "x" * 1024)
-    assert (answer.seq, answer.attempt) == (None, None)
-    store.accept(job, DIGEST, b"{}", 4)
-    assert _row(store, job).phase == "accepted"
+def test_closed_job_keeps_its_answer(store: Store) -> None:
+    """What is said to an offer that must not come is kept until its order has expired, and nothing else of the job."""
+    job, other = new_id(), new_id()
+    status = JobStatus(DIGEST, "ended", "rejected", "busy", "full")
+    store.close_job(job, status, time.time() + 60)
+    assert (store.job(job), store.closed(job), store.waiting()) == (None, status, [])
+    store.close_job(other, status, time.time() - 1)
+    assert [store.closed(j) for j in (job, other)] == [status, None]
+
+
+def test_closed_jobs_do_not_fill_the_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sends offers and cancels of jobs that nobody has makes the node forget the oldest of them."""
+    assert MOST_CLOSED >= 1000
+    monkeypatch.setattr("edge_agent.store.MOST_CLOSED", 10)
+    jobs = [new_id() for _ in range(25)]
+    for job in jobs:
+        store.close_job(job, JobStatus(None, "ended", "rejected", "canceled"), time.time() + 60)
+    assert [store.closed(job) is not None for job in jobs] == [False] * 15 + [True] * 10
 
 
 def test_end_keeps_the_result(store: Store) -> None:
@@ -194,19 +209,19 @@ def test_end_keeps_the_result(store: Store) -> None:
 def test_acknowledged_message_is_deleted(store: Store) -> None:
     """Each message waits until its own acknowledgement, in the order of writing; one that is not there changes nothing."""
     job = _at(store, "ready")
-    first, second, third = store.waiting(ALL)
-    assert store.waiting(2) == [first, second]
+    first, second, third = _waiting(store)
+    assert store.waiting() == [first.id, second.id, third.id]
     assert store.acknowledged(second.id)
     assert not store.acknowledged(second.id)
     assert not store.acknowledged(new_id())
-    assert store.waiting(ALL) == [first, third]
+    assert _waiting(store) == [first, third]
     assert _row(store, job).seq == 3
 
 
 def test_job_is_unacknowledged_until_its_end_is_known(store: Store) -> None:
     """An ended job counts while any of its messages waits, an open one always."""
     ended, open_one = _at(store, "ended"), _accept(store)
-    accepted, end, other = store.waiting(ALL)
+    accepted, end, other = _waiting(store)
     for message in (other, accepted, end):
         assert [row.id for row in store.unacknowledged_jobs()] == [ended, open_one]
         store.acknowledged(message.id)
@@ -232,7 +247,7 @@ def test_tell_again_tells_the_present(store: Store) -> None:
 
 
 def _acknowledge_all(store: Store) -> None:
-    for message in store.waiting(100):
+    for message in _waiting(store):
         store.acknowledged(message.id)
 
 
@@ -244,33 +259,32 @@ def test_open_jobs_by_priority_then_arrival(store: Store) -> None:
     assert [row.id for row in store.open_jobs()] == wanted
 
 
-def test_cancel_of_an_unknown_job(store: Store) -> None:
-    """A cancel that came before its offer is answered at once, and the late offer starts nothing."""
-    job = new_id()
-    store.cancel_unknown(job)
-    kept = _row(store, job), store.waiting(ALL)
-    assert kept[0].outcome == "canceled"
-    [answer] = _told(store, job)
-    assert (answer.data.outcome, answer.data.digest, answer.seq) == ("canceled", None, 1)
-    store.accept(job, DIGEST, b"{}", 4)
-    assert (_row(store, job), store.waiting(ALL)) == kept
-    assert store.open_jobs() == []
-
-
-def test_forget_only_what_has_ended(store: Store) -> None:
-    """A job that is open, or unknown, is not forgotten; one that has ended goes with what was still to be said of it."""
+def test_forgotten_job_leaves_its_answer_alone(store: Store) -> None:
+    """It goes with what was still to be said of it; another one stays."""
     job, other = _accept(store), _accept(store)
-    kept = store.waiting(ALL)
-    assert not store.forget(job)
-    assert not store.forget(new_id())
-    assert store.waiting(ALL) == kept
     store.end(job, SUCCEEDED)
-    assert [row.id for row in store.jobs()] == [job, other]
-    assert store.forget(job)
-    assert store.job(job) is None
+    status = JobStatus(DIGEST, "ended", "rejected", "replayed")
+    store.forget(job, status, time.time() + 60)
+    assert (store.job(job), store.closed(job)) == (None, status)
     assert [row.id for row in store.jobs()] == [other]
     assert _told(store, job) == []
     assert len(_told(store, other)) == 1
+
+
+def test_job_is_settled_when_its_end_is_acknowledged(store: Store) -> None:
+    """Not by its earlier messages, not while another about it waits, and only once: what is said again later changes nothing."""
+    job, now = _at(store, "ended"), time.time()
+    first, last = _waiting(store)
+    assert store.acknowledged(last.id)
+    assert store.settled_before(now + 60) is None
+    assert store.acknowledged(first.id)
+    assert store.settled_before(now + 60) == job
+    assert store.settled_before(now - 60) is None
+    settled = _row(store, job).settled
+    store.tell_again(_row(store, job))
+    assert store.acknowledged(_waiting(store)[0].id)
+    assert _row(store, job).settled == settled
+    assert not store.acknowledged(last.id)
 
 
 def test_last_trainer_is_the_one_that_started_last(store: Store) -> None:
@@ -290,10 +304,10 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
         store.draining = True
         job = _at(store, "running")
         store.ask_cancel(job)
-        kept = _row(store, job), store.waiting(ALL)
+        kept = _row(store, job), _waiting(store)
         assert kept[0].cancel
     with closing(_open(path)) as store:
-        assert (_row(store, job), store.waiting(ALL)) == kept
+        assert (_row(store, job), _waiting(store)) == kept
         assert store.draining
         store.draining = False
     with closing(_open(path)) as store:
@@ -326,20 +340,106 @@ def _epoch(path: Path) -> int:
         return store.epoch
 
 
-@pytest.mark.parametrize("opened", [_open, CoordinatorStore], ids=["agent", "coordinator"])
-@pytest.mark.parametrize("broken", ["text", "torn", "directory"])
-def test_file_that_is_no_database(opened: Callable[[Path], Any], broken: str, tmp_path: Path) -> None:
-    """It raises StateUnusable, which names the file and what to do, and the file is left as it was."""
-    path = tmp_path / "some.sqlite"
+def _break(path: Path, broken: str) -> bytes | None:
     if broken == "directory":
         path.mkdir()
+        return None
+    if broken == "page":  # the last of a database with some rows
+        with closing(_open(path)) as store:
+            for _ in range(200):
+                _accept(store)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-4096] + b"\xff" * 4096)
     else:
         path.write_bytes(b"not a database, but somebody's notes\n" * 100 if broken == "text" else b"SQLite format 3\0" + b"\xff" * 4096)
-    before = path.read_bytes() if path.is_file() else None
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("broken", ["text", "torn", "page", "directory"])
+def test_coordinator_refuses_a_file_that_is_no_database(broken: str, tmp_path: Path) -> None:
+    """It raises StateUnusable, which names the file and what to do, and the file is left as it was: nobody else has what is in it."""
+    path = tmp_path / "some.sqlite"
+    before = _break(path, broken)
     with pytest.raises(StateUnusable, match=r"some\.sqlite: .*; restore or remove the file") as raised:
-        opened(path)
+        CoordinatorStore(path)
     assert raised.value.exit_code == 13
     assert (path.read_bytes() if path.is_file() else None) == before
+
+
+@pytest.mark.parametrize("broken", ["text", "torn", "page"])
+def test_agent_sets_a_damaged_file_aside(broken: str, tmp_path: Path) -> None:
+    """It begins anew, with a higher number of its start than before, and the file is kept under another name."""
+    path = tmp_path / "agent.sqlite"
+    before = _break(path, broken)
+    with closing(_open(path)) as store:
+        assert store.jobs() == []
+        assert store.boot >= int(time.time()) - 60
+        job = _accept(store)
+    with closing(_open(path)) as store:
+        assert [row.id for row in store.jobs()] == [job]
+    [kept] = tmp_path.glob("agent.sqlite.damaged-*")
+    assert kept.read_bytes() == before
+
+
+def test_agent_refuses_what_is_no_file(tmp_path: Path) -> None:
+    """That is not damage, but somebody's mistake."""
+    _break(tmp_path / "agent.sqlite", "directory")
+    with pytest.raises(StateUnusable):
+        _open(tmp_path / "agent.sqlite")
+
+
+@pytest.mark.parametrize("opened", [_open, CoordinatorStore], ids=["agent", "coordinator"])
+def test_database_without_a_version_is_left_alone(opened: Callable[[Path], Any], tmp_path: Path) -> None:
+    """It is of another program."""
+    path = tmp_path / "some.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE jobs (x)")
+    with pytest.raises(StateUnusable, match="it has tables and no version"):
+        opened(path)
+
+
+@pytest.mark.parametrize("opened", [_open, CoordinatorStore], ids=["agent", "coordinator"])
+def test_database_of_a_later_version_is_left_alone(opened: Callable[[Path], Any], tmp_path: Path) -> None:
+    """An older program does not touch what it does not know."""
+    path = tmp_path / "some.sqlite"
+    opened(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    before = path.read_bytes()
+    with pytest.raises(StateUnusable, match="its format 99 is of a later version"):
+        opened(path)
+    assert path.read_bytes() == before
+
+
+def test_database_is_brought_up_version_by_version(tmp_path: Path) -> None:
+    """From whichever it has to the last, each in a transaction: one that fails leaves the file at the one before, to be tried again."""
+    path, versions = tmp_path / "some.sqlite", ["CREATE TABLE a (x);", "ALTER TABLE a ADD COLUMN y DEFAULT 7;"]
+    with closing(open_database(path, versions[:1])) as db:
+        db.execute("INSERT INTO a VALUES (1)")
+    with pytest.raises(StateUnusable, match="no such table"):
+        open_database(path, [*versions, "CREATE TABLE b (x); INSERT INTO nowhere VALUES (1);"])
+    for _ in range(2):
+        with closing(open_database(path, versions)) as db:
+            assert [tuple(row) for row in db.execute("SELECT * FROM a")] == [(1, 7)]
+            assert db.execute("PRAGMA user_version").fetchone()[0] == 2
+            assert db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'b'").fetchone()[0] == 0
+
+
+def test_damage_while_it_serves_ends_a_daemon() -> None:
+    """Nothing that it did then would last; a disk that is full for a time does not end it."""
+    events: SimpleQueue[Any] = SimpleQueue()
+    said: list[object] = []
+
+    def handle(event: object) -> None:
+        said.append(event)
+        if len(said) == 1:
+            raise sqlite3.OperationalError("database or disk is full")
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    events.put("an event")
+    with pytest.raises(StateDamaged, match="malformed"):
+        serve(events, handle, lambda _: None, lambda _: None, 0.01)
+    assert said == ["an event", "an event"]
 
 
 # one transaction
@@ -348,6 +448,7 @@ MOVER = """
 import random, sys
 from pathlib import Path
 from edge_agent.messages import JobResult, new_id
+from edge_agent.serving import serve
 from edge_agent.store import TRANSITIONS, Store
 
 rng = random.Random(int(sys.argv[2]))
@@ -364,8 +465,6 @@ while True:
             store.tell_again(store.job(row.id))
     while len(store.open_jobs()) < 6:
         store.accept(new_id(), "d" * 64, b"{}", 4)
-    store.cancel_unknown(new_id())
-    store.reject(new_id(), None, "busy", "full")
 """
 
 
@@ -387,7 +486,7 @@ def test_state_and_message_are_one_transaction(tmp_path: Path) -> None:
             assert process.wait(DEADLINE_S) == -signal.SIGKILL
     with closing(_open(path)) as store:
         told: dict[str, list[Message[Any]]] = {}
-        for waiting in store.waiting(ALL):
+        for waiting in _waiting(store):
             *_, job, kind = waiting.topic.split("/")
             told.setdefault(job, []).append(decode(waiting.payload, JobResult if kind == "result" else JobStatus))
         rows = store.unacknowledged_jobs()
@@ -397,4 +496,4 @@ def test_state_and_message_are_one_transaction(tmp_path: Path) -> None:
             assert [m.seq for m in messages] == list(range(1, row.seq + 1))
             assert _place(messages[-1]) == (row.phase, row.outcome)
             assert messages[-1].attempt == row.attempt
-        assert {_place(m) for messages in told.values() for m in messages} == {("ended", "rejected")}
+        assert told == {}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import fleet, local
+from edge_agent.cli import enroll, fleet, keys, local
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -18,17 +18,36 @@ app = typer.Typer(
 )  # fmt: skip
 dataset_app = typer.Typer(no_args_is_help=True, help="Look at datasets, and build them.")
 app.add_typer(dataset_app, name="dataset")
+enroll_app = typer.Typer(no_args_is_help=True, help="Make the certificates by which a broker, a coordinator and nodes know each other.")
+app.add_typer(enroll_app, name="enroll")
+keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys that sign orders.")
+app.add_typer(keys_app, name="keys")
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "On this machine": (local.train, local.plan, local.evaluate, local.compare, local.demo),
     "On a node": (fleet.run, fleet.doctor),
-    "Across a fleet": (fleet.coordinator, fleet.nodes, fleet.submit, fleet.jobs, fleet.watch, fleet.cancel, fleet.fetch),
+    "Across a fleet": (
+        fleet.coordinator,
+        fleet.nodes,
+        fleet.submit,
+        fleet.jobs,
+        fleet.watch,
+        fleet.cancel,
+        fleet.fetch,
+        fleet.forget,
+        fleet.drain,
+        fleet.resume,
+    ),
 }
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(epilog=EXIT_CODES, rich_help_panel=panel)(command)
 dataset_app.command("check", epilog=EXIT_CODES)(local.dataset_check)
 dataset_app.command("build", epilog=EXIT_CODES)(local.dataset_build)
+for command in (enroll.node, enroll.coordinator, enroll.broker):
+    enroll_app.command(epilog=EXIT_CODES)(command)
+keys_app.command("new", epilog=EXIT_CODES)(keys.new)
+keys_app.command("show", epilog=EXIT_CODES)(keys.show)
 
 
 @app.callback()

@@ -25,6 +25,7 @@ from edge_agent.config import AGENT_CONFIG, COORDINATOR_CONFIG, CoordinatorConfi
 from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, summary
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, EdgeAgentError, JobEnded
 from edge_agent.job_building import build_job
+from edge_agent.messages import LONGEST_ORDER_S, ORDER_S
 from edge_agent.sizes import parse_size
 
 AgentConfigOption = Annotated[Path, typer.Option("--config", help="The agent's configuration; see docs/config.md.")]
@@ -32,6 +33,7 @@ CoordinatorConfigOption = Annotated[
     Path,
     typer.Option("--config", envvar="EDGE_AGENT_COORDINATOR", help="The coordinator's configuration, which names its state directory."),
 ]
+NodeArgument = Annotated[str, typer.Argument(help="The node's name.")]
 JobArgument = Annotated[str, typer.Argument(help="The job's id.")]
 
 
@@ -110,7 +112,9 @@ def submit(
     device: DeviceOption = None,
     settings: SetOption = None,
     priority: Annotated[int, typer.Option("--priority", min=0, max=9, help="Jobs of a higher one run first.")] = 4,
-    expires_s: Annotated[float | None, typer.Option("--expires-s", help="Give up if the node has not answered by then.")] = None,
+    expires_s: Annotated[
+        float, typer.Option("--expires-s", min=1, max=LONGEST_ORDER_S, help="Give up if the node has not answered by then.")
+    ] = ORDER_S,
     config: CoordinatorConfigOption = COORDINATOR_CONFIG,
     as_json: JsonOption = False,
 ) -> None:
@@ -165,6 +169,35 @@ def cancel(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFI
             print_json(view)
         else:
             typer.echo(f"{view.id}  {view.outcome or 'cancel requested'}")
+
+
+def forget(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+    """Delete an ended job with its dataset, report and adapter, at the coordinator and on its node, now or when that is back."""
+    with explained(as_json), _client(config) as client:
+        view = client.forget(job)
+        if as_json:
+            print_json(view)
+        else:
+            typer.echo(f"{view.id}  deleted as soon as node {view.node} has done so")
+
+
+def drain(node: NodeArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+    """Have a node finish the jobs that it has and take no new ones, now or when it is back, until `resume`."""
+    _set_drain(node, True, config, as_json)
+
+
+def resume(node: NodeArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+    """Have a node take jobs again."""
+    _set_drain(node, False, config, as_json)
+
+
+def _set_drain(node: str, wanted: bool, config: Path, as_json: bool) -> None:
+    with explained(as_json), _client(config) as client:
+        view = client.drain(node, wanted)
+        if as_json:
+            print_json(view)
+        else:
+            typer.echo(f"{view.id}  to {'drain' if wanted else 'take jobs'}; it is {view.state} now")
 
 
 def fetch(

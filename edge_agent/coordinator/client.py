@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -14,7 +15,7 @@ from edge_agent.coordinator.store import HistoryRow, JobView, NodeView
 from edge_agent.dataset import check_sha256
 from edge_agent.errors import CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, exit_code_of
 from edge_agent.job import Job
-from edge_agent.messages import JobProgress, is_ulid
+from edge_agent.messages import ORDER_S, JobProgress, is_ulid
 from edge_agent.report import Result
 
 T = TypeVar("T")
@@ -52,6 +53,9 @@ class Client:
     def nodes(self) -> list[NodeView]:
         return self._ask(list[NodeView], "GET", "/nodes")
 
+    def drain(self, node: str, drain: bool) -> NodeView:
+        return self._ask(NodeView, "POST", f"/nodes/{quote(node, safe='')}/{'drain' if drain else 'resume'}")
+
     def jobs(self, limit: int) -> list[JobView]:
         return self._ask(list[JobView], "GET", f"/jobs?limit={limit}")
 
@@ -64,7 +68,10 @@ class Client:
     def cancel(self, job: str) -> JobView:
         return self._ask(JobView, "POST", f"{_place(job)}/cancel")
 
-    def submit(self, node: str, job: Job, files: dict[str, Path], priority: int, expires_s: float | None) -> JobView:
+    def forget(self, job: str) -> JobView:
+        return self._ask(JobView, "POST", f"{_place(job)}/forget")
+
+    def submit(self, node: str, job: Job, files: dict[str, Path], priority: int, expires_s: float = ORDER_S) -> JobView:
         """Upload files by their sha256, then submit the job over them."""
         for sha256, file in files.items():
             with file.open("rb") as stream:

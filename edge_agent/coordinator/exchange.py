@@ -6,11 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from edge_agent.coordinator.store import CoordinatorStore, JobView
 from edge_agent.errors import DatasetChecksum
-from edge_agent.messages import MAX_INLINE_BYTES, Artifact, File, FileRequest, Offer
+from edge_agent.messages import MAX_INLINE_BYTES, Artifact, Envelope, FileRequest, Offer
 from edge_agent.mqtt import Link
 from edge_agent.topics import down
 from edge_agent.transfer import FileStore, Incoming
@@ -45,23 +43,19 @@ class Exchange:
         self._artifact_limit, self._send, self._collected = artifact_limit, send, collected
         self._awaited: dict[str, Awaited] = {}
 
-    def fill(self, offer: Offer) -> Offer:
-        """Return the offer with those files inside that are small enough."""
+    def offer(self, view: JobView, envelope: Envelope | None = None) -> Offer:
+        """Return a job's offer, with those files inside that are small enough; with another envelope, that around the order."""
         room = min(MAX_INLINE_BYTES, self._link.payload_limit // 2)  # as base64 they take a third more, beside the job
-
-        def put(file: File) -> File:
-            nonlocal room
-            if file.size_bytes > room or not self._files.has(file.sha256):
-                return file
-            room -= file.size_bytes
-            return msgspec.structs.replace(file, inline=self._files.path(file.sha256).read_bytes())
-
-        return msgspec.structs.replace(offer, dataset=put(offer.dataset), evaluation=offer.evaluation and put(offer.evaluation))
+        contents: dict[str, bytes] = {}
+        for file in view.order.files:
+            if file.size_bytes <= room and self._files.has(file.sha256):
+                contents[file.sha256] = self._files.path(file.sha256).read_bytes()
+                room -= file.size_bytes
+        return Offer(envelope or view.envelope, contents)
 
     def send_blocks(self, node: str, sha256: str, request: FileRequest) -> None:
         """Send blocks of a file that one of the node's open jobs needs; no other file goes to it."""
-        offers = [view.offer for view in self._store.open_jobs() if view.node == node]
-        if any(sha256 in (offer.dataset.sha256, offer.evaluation and offer.evaluation.sha256) for offer in offers):
+        if any(sha256 == file.sha256 for view in self._store.open_jobs() if view.node == node for file in view.order.files):
             for number, block in self._files.read_blocks(sha256, request):
                 self._link.publish(down(self._fleet, node, "file", sha256, "block", number), block)
 
@@ -90,6 +84,8 @@ class Exchange:
         """Ask for what is missing; with the last artifact the job is collected."""
         view, awaited = self._store.job(job), self._awaited[job]
         wanted = self._wanted(view) if view is not None and view.phase != "ended" else []
+        for sha256 in set(awaited.incoming) - {a.sha256 for a in wanted}:  # of a result that another has replaced
+            awaited.incoming.pop(sha256).discard()
         for artifact in wanted:
             if artifact.sha256 not in awaited.incoming and artifact.sha256 not in awaited.given_up:
                 awaited.incoming[artifact.sha256] = self._incoming(awaited.node, artifact)

@@ -26,7 +26,7 @@ from edge_agent.coordinator.store import HistoryRow, JobView, NodeView
 from edge_agent.errors import EdgeAgentError, Refused, StateUnusable, human_bytes
 from edge_agent.job import Job, Strict
 from edge_agent.json_items import MAX_FILE_BYTES
-from edge_agent.messages import JobProgress
+from edge_agent.messages import LONGEST_ORDER_S, ORDER_S, JobProgress
 
 LONGEST_SOCKET_PATH = 107
 """Of the kernel, in bytes."""
@@ -39,13 +39,14 @@ class Submission(Strict, frozen=True):
     node: str
     job: Job
     priority: Annotated[int, Meta(ge=0, le=9)] = 4
-    expires_s: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    expires_s: Annotated[float, Meta(gt=0, le=LONGEST_ORDER_S)] = ORDER_S
+    """Until the node has answered; its order is worth nothing then."""
 
 
 def make_app(service: Service) -> Litestar:
     """Return the application over a running service."""
     return Litestar(
-        [nodes, jobs, submit, job, history, cancel, events, upload, download],
+        [nodes, drain, resume, jobs, submit, job, history, cancel, forget, events, upload, download],
         state=State({"service": service}), exception_handlers={EdgeAgentError: _explain, HTTPException: _explain_http},
         logging_config=None,
         openapi_config=None,
@@ -57,6 +58,20 @@ def nodes(state: State) -> list[NodeView]:
     """All nodes that have ever been seen."""
     service: Service = state.service
     return service.call(service.nodes)
+
+
+@post("/nodes/{node_id:str}/drain", sync_to_thread=True)
+def drain(state: State, node_id: str) -> NodeView:
+    """Have a node take no new jobs."""
+    service: Service = state.service
+    return service.call(lambda: service.drain(node_id, True))
+
+
+@post("/nodes/{node_id:str}/resume", sync_to_thread=True)
+def resume(state: State, node_id: str) -> NodeView:
+    """Have a node take jobs again."""
+    service: Service = state.service
+    return service.call(lambda: service.drain(node_id, False))
 
 
 @get("/jobs", sync_to_thread=True)
@@ -92,6 +107,13 @@ def cancel(state: State, job_id: str) -> JobView:
     """Ask for the end of a job."""
     service: Service = state.service
     return service.call(lambda: service.cancel(job_id))
+
+
+@post("/jobs/{job_id:str}/forget", sync_to_thread=True)
+def forget(state: State, job_id: str) -> JobView:
+    """Ask for the deletion of an ended job."""
+    service: Service = state.service
+    return service.call(lambda: service.forget(job_id))
 
 
 @get("/jobs/{job_id:str}/events")

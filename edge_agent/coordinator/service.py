@@ -6,6 +6,9 @@ One thread decides everything, as in the agent; requests of the HTTP API are cal
 from __future__ import annotations
 
 import logging
+import os
+import re
+import signal
 import threading
 import time
 from collections import Counter
@@ -16,19 +19,26 @@ from datetime import datetime, timedelta, timezone
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from edge_agent.config import CoordinatorConfig
+import msgspec
+
+from edge_agent.config import NAME_PATTERN, CoordinatorConfig
 from edge_agent.coordinator.audience import Audience, Listener
 from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
-from edge_agent.errors import MessageInvalid, Refused, human_bytes
+from edge_agent.errors import MessageInvalid, Refused, StateDamaged, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
 from edge_agent.messages import (
+    ORDER_S,
     Ack,
     Cancel,
     CoordinatorState,
+    Drain,
+    Envelope,
     File,
     FileRequest,
+    Forget,
+    Forgotten,
     Heartbeat,
     Hello,
     JobProgress,
@@ -37,16 +47,20 @@ from edge_agent.messages import (
     NodeInfo,
     NodeState,
     Offer,
+    Order,
     Report,
+    Resume,
     Watch,
     decode,
     encode,
     is_ulid,
     new_id,
+    read_order,
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.serving import END, serve
-from edge_agent.topics import block_number, coordinator_state, coordinator_subscriptions, down, split
+from edge_agent.signing import read_private_key, seal
+from edge_agent.topics import COORDINATOR, block_number, coordinator_state, coordinator_subscriptions, down, split
 from edge_agent.transfer import FileStore
 
 log = logging.getLogger(__name__)
@@ -55,6 +69,11 @@ TICK_S = 0.5
 OFFER_RETRY_S, LONGEST_OFFER_RETRY_S = 5.0, 120.0
 REPORT_PAUSE_S = 10.0
 """A node is asked for its view at most this often."""
+
+ALL = 2**31
+UPLOAD_S = 24 * 3600.0
+"""A file that was uploaded, and for which no job was handed in, is deleted at the first start that long after."""
+NODE_NAME = re.compile(NAME_PATTERN)
 
 T = TypeVar("T")
 
@@ -91,10 +110,14 @@ class Service:
     def __init__(self, config: CoordinatorConfig) -> None:
         """Open the state. Raises an EdgeAgentError where a coordinator with this configuration can never work."""
         self._config = config
+        self._signing_key = read_private_key(config.signing_key_file) if config.signing_key_file else None
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
         self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite")
         self.files = FileStore(config.state_directory / "files")
+        jobs = self._store.jobs(ALL)
+        self.files.sweep({sha256 for view in jobs if view.phase != "ended" for sha256 in view.files})
+        self.files.remove_old({sha256 for view in jobs for sha256 in view.files}, UPLOAD_S)
         self._source = f"edge1/{config.fleet}/coordinator/{config.instance}"
         self._link = Link(
             config.broker,
@@ -107,6 +130,7 @@ class Service:
         self._reports: dict[str, float] = {}
         self._audience = Audience(self._ask_progress)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
+        self._failed: StateDamaged | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
     def start(self) -> None:
@@ -115,13 +139,15 @@ class Service:
         log.info("coordinator_started fleet=%s instance=%s epoch=%d", self._config.fleet, self._config.instance, self._store.epoch)
 
     def stop(self) -> None:
-        """End the thread, tell the fleet, and close."""
+        """End the thread, tell the fleet, and close. Raises StateDamaged where the thread has ended by that."""
         self._events.put(END)
         self._thread.join()
         topic = coordinator_state(self._config.fleet, self._config.instance)
         self._link.close((topic, self._message(CoordinatorState(False, self._store.epoch))))
         self._store.close()
         log.info("coordinator_stopped")
+        if self._failed is not None:
+            raise self._failed
 
     def call(self, run: Callable[[], T]) -> T:
         """Run a request in the coordinator's thread and return what it returns or raises."""
@@ -134,7 +160,11 @@ class Service:
         self._events.put(Call(run, Future()))
 
     def _serve(self) -> None:
-        serve(self._events, self._handle, self._tick, self._drop, TICK_S)
+        try:
+            serve(self._events, self._handle, self._tick, self._drop, TICK_S)
+        except StateDamaged as error:
+            self._failed = error
+            os.kill(os.getpid(), signal.SIGTERM)  # ends the API, whose end ends this
 
     def _drop(self, event: object) -> None:
         if isinstance(event, Received):
@@ -171,6 +201,8 @@ class Service:
         """Act on a message, then acknowledge it to the broker."""
         node, parts = split(message.topic)
         try:
+            if NODE_NAME.search(node) is None or node == COORDINATOR:
+                raise MessageInvalid(f"{node[:80]!r} can be no node's name")
             self._receive_up(node, parts[1:], message.payload)
         except MessageInvalid as error:
             log.warning("message_invalid topic=%s error=%s", message.topic, error)
@@ -186,12 +218,8 @@ class Service:
                 self._store.set_info(node, decode(payload, NodeInfo).data)
             case ["heartbeat"]:
                 self._store.set_heartbeat(node, decode(payload, Heartbeat).data)
-            case ["job", job, "status"] if is_ulid(job):
-                self._status(node, job, payload)
-            case ["job", job, "progress"] if is_ulid(job):
-                self._progress(node, job, decode(payload, JobProgress).data)
-            case ["job", job, "result"] if is_ulid(job):
-                self._result(node, job, payload)
+            case ["job", job, kind] if is_ulid(job):
+                self._receive_of_job(node, job, kind, payload)
             case ["file", sha256, "request"]:
                 self._exchange.send_blocks(node, sha256, decode(payload, FileRequest).data)
             case ["file", sha256, "block", text] if (number := block_number(text)) is not None:
@@ -199,17 +227,40 @@ class Service:
             case _:
                 log.warning("topic_unknown node=%s topic=%s", node, "/".join(parts))
 
+    def _receive_of_job(self, node: str, job: str, kind: str, payload: bytes) -> None:
+        match kind:
+            case "status":
+                self._status(node, job, payload)
+            case "progress":
+                self._progress(node, job, decode(payload, JobProgress).data)
+            case "result":
+                self._result(node, job, payload)
+            case "forgotten":
+                decode(payload, Forgotten)
+                self._forgotten(node, job)
+            case _:
+                log.warning("topic_unknown node=%s topic=job/%s/%s", node, job, kind)
+
     def _node_state(self, node: str, state: NodeState) -> None:
         if not self._store.set_state(node, state):
             log.info("stale_state_ignored node=%s boot=%d conn=%d", node, state.boot, state.conn)
             return
         log.info("node_state node=%s state=%s boot=%d conn=%d", node, state.state, state.boot, state.conn)
+        self._ask_drain(node)
         for view in self._store.open_jobs():
             if view.node == node:
                 self._offers.pop(view.id, None)
                 # The same offer again: a node that has the job says where it stands, one that has lost its disk takes it anew.
                 if state.state == "ready" and view.phase not in ("created", "offered") and not view.cancel:
-                    self._send(node, self._exchange.fill(view.offer), "job", view.id, "offer")
+                    self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer")
+
+    def _renewed(self, order: Order) -> Envelope:
+        """The order of a job that its node took: whatever time has passed since, and whichever key signed it, it is valid now."""
+        now = datetime.now(timezone.utc)
+        return self._seal(msgspec.structs.replace(order, issued=now, expires=now + timedelta(seconds=ORDER_S)))
+
+    def _seal(self, order: Order) -> Envelope:
+        return seal(msgspec.json.encode(order), self._signing_key)
 
     def _own(self, node: str, job: str) -> JobView | None:
         """The job, if it is this node's: no node speaks of another's. What is not stored here is not acknowledged either."""
@@ -225,7 +276,9 @@ class Service:
         if view is None:
             return
         if message.data.digest in (None, view.digest):
-            if not self._store.apply_status(view, message):
+            if message.data.reason == "replayed":
+                self._store.conclude(job, "its node has deleted what had not come yet")
+            if not self._store.apply_status(self._store.job(job) or view, message):
                 self._ask_report(node)
             if view.phase == "ended" and message.data.phase != "ended":
                 self._send(node, Cancel(), "job", job, "cancel")  # it took an offer that had been given up
@@ -271,33 +324,69 @@ class Service:
             node = self._store.node(view.node)
             waiting[view.node] += view.phase in ("offered", "accepted", "staging", "ready")
             full = node is not None and node.info is not None and waiting[view.node] >= node.info.limits.queue
+            if self._expired(view):
+                continue
             if view.phase == "offered" or view.cancel or (view.phase == "created" and not full):
                 self._ask_node(view, node, now)
                 waiting[view.node] += view.phase == "created"
+        for view in self._store.forgotten_jobs():
+            self._ask_forget(view, now)
         self._exchange.tick()
         self._audience.tick(now)
 
-    def _ask_node(self, view: JobView, node: NodeView | None, now: float) -> None:
-        """Offer a job, or ask for its end, until the node answers."""
-        expires = view.offer.expires
-        if view.phase in ("created", "offered") and expires is not None and datetime.now(timezone.utc) > expires:
+    def _expired(self, view: JobView) -> bool:
+        """End a job that its node has not answered in time; whether it was one."""
+        expires = view.order.expires
+        expired = view.phase in ("created", "offered") and datetime.now(timezone.utc) > expires
+        if expired:
             self._store.end(view.id, "expired", "expired", f"no answer from node {view.node} before {expires.isoformat()}")
             self._changed(view.id)
-            return
+        return expired
+
+    def _ask_node(self, view: JobView, node: NodeView | None, now: float) -> None:
+        """Offer a job, or ask for its end, until the node answers."""
         retry = self._offers.setdefault(view.id, Retry())
         if node is None or not node.present or now < retry.due:
             return
         if view.cancel and self._send(view.node, Cancel(), "job", view.id, "cancel"):
             retry.sent(now)
-        elif not view.cancel and self._send(view.node, self._exchange.fill(view.offer), "job", view.id, "offer"):
+        elif not view.cancel and self._send(view.node, self._exchange.offer(view), "job", view.id, "offer"):
             retry.sent(now)
             if view.phase == "created":
                 self._store.offered(view.id)
                 self._changed(view.id)
 
+    def _ask_drain(self, node: str) -> None:
+        """Tell a node what it is to do where it says that it does something else. A node that takes jobs again needs no more telling."""
+        view = self._store.node(node)
+        if view is None or not view.present or view.drain is None:
+            return
+        if view.drain != (view.state == "draining"):
+            self._send(node, *((Drain(), "command", "drain") if view.drain else (Resume(), "command", "resume")))
+        elif not view.drain:
+            self._store.set_drain(node, None)
+
+    def _ask_forget(self, view: JobView, now: float) -> None:
+        """Ask a node to delete a job until it has."""
+        node, retry = self._store.node(view.node), self._offers.setdefault(view.id, Retry())
+        if node is not None and node.present and now >= retry.due and self._send(view.node, Forget(view.id), "command", "forget"):
+            retry.sent(now)
+
+    def _forgotten(self, node: str, job: str) -> None:
+        """The node has nothing of a job any more; where somebody has asked for that, neither has the coordinator."""
+        view = self._store.job(job)
+        if view is None or view.node != node or not view.forget:
+            return
+        self._store.delete_job(job)
+        self._offers.pop(job, None)
+        for sha256 in view.files - {s for other in self._store.jobs(ALL) for s in other.files}:
+            self.files.remove(sha256)
+        log.info("job_forgotten job=%s", job)
+        self._changed(job)
+
     # requests; `call` runs them in the coordinator's thread
 
-    def submit(self, node: str, job: Job, priority: int, expires_s: float | None) -> JobView:
+    def submit(self, node: str, job: Job, priority: int, expires_s: float) -> JobView:
         """Keep a job and return it. Raises Refused where the node is unknown or a file is missing."""
         known = self._store.node(node)
         if known is None:
@@ -308,17 +397,21 @@ class Service:
         lent = known.info.limits.budget_bytes if known.info is not None else job.budget_bytes
         if job.budget_bytes > lent:
             raise Refused(f"node {node} lends {human_bytes(lent)}, the job's budget is {human_bytes(job.budget_bytes)}")
-        expires = datetime.now(timezone.utc) + timedelta(seconds=expires_s) if expires_s else None
-        evaluation = job.dataset.evaluation_sha256
-        offer = Offer(job, self._file(job.dataset.sha256), self._file(evaluation) if evaluation else None, expires, priority)
-        if (size := len(self._message(offer))) > self._link.payload_limit // 4:
+        issued, evaluation = datetime.now(timezone.utc), job.dataset.evaluation_sha256
+        order = Order(
+            id=new_id(), fleet=self._config.fleet, node=node, issued=issued, expires=issued + timedelta(seconds=expires_s), job=job,
+            model_fingerprint=known.info.models[job.model] if known.info is not None else None,
+            dataset=self._file(job.dataset.sha256), evaluation=self._file(evaluation) if evaluation else None, priority=priority,
+        )  # fmt: skip
+        envelope = self._seal(order)
+        read_order(envelope.payload)  # what could not be read back must not be stored
+        if (size := len(self._message(Offer(envelope)))) > self._link.payload_limit // 4:
             raise Refused(
                 f"the job document has {size:,} bytes, at most {self._link.payload_limit // 4:,} can be sent; shorten its prompts"
             )
-        new = new_id()
-        self._store.add_job(new, node, offer)
-        log.info("job_created job=%s node=%s model=%s", new, node, job.model)
-        return self.job(new)
+        self._store.add_job(order, envelope)
+        log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
+        return self.job(order.id)
 
     def _file(self, sha256: str) -> File:
         if not self.files.has(sha256):
@@ -347,10 +440,30 @@ class Service:
         if view.phase == "created":
             self._store.end(job, "canceled", "canceled", "it was canceled before it was offered")
             self._changed(job)
+        elif view.result is not None:
+            self._store.conclude(job, "it was canceled while its files came")
+            self._changed(job)
         elif view.phase != "ended":
             self._store.ask_cancel(job)
             self._offers.pop(job, None)
         return self.job(job)
+
+    def forget(self, job: str) -> JobView:
+        """Ask for the deletion of an ended job here and on its node. Raises Refused where it has not ended."""
+        view = self.job(job)
+        if view.phase != "ended":
+            raise Refused(f"job {job} has not ended ({view.phase}); `edge-agent cancel {job}` ends it")
+        self._store.ask_forget(job)
+        self._offers.pop(job, None)
+        return self.job(job)
+
+    def drain(self, node: str, drain: bool) -> NodeView:
+        """Have a node take no new jobs, or take them again, now or when it is back. Raises Refused for an unknown one."""
+        if self._store.node(node) is None:
+            raise Refused(f"node {node!r} has never been seen; `edge-agent nodes` lists those that have")
+        self._store.set_drain(node, drain)
+        self._ask_drain(node)
+        return self._store.node(node)  # type: ignore[return-value]
 
     def listen(self, job: str, listener: Listener) -> None:
         """Hear the progress of a job; its node tells it more often while somebody does."""

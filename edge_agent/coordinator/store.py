@@ -10,15 +10,30 @@ from typing import Any, Literal
 import msgspec
 
 from edge_agent.database import open_database, transaction
-from edge_agent.messages import Artifact, Heartbeat, JobResult, JobStatus, Message, NodeInfo, NodeState, Offer, Outcome, Phase, Reason
+from edge_agent.messages import (
+    Artifact,
+    Envelope,
+    Heartbeat,
+    JobResult,
+    JobStatus,
+    Message,
+    NodeInfo,
+    NodeState,
+    Order,
+    Outcome,
+    Phase,
+    Reason,
+    read_order,
+)
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS jobs (
+VERSIONS = (
+    """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE jobs (
     id TEXT PRIMARY KEY,
     node TEXT NOT NULL,
     digest TEXT NOT NULL,
-    offer BLOB NOT NULL,                 -- JSON of the offer without inline files
+    envelope BLOB NOT NULL,              -- JSON of the envelope with the order
     created REAL NOT NULL,               -- seconds since 1970, as all times here
     changed REAL NOT NULL,
     phase TEXT NOT NULL,                 -- created, offered, then the phases of the agent
@@ -27,9 +42,10 @@ CREATE TABLE IF NOT EXISTS jobs (
     boot INTEGER NOT NULL DEFAULT 0,     -- the start of the agent that the newest message about this job came from
     seq INTEGER NOT NULL DEFAULT 0,      -- and its number
     cancel INTEGER NOT NULL DEFAULT 0,   -- whether somebody has asked for its end
+    forget INTEGER NOT NULL DEFAULT 0,   -- whether somebody has asked for its deletion, which awaits its node
     result BLOB                          -- JSON of the JobResult, once it has come
 );
-CREATE TABLE IF NOT EXISTS history (
+CREATE TABLE history (
     message TEXT PRIMARY KEY,            -- id of the message: a repeated one is known here
     job TEXT NOT NULL,
     time REAL NOT NULL,
@@ -38,19 +54,22 @@ CREATE TABLE IF NOT EXISTS history (
     outcome TEXT, reason TEXT, text TEXT,
     late INTEGER NOT NULL                -- whether it came after a newer one and changed nothing
 );
-CREATE INDEX IF NOT EXISTS history_of_job ON history (job, time);
-CREATE TABLE IF NOT EXISTS nodes (
+CREATE INDEX history_of_job ON history (job, time);
+CREATE TABLE nodes (
     id TEXT PRIMARY KEY,
     state TEXT NOT NULL,
     boot INTEGER NOT NULL, conn INTEGER NOT NULL,
     seen REAL NOT NULL,
-    info BLOB, heartbeat BLOB
+    info BLOB, heartbeat BLOB,
+    drain INTEGER                        -- whether it is to take no new jobs; null: nobody has said
 );
-"""
+""",
+)
+"""The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
 COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
 RETURNING value"""
-INSERT_JOB = "INSERT INTO jobs (id, node, digest, offer, created, changed, phase) VALUES (?, ?, ?, ?, ?, ?, 'created')"
+INSERT_JOB = "INSERT INTO jobs (id, node, digest, envelope, created, changed, phase) VALUES (?, ?, ?, ?, ?, ?, 'created')"
 GET_JOB = "SELECT * FROM jobs WHERE id = ?"
 ALL_JOBS = "SELECT * FROM jobs ORDER BY created DESC, rowid DESC LIMIT ?"
 OPEN_JOBS = "SELECT * FROM jobs WHERE phase != 'ended' ORDER BY created, rowid"
@@ -60,6 +79,11 @@ WHERE id = ?"""
 SET_RESULT = "UPDATE jobs SET phase = 'finalizing', result = ?, attempt = ?, boot = ?, seq = ?, changed = ? WHERE id = ?"
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, reason = ?, text = ?, changed = ? WHERE id = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = ? WHERE id = ?"
+ASK_FORGET = "UPDATE jobs SET forget = 1, changed = ? WHERE id = ?"
+FORGOTTEN_JOBS = "SELECT * FROM jobs WHERE forget ORDER BY created, rowid"
+DELETE_JOB = "DELETE FROM jobs WHERE id = ?"
+DELETE_HISTORY = "DELETE FROM history WHERE job = ?"
+SET_DRAIN = "UPDATE nodes SET drain = ? WHERE id = ?"
 KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
 INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ? ORDER BY time, message"
@@ -80,7 +104,9 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     node: str
     digest: str
-    offer: Offer
+    envelope: Envelope
+    order: Order
+    """In the envelope."""
     created: float
     changed: float
     phase: CoordinatorPhase
@@ -91,7 +117,13 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     boot: int
     seq: int
     cancel: bool
+    forget: bool
     result: JobResult | None
+
+    @property
+    def files(self) -> set[str]:
+        """The files that the job brought and made, by their sha256."""
+        return {file.sha256 for file in self.order.files} | {artifact.sha256 for artifact in self.artifacts}
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
@@ -121,6 +153,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     seen: float
     info: NodeInfo | None
     heartbeat: Heartbeat | None
+    drain: bool | None
 
     @property
     def present(self) -> bool:
@@ -131,7 +164,7 @@ class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
-        self._db = open_database(path, SCHEMA)
+        self._db = open_database(path, VERSIONS)
         self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
 
     def close(self) -> None:
@@ -139,9 +172,16 @@ class CoordinatorStore:
 
     # jobs
 
-    def add_job(self, job: str, node: str, offer: Offer) -> None:
+    def conclude(self, job: str, text: str) -> None:
+        """End a job by the result that has come, although not all of its files have."""
+        view = self.job(job)
+        if view is not None and view.result is not None and view.phase != "ended":
+            self.end(job, view.result.outcome, view.result.reason, text)
+
+    def add_job(self, order: Order, envelope: Envelope) -> None:
+        """Keep an order and the envelope that it is in."""
         now = time.time()
-        self._db.execute(INSERT_JOB, (job, node, offer.job.digest, msgspec.json.encode(offer), now, now))
+        self._db.execute(INSERT_JOB, (order.id, order.node, order.job.digest, msgspec.json.encode(envelope), now, now))
 
     def job(self, job: str) -> JobView | None:
         row = self._db.execute(GET_JOB, (job,)).fetchone()
@@ -163,6 +203,19 @@ class CoordinatorStore:
     def ask_cancel(self, job: str) -> None:
         self._db.execute(ASK_CANCEL, (time.time(), job))
 
+    def ask_forget(self, job: str) -> None:
+        self._db.execute(ASK_FORGET, (time.time(), job))
+
+    def forgotten_jobs(self) -> list[JobView]:
+        """Jobs whose deletion has been asked for."""
+        return [_job(row) for row in self._db.execute(FORGOTTEN_JOBS)]
+
+    def delete_job(self, job: str) -> None:
+        """Delete a job and what was said of it."""
+        with transaction(self._db):
+            self._db.execute(DELETE_HISTORY, (job,))
+            self._db.execute(DELETE_JOB, (job,))
+
     def end(self, job: str, outcome: str, reason: str | None, text: str | None) -> None:
         """End a job for good."""
         self._db.execute(END_JOB, (outcome, reason, text, time.time(), job))
@@ -170,7 +223,9 @@ class CoordinatorStore:
     def apply_status(self, view: JobView, message: Message[JobStatus]) -> bool:
         """Keep a status; it changes the job if it is newer than what is known and the job has not ended. False where one is missing."""
         status, place = message.data, _place(message, view)
-        taken = status.outcome == "rejected" and view.phase not in ("created", "offered")
+        # A rejection of a job that the node has taken answers an offer that came again, unless it has lost its disk or deleted the job.
+        again = status.outcome == "rejected" and view.phase not in ("created", "offered")
+        taken = again and status.reason != "replayed" and place[0] <= view.boot
         late = view.phase == "ended" or taken or place <= (view.boot, view.seq)
         with transaction(self._db):
             if not self._keep(view.id, message, status.phase, late):
@@ -215,6 +270,10 @@ class CoordinatorStore:
         self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, time.time()))
         return True
 
+    def set_drain(self, node: str, drain: bool | None) -> None:
+        """Keep whether a node is to take no new jobs."""
+        self._db.execute(SET_DRAIN, (drain, node))
+
     def set_info(self, node: str, info: NodeInfo) -> None:
         self._db.execute(SET_INFO, (node, time.time(), msgspec.json.encode(info)))
 
@@ -231,11 +290,19 @@ def _place(message: Message[Any], view: JobView) -> tuple[int, int]:
 
 
 def _job(row: sqlite3.Row) -> JobView:
-    fields = dict(row) | {"cancel": bool(row["cancel"]), "offer": msgspec.json.decode(row["offer"])}
-    fields["result"] = msgspec.json.decode(row["result"]) if row["result"] else None
-    return msgspec.convert(fields, JobView)
+    envelope = msgspec.json.decode(row["envelope"], type=Envelope)
+    result = msgspec.json.decode(row["result"]) if row["result"] else None
+    fields = {
+        "cancel": bool(row["cancel"]),
+        "forget": bool(row["forget"]),
+        "envelope": envelope,
+        "order": read_order(envelope.payload),
+        "result": result,
+    }
+    return msgspec.convert(dict(row) | fields, JobView)
 
 
 def _node(row: sqlite3.Row) -> NodeView:
     parts = {name: msgspec.json.decode(row[name]) if row[name] else None for name in ("info", "heartbeat")}
-    return msgspec.convert(dict(row) | parts, NodeView)
+    drain = None if row["drain"] is None else bool(row["drain"])
+    return msgspec.convert(dict(row) | parts | {"drain": drain}, NodeView)

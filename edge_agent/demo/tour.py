@@ -133,7 +133,7 @@ def _run_job(processes: Processes, out: Path, domain: str, seed: int, method: st
     client = processes.client
     name = f"{domain}-{seed}-{method}"
     console.print(f"[bold]{name}[/]: {DOMAINS[domain].records} questions of a domain that the model has not seen", highlight=False)
-    view = client.submit(NODE, job, sent, priority=4, expires_s=None)
+    view = client.submit(NODE, job, sent, priority=4)
     with FleetView(console) as live:
         for item in client.watch(view.id):
             live.tell(item)

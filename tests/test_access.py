@@ -1,0 +1,335 @@
+"""A broker with the sample configuration lets everyone in the fleet say what is theirs, and nothing else: certificates, rules, sessions."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import paho.mqtt.client as paho
+import pytest
+from conftest import ROOT, Cli
+from cryptography import x509
+from fleet import MOSQUITTO, free_port, wait_for
+from orders import NODE
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+
+from edge_agent.config import AgentConfig, Broker, Size, Tls
+from edge_agent.doctor import CHECKS, _Wrong
+from edge_agent.enrolment import Authority, days_left
+from edge_agent.errors import ConfigInvalid
+from edge_agent.mqtt import Birth, Connected, Link
+from edge_agent.topics import coordinator_state, coordinator_subscriptions, down, node_subscriptions, up
+
+FLEET, OTHER, STOLEN = "lab", "node-2", "node-3"
+SAMPLES = ROOT / "deploy" / "mosquitto"
+
+
+class Place:
+    """A Mosquitto with the sample files, and clients with certificates of its authority."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.port = directory, free_port()
+        self.authority = Authority(directory / "authority")
+        self.authority.issue("broker", "127.0.0.1", directory)
+        for name in (NODE, OTHER, STOLEN):
+            self.authority.issue("node", name, directory)
+        self.authority.issue("coordinator", "coordinator.main", directory)
+        self._clients: list[paho.Client] = []
+
+    def start(self) -> subprocess.Popen[bytes]:
+        text = (SAMPLES / "mosquitto.conf").read_text()
+        for old, new in (
+            ("listener 8883", f"listener {self.port} 127.0.0.1\nuser root"), ("/etc/mosquitto/edge-agent", str(self.directory)),
+            ("broker.example.org", "127.0.0.1"), ("/var/lib/mosquitto/", f"{self.directory}/"),
+        ):  # fmt: skip
+            assert old in text
+            text = text.replace(old, new)
+        (self.directory / "mosquitto.conf").write_text(text)
+        (self.directory / "acl").write_text((SAMPLES / "acl").read_text() + f"\nuser {STOLEN}\ntopic deny #\n")
+        (self.directory / "acl").chmod(0o600)
+        assert MOSQUITTO, "mosquitto is not installed; .ci/run installs it"
+        with (self.directory / "broker.log").open("wb") as log:
+            return subprocess.Popen([MOSQUITTO, "-c", str(self.directory / "mosquitto.conf")], stdout=log, stderr=log)
+
+    def client(self, certificate: str | None, client_id: str, heard: SimpleQueue[Any], *topics: str, authority: Path | None = None) -> Any:
+        """Connect with MQTT 5; returns the reason of the CONNACK, or what the connection ended with."""
+        client = paho.Client(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
+        own = [str((authority or self.directory) / f"{certificate}.{end}") for end in ("pem", "key")] if certificate else [None, None]
+        client.tls_set(str(self.directory / "ca.pem"), *own, cert_reqs=ssl.CERT_REQUIRED)
+        client.on_connect = lambda c, u, f, reason, p: (heard.put(("connected", str(reason))), [c.subscribe(t, 1) for t in topics])
+        client.on_subscribe = lambda c, u, m, reasons, p: heard.put(("granted", [str(r) for r in reasons]))
+        client.on_message = lambda c, u, m: heard.put((m.topic, m.payload))
+        client.on_publish = lambda c, u, m, reason, p: heard.put(("published", str(reason)))
+        client.on_disconnect = lambda c, u, f, reason, p: heard.put(("disconnected", str(reason)))
+        client.reconnect_delay_set(60, 60)
+        self._clients.append(client)
+        client.connect("127.0.0.1", self.port)
+        client.loop_start()
+        return client
+
+    def config(self, name: str, node: str = NODE) -> AgentConfig:
+        return AgentConfig(node, self.directory / "state", Size(2**30), {}, FLEET, broker=self.broker(name))
+
+    def broker(self, name: str) -> Broker:
+        files = Tls(self.directory / "ca.pem", self.directory / f"{name}.pem", self.directory / f"{name}.key")
+        return Broker("127.0.0.1", self.port, tls=files)
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.disconnect()
+            client.loop_stop()
+        self._clients.clear()
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("access"))
+    process = place.start()
+    wait_for("the broker", lambda: f"listen socket on port {place.port}" in (place.directory / "broker.log").read_text())
+    yield place
+    process.terminate()
+    process.wait(10)
+
+
+@pytest.fixture
+def place(broker: Place) -> Iterator[Place]:
+    yield broker
+    broker.close()
+
+
+def _next(heard: SimpleQueue[Any], wanted: str, deadline_s: float = 10.0) -> Any:
+    """The next thing heard of a kind; None where nothing of it comes."""
+    until = time.monotonic() + deadline_s
+    try:
+        while True:
+            kind, value = heard.get(timeout=max(0.01, until - time.monotonic()))
+            if kind == wanted:
+                return value
+    except Empty:
+        return None
+
+
+def _joined(place: Place, name: str, *topics: str) -> tuple[paho.Client, SimpleQueue[Any]]:
+    heard: SimpleQueue[Any] = SimpleQueue()
+    client = place.client(name, name, heard, *topics)
+    assert _next(heard, "connected") == "Success"
+    for _ in topics:
+        assert _next(heard, "granted") is not None
+    return client, heard
+
+
+def test_own_topics_are_open(place: Place) -> None:
+    """A node and the coordinator hear each other, and a node sees which coordinators there are."""
+    node, node_hears = _joined(place, NODE, *node_subscriptions(FLEET, NODE))
+    boss, boss_hears = _joined(place, "coordinator.main", *coordinator_subscriptions(FLEET))
+    for speaker, hears, topic in (
+        (node, boss_hears, up(FLEET, NODE, "hello")),
+        (boss, node_hears, down(FLEET, NODE, "ack", "x")),
+        (boss, node_hears, coordinator_state(FLEET, "main")),
+    ):
+        speaker.publish(topic, b"hello", 1)
+        assert _next(hears, topic) == b"hello"
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        up(FLEET, NODE, "hello"), up(FLEET, NODE, "state"), down(FLEET, NODE, "job", "j", "offer"), down(FLEET, OTHER, "job", "j", "offer"),
+        coordinator_state(FLEET, "main"), up("other", OTHER, "hello"), "edge1/lab", "$SYS/broker",
+    ],
+)  # fmt: skip
+def test_node_cannot_speak_as_another(topic: str, place: Place) -> None:
+    """Neither as another node nor as a coordinator, which orders jobs: who listens there hears nothing of it."""
+    _, boss_hears = _joined(place, "coordinator.main", *coordinator_subscriptions(FLEET))
+    _, node_hears = _joined(place, NODE, *node_subscriptions(FLEET, NODE))
+    other, other_hears = _joined(place, OTHER, *node_subscriptions(FLEET, OTHER))
+    other.publish(topic, b"forged", 1)
+    assert _next(other_hears, "published") == "Not authorized"
+    other.publish(up(FLEET, OTHER, "state"), b"own", 1)
+    said = [boss_hears.get(timeout=10)]
+    while said[-1][1] != b"own":
+        said.append(boss_hears.get(timeout=10))
+    for hears in (node_hears, other_hears):
+        while not hears.empty():
+            said.append(hears.get())
+    assert b"forged" not in [payload for _, payload in said]
+
+
+@pytest.mark.parametrize(
+    "topics", [f"edge1/{FLEET}/{NODE}/down/#", f"edge1/{FLEET}/#", "#", f"edge1/{FLEET}/+/down/#", up(FLEET, NODE, "#")]
+)
+def test_node_cannot_read_what_is_for_another(topics: str, place: Place) -> None:
+    """Whatever it subscribes to, and whatever the broker says to that."""
+    _, spy_hears = _joined(place, OTHER, topics)
+    boss, boss_hears = _joined(place, "coordinator.main", *coordinator_subscriptions(FLEET))
+    node, _ = _joined(place, NODE)
+    node.publish(up(FLEET, NODE, "hello"), b"of node-1", 1)
+    assert _next(boss_hears, up(FLEET, NODE, "hello")) == b"of node-1"
+    boss.publish(down(FLEET, NODE, "job", "j", "offer"), b"for node-1", 1)
+    time.sleep(0.5)
+    while not spy_hears.empty():
+        assert spy_hears.get()[1] not in (b"for node-1", b"of node-1")
+
+
+def test_node_that_is_shut_out_says_and_hears_nothing(place: Place) -> None:
+    """A deny in the rules comes before what all nodes may."""
+    heard: SimpleQueue[Any] = SimpleQueue()
+    stolen = place.client(STOLEN, STOLEN, heard, *node_subscriptions(FLEET, STOLEN))
+    assert _next(heard, "connected") == "Success"
+    _, boss_hears = _joined(place, "coordinator.main", *coordinator_subscriptions(FLEET))
+    stolen.publish(up(FLEET, STOLEN, "hello"), b"stolen", 1)
+    assert _next(heard, "published") == "Not authorized"
+    assert boss_hears.empty()
+
+
+def test_node_cannot_take_over_the_session_of_another(place: Place) -> None:
+    """Its client id is the name in its certificate, whatever it asks for: the other's connection and queue stay."""
+    _, node_hears = _joined(place, NODE, *node_subscriptions(FLEET, NODE))
+    thief_hears: SimpleQueue[Any] = SimpleQueue()
+    place.client(OTHER, NODE, thief_hears, *node_subscriptions(FLEET, NODE))
+    assert _next(thief_hears, "connected") == "Success"
+    boss, _ = _joined(place, "coordinator.main")
+    boss.publish(down(FLEET, NODE, "job", "j", "offer"), b"for node-1", 1)
+    assert _next(node_hears, down(FLEET, NODE, "job", "j", "offer")) == b"for node-1"
+    assert _next(thief_hears, down(FLEET, NODE, "job", "j", "offer"), 0.5) is None
+    assert _next(node_hears, "disconnected", 0.1) is None
+
+
+def _foreign(place: Place, name: str) -> Path:
+    """The directory of a certificate of the same name, by an authority of the same name."""
+    directory = place.directory / f"foreign-{name}"
+    Authority(directory / "authority").issue("node", name, directory)
+    return directory
+
+
+@pytest.mark.parametrize("who", ["nobody", "a foreigner"])
+def test_without_a_certificate_of_the_fleet_there_is_nothing(who: str, place: Place) -> None:
+    """The connection ends in the handshake, or right after it, before a message."""
+    heard: SimpleQueue[Any] = SimpleQueue()
+    try:
+        place.client(None if who == "nobody" else NODE, NODE, heard, "#", authority=None if who == "nobody" else _foreign(place, NODE))
+    except (ssl.SSLError, OSError):
+        return
+    assert _next(heard, "connected", 2.0) is None
+
+
+def test_agent_and_coordinator_speak_over_it(place: Place) -> None:
+    """With the link of the agent itself: subscriptions granted, messages both ways, the last will under its own name."""
+    events: dict[str, SimpleQueue[Any]] = {name: SimpleQueue() for name in (NODE, "coordinator.main")}
+    will = Birth(up(FLEET, NODE, "state"), b"lost")
+    links = [
+        Link(place.broker(NODE), NODE, node_subscriptions(FLEET, NODE), events[NODE], lambda: will),
+        Link(place.broker("coordinator.main"), "coordinator/lab/main", coordinator_subscriptions(FLEET), events["coordinator.main"],
+             lambda: None),
+    ]  # fmt: skip
+    try:
+        for link in links:
+            link.start()
+        for queue in events.values():
+            assert isinstance(queue.get(timeout=10), Connected)
+        links[0].publish(up(FLEET, NODE, "hello"), b"hello", 1)
+        assert events["coordinator.main"].get(timeout=10).payload == b"hello"
+        links[1].publish(down(FLEET, NODE, "ack", "x"), b"hello to you", 1)
+        assert events[NODE].get(timeout=10).payload == b"hello to you"
+    finally:
+        for link in links:
+            link.close()
+
+
+# certificates
+
+
+def test_commands_enroll(cli: Cli, tmp_path: Path) -> None:
+    """The first makes the authority, the others use it; OpenSSL finds every certificate valid for what it is, and the same fingerprint."""
+    authority = ("--authority", tmp_path / "authority")
+    for kind, name in (("broker", "broker.example.org"), ("coordinator", "main"), ("node", "bench-3")):
+        made = cli("enroll", kind, name, *authority, "--out", tmp_path / kind, "--days", 30, "--json").json
+        purpose = "sslserver" if kind == "broker" else "sslclient"
+        files = [str(tmp_path / "authority" / "ca.pem"), made["certificate_file"]]
+        verified = subprocess.run(
+            ["openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", *files], capture_output=True, text=True
+        )
+        assert verified.returncode == 0, verified.stderr
+        told = subprocess.run(
+            ["openssl", "x509", "-noout", "-fingerprint", "-sha256", "-in", files[1]], capture_output=True, text=True
+        ).stdout
+        assert made["fingerprint"] in told
+        assert Path(made["key_file"]).stat().st_mode & 0o777 == 0o600
+        assert 29 < days_left(Path(made["certificate_file"])) <= 30
+        assert (tmp_path / kind / "ca.pem").read_bytes() == (tmp_path / "authority" / "ca.pem").read_bytes()
+    shown = cli("enroll", "node", "bench-3", *authority, "--out", tmp_path / "node")
+    assert "SHA256" in shown.out
+    assert "expires" in shown.out
+    assert "PRIVATE" not in shown.out
+
+
+@pytest.mark.parametrize("name", ["coordinator", "../etc", "a/b", "", "Bench", "n" * 65, "node.1", "a b", "ä"])
+def test_name_that_is_none_is_refused(name: str, cli: Cli, tmp_path: Path) -> None:
+    """It would become a file's, and a user's in the rules of the broker; a node with a dot could pass for a coordinator."""
+    refused = cli("enroll", "node", name, "--authority", tmp_path / "authority", "--json")
+    assert (refused.code, refused.json["error"]["code"]) == (14, "refused")
+    assert not (tmp_path / "authority").exists()
+
+
+def test_authority_that_others_can_read_signs_nothing(tmp_path: Path) -> None:
+    """Its key is the fleet."""
+    Authority(tmp_path)
+    (tmp_path / "ca.key").chmod(0o644)
+    with pytest.raises(ConfigInvalid, match="others can read it"):
+        Authority(tmp_path)
+
+
+def test_authority_is_never_made_over_another(tmp_path: Path) -> None:
+    """A directory with one of its two files is a mistake, not a place for a new one."""
+    Authority(tmp_path)
+    before = (tmp_path / "ca.pem").read_bytes()
+    (tmp_path / "ca.key").unlink()
+    with pytest.raises(ConfigInvalid):
+        Authority(tmp_path)
+    assert (tmp_path / "ca.pem").read_bytes() == before
+
+
+@pytest.mark.parametrize(("days", "says"), [(365, None), (10, "expires in 10 days")])
+def test_expiry_that_is_near_is_told(days: int, says: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By `doctor`, and by the running agent once a day."""
+    issued = Authority(tmp_path).issue("node", NODE, tmp_path, days)
+    assert issued.expires - datetime.now(timezone.utc) > timedelta(days=days - 1)
+    tls = Tls(tmp_path / "ca.pem", issued.certificate_file, issued.key_file)
+    config = AgentConfig(NODE, tmp_path, Size(2**30), {}, broker=Broker(tls=tls))
+    link = Link(config.broker, NODE, [], SimpleQueue(), lambda: None)
+    link.supervise()
+    link.supervise()
+    assert caplog.text.count("certificate_expires") == (says is not None)
+    if says is None:
+        assert "valid for" in CHECKS["certificate"](config)
+    else:
+        with pytest.raises(_Wrong, match=says):
+            CHECKS["certificate"](config)
+
+
+def test_new_certificate_is_taken_with_the_next_connection(place: Place) -> None:
+    """A node whose files are replaced need not be started again."""
+    events: SimpleQueue[Any] = SimpleQueue()
+    link = Link(place.broker(NODE), NODE, node_subscriptions(FLEET, NODE), events, lambda: None)
+    files = [place.directory / f"{NODE}.{end}" for end in ("pem", "key")]
+    kept = [file.read_bytes() for file in files]
+    try:
+        foreign = _foreign(place, NODE)
+        for file in files:
+            file.write_bytes((foreign / file.name).read_bytes())
+        link.start()
+        assert not isinstance(events.get(timeout=10), Connected)
+        place.authority.issue("node", NODE, place.directory)
+        wait_for("the connection", lambda: isinstance(events.get(timeout=30), Connected))
+        [certificate] = x509.load_pem_x509_certificates(files[0].read_bytes())
+        assert certificate.subject.rfc4514_string() == f"CN={NODE}"
+    finally:
+        link.close()
+        for file, data in zip(files, kept, strict=True):
+            file.write_bytes(data)
