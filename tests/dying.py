@@ -1,0 +1,88 @@
+"""A daemon that is struck once, at one change of a job's phase: `python tests/dying.py agent killed PHASE MARK --config FILE`.
+
+`killed`: by SIGKILL, right after the phase is on disk; `error`: its disk fails once instead of storing the phase. A mark in a file says
+that it has happened. In `paused` there is the word of the trainer that it waits for memory, which the test cannot make scarce.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.jobs import Jobs
+from edge_agent.runner import TrainerEvent
+from edge_agent.store import Store
+
+AGENT: dict[str, Callable[..., str]] = {
+    "accept": lambda *_: "accepted",
+    "move": lambda job, phase, **_: phase,
+    "end": lambda *_: "ended",
+}
+COORDINATOR: dict[str, Callable[..., str]] = {
+    "add_job": lambda *_: "created",
+    "offered": lambda *_: "offered",
+    "apply_status": lambda view, message: message.data.phase,
+    "apply_result": lambda *_: "finalizing",
+    "end": lambda *_: "ended",
+}
+"""The methods that store a phase, and which one it is by their arguments."""
+
+
+def strike(store: type, methods: dict[str, Callable[..., str]], how: str, phase: str, mark: Path) -> None:
+    """Have the methods of a store do what this module says."""
+    for name, reached in methods.items():
+        setattr(store, name, _struck(getattr(store, name), reached, how, phase, mark))
+
+
+def _struck(store_phase: Callable[..., Any], reached: Callable[..., str], how: str, phase: str, mark: Path) -> Callable[..., Any]:
+    def struck(self: Any, *arguments: Any, **options: Any) -> Any:
+        due = reached(*arguments, **options) == phase and not mark.exists()
+        if due and how == "error":
+            mark.touch()
+            raise sqlite3.OperationalError("disk I/O error")
+        found = store_phase(self, *arguments, **options)
+        if due:
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    return struck
+
+
+def pause_once(jobs: type[Jobs]) -> None:
+    """After its first step the trainer is heard to wait."""
+    hear = jobs.hear
+
+    def heard(self: Jobs, told: TrainerEvent) -> None:
+        hear(self, told)
+        if told.event.event == "progress":
+            hear(self, TrainerEvent(told.job, msgspec.structs.replace(told.event, event="paused")))
+
+    jobs.hear = heard  # type: ignore[method-assign]
+
+
+def main() -> None:
+    daemon, how, phase, mark, *rest = sys.argv[1:]
+    if daemon == "agent":
+        from edge_agent.agent import main as run
+
+        strike(Store, AGENT, how, phase, Path(mark))
+        if phase == "paused":
+            pause_once(Jobs)
+        sys.exit(run(rest))
+    from edge_agent.cli import app
+
+    strike(CoordinatorStore, COORDINATOR, how, phase, Path(mark))
+    app(["coordinator", *rest])
+
+
+if __name__ == "__main__":
+    main()
