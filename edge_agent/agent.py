@@ -73,7 +73,7 @@ class Agent:
         for judge in config.judges.values():
             judge.check()
         if config.trust is not None:
-            check_trusted(config.trust)
+            _check_trusted(config.trust)
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
         self._store = Store(config.state_directory / "agent.sqlite", config.fleet, config.node)
@@ -263,7 +263,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def check_trusted(trust: Trust) -> None:
+def _check_trusted(trust: Trust) -> None:
     """Raise ConfigInvalid where no order could ever be taken."""
     from edge_agent.signing import read_trusted
 
