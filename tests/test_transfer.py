@@ -519,3 +519,25 @@ def test_file_of_another_file_system_is_copied(disk: Path, tmp_path: Path) -> No
     assert not (disk / "file").samefile(source)
     assert (disk / "file").read_bytes() == source.read_bytes()
     assert list(disk.iterdir()) == [disk / "file"]
+
+
+def test_what_an_end_has_left_is_swept(root: Path) -> None:
+    """Parts that nobody awaits, and those of a file that is there already, go; one that is awaited stays, to be gone on with."""
+    store, awaited, there = FileStore(root), "a" * 64, hashlib.sha256(b"x").hexdigest()
+    store.put(b"x", there)
+    for name in (f"{awaited}.65536.part", f"{awaited}.65536.map", f"{there}.65536.map", f"{'b' * 64}.65536.part", "upload-1-2"):
+        (store.incoming / name).write_bytes(b"")
+    store.sweep({awaited, there})
+    assert sorted(file.name for file in store.incoming.iterdir()) == [f"{awaited}.65536.map", f"{awaited}.65536.part"]
+
+
+def test_old_files_that_nobody_needs_go(root: Path) -> None:
+    """An upload for which no job came is deleted after a time; one that is needed, or new, stays."""
+    store = FileStore(root)
+    names = [hashlib.sha256(data).hexdigest() for data in (b"old", b"needed", b"new")]
+    for data, name in zip((b"old", b"needed", b"new"), names, strict=True):
+        store.put(data, name)
+    for name in names[:2]:
+        os.utime(store.path(name), (0, 0))
+    store.remove_old({names[1]}, 3600.0)
+    assert [store.path(name).exists() for name in names] == [False, True, True]
