@@ -196,13 +196,17 @@ def keep_freed() -> bool:
 
 @contextmanager
 def without_holes() -> Iterator[None]:
-    """Make glibc return smaller blocks too, for a time: what stays then lies close together, whatever comes and goes between."""
+    """Make glibc return smaller blocks too, for a time: what stays then lies close together, whatever comes and goes between.
+
+    Holes that are left all the same are closed at the end, as `close_holes` does.
+    """
     before = _tuned[-1]
     _tune_malloc(OWN_BLOCK_BYTES, OWN_BLOCK_BYTES)
     try:
         yield
     finally:
         _tune_malloc(*before)
+        close_holes()
 
 
 def _tune_malloc(mmap_from_bytes: int, trim_from_bytes: int) -> bool:

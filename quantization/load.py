@@ -150,8 +150,9 @@ def _check_head(files: ModelFiles, model: Any) -> None:
     """The engine applies the output head to chosen positions itself; a model whose head does more must not pass unnoticed."""
     finish = Finish.of(model.config.get_text_config())
     ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().num_embeddings
-    whole = model(input_ids=ids).logits.float()
-    parts = finish(model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state).float())
+    # Without a cache: its keys and values would lie above the dequantised weights of their layers, whose pages then stay.
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    parts = finish(model.get_output_embeddings()(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state).float())
     if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
         raise ModelUnsupported(files.name, HEAD_PROBLEM)
 
