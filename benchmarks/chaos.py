@@ -1,13 +1,12 @@
 """Pulls every plug of a fleet at random and counts what is lost: `python benchmarks/chaos.py --kills 1000 --jobs 200 --seed 1`.
 
-A Mosquitto that keeps nothing on disk, a coordinator and a node as real processes on loopback. While jobs run, `kill -9` ends one of
-agent, trainer, coordinator and broker, or the network is cut for a few seconds; all the while a client repeats messages of the last
-minute, each on its own topic, in any order. Nothing may be lost: every job has one end and one result, the node has nothing left to say,
-no trainer runs, and no part of a file is left. Exits with 1 where anything of that does not hold.
+The fleet is that of small_fleet.py. While jobs run, `kill -9` ends one of agent, trainer, coordinator and broker, or the network is cut
+for a few seconds; all the while a client repeats messages of the last minute, each on its own topic, in any order. Nothing may be lost:
+every job has one end and one result, the node has nothing left to say, no trainer runs, and no part of a file is left. Exits with 1 where
+anything of that does not hold.
 
-Jobs are short, a real trainer of the tiny model for three updates: most of a job is its interpreter's start. Their dataset and their
-adapters travel in blocks. Every two jobs are the same but for their ids, so their adapters must be. 100 kills take some 10 minutes on
-two cores. Does not cover a full disk, power cuts (what the kernel has not written), and other brokers. Needs Mosquitto.
+Every two jobs are the same but for their ids, so their adapters must be. 100 kills take some 10 minutes on two cores. Does not cover a full
+disk, power cuts (what the kernel has not written), and other brokers. Needs Mosquitto.
 """
 
 from __future__ import annotations
@@ -15,19 +14,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import sqlite3
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -38,28 +32,14 @@ import psutil
 from page import RESULTS
 from paho.mqtt.enums import CallbackAPIVersion
 from rich.console import Console
+from small_fleet import AGENT, COORDINATOR, SmallFleet, until
 
-from edge_agent.coordinator.client import Answered, Client
+from edge_agent.coordinator.client import Answered
 from edge_agent.coordinator.store import JobView
 from edge_agent.errors import CoordinatorUnreachable, EdgeAgentError
-from edge_agent.job_building import build_job
 from edge_agent.training.outcome import versions
 from profiles.device import device_name
 
-ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "edge_agent" / "demo" / "tiny"
-NODE = "node-1"
-JOB = {
-    "budget_bytes": 2**30, "method.name": "sft", "evaluation.questions": 0, "sampling.outputs": 0, "schedule.batch": 4,
-    "schedule.updates": 3, "schedule.checkpoint_s": 0, "device": "cpu", "dataset.limit": 12,
-}  # fmt: skip
-RECORDS = "".join(
-    msgspec.json.encode(
-        {"id": f"q{n}", "question": f"What is {n} + {n + 1}?", "answer": f"{n} + {n + 1} = {2 * n + 1}\n#### {2 * n + 1}"}
-    ).decode()
-    + "\n"
-    for n in range(1200)
-)
 STRIKES = {"agent": 3, "trainer": 3, "coordinator": 2, "broker": 2, "cut": 2}
 """What is struck, and how often beside the others."""
 OPEN_JOBS = 6
@@ -68,7 +48,6 @@ DEFECTS = ("event_failed", "database_set_aside", "storage_error", "link_thread_d
 """What no log may hold."""
 SETTLE_S = 600.0
 """From the last strike to the end of everything, at most."""
-SERVERS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
 
 class Outcome(msgspec.Struct):
@@ -87,55 +66,6 @@ class Outcome(msgspec.Struct):
     late: int
     """Messages of the node that came after a newer one and changed nothing."""
     wrong: list[str]
-
-
-class Cable:
-    """A TCP connection from clients to the broker that can be cut."""
-
-    def __init__(self, port: int) -> None:
-        self._broker = port
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._server.getsockname()[1])
-        self._cut = threading.Event()
-        self._open: set[socket.socket] = set()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self, seconds: float) -> None:
-        """End all connections, and take none for a time."""
-        self._cut.set()
-        for end in list(self._open):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        time.sleep(seconds)
-        self._cut.clear()
-
-    def _accept(self) -> None:
-        while True:
-            with suppress(OSError):
-                client, _ = self._server.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client:
-            if self._cut.is_set():
-                return
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self._broker), timeout=5) as broker:
-                broker.settimeout(None)
-                self._open |= {client, broker}
-                back = threading.Thread(target=self._pass, args=(broker, client), daemon=True)
-                back.start()
-                self._pass(client, broker)
-                back.join()
-                self._open -= {client, broker}
-
-    @staticmethod
-    def _pass(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
 
 
 class Repeater:
@@ -173,80 +103,6 @@ class Repeater:
         self._client.loop_stop()
 
 
-class Place:
-    """The processes. `agent` and `coordinator` are the commands of Python that are these."""
-
-    def __init__(self, agent: Sequence[str], coordinator: Sequence[str]) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="ea-chaos-"))
-        self._commands = {"agent": agent, "coordinator": coordinator}
-        self._broker_port = _free_port()
-        self.cable = Cable(self._broker_port)
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.most_trainers = 0
-        link = f'[broker]\nport = {self.cable.port}\nkeepalive_s = 10\nprotocol = "auto"\n'
-        (self.directory / "agent.toml").write_text(
-            f'node = "{NODE}"\nstate_directory = "node"\nbudget = "1GiB"\nthreads = 1\nmax_attempts = 1000\ndevice = "cpu"\n'
-            f'[models]\ntiny = "{MODEL}"\n{link}'
-        )
-        (self.directory / "coordinator.toml").write_text(f'state_directory = "coordinator"\n{link}')
-        (self.directory / "mosquitto.conf").write_text(
-            f"listener {self._broker_port} 127.0.0.1\nuser root\nallow_anonymous true\npersistence false\n"
-        )
-        self.client = Client(self.directory / "coordinator")
-        for name in ("broker", "coordinator", "agent"):
-            self.start(name)
-        self.port = self._broker_port
-
-    def start(self, name: str) -> None:
-        mosquitto = shutil.which("mosquitto", path=SERVERS)
-        if mosquitto is None:
-            raise SystemExit("mosquitto is not installed")
-        if name == "broker":
-            command = [mosquitto, "-c", str(self.directory / "mosquitto.conf")]
-        else:
-            command = [sys.executable, *self._commands[name], "--config", str(self.directory / f"{name}.toml")]
-        with (self.directory / f"{name}.log").open("ab") as log:
-            self._processes[name] = subprocess.Popen(  # noqa: S603
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def kill(self, name: str) -> None:
-        process = self._processes[name]
-        process.kill()
-        process.wait()
-
-    def alive(self, name: str) -> bool:
-        return self._processes[name].poll() is None
-
-    def trainers(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                line = process.cmdline()
-                if "train" in line and any(part.startswith(str(self.directory)) for part in line):
-                    found.append(process)
-        self.most_trainers = max(self.most_trainers, len(found))
-        return found
-
-    def outbox(self) -> int:
-        with closing(sqlite3.connect(f"file:{self.directory}/node/agent.sqlite?mode=ro", uri=True)) as db:
-            return int(db.execute("SELECT count(*) FROM outbox").fetchone()[0])
-
-    def log(self, name: str) -> str:
-        return (self.directory / f"{name}.log").read_text(errors="replace")
-
-    def close(self) -> None:
-        for name in ("agent", "coordinator", "broker"):
-            process = self._processes[name]
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.client.__exit__()
-
-
 class Chaos:
     """One run: jobs that are handed in, strikes at random, and what is found at the end."""
 
@@ -256,9 +112,7 @@ class Chaos:
         """`strikes` says how often each is struck beside the others."""
         self._wanted, self._kills, self._kinds, self.seed = jobs, kills, strikes, seed
         self._rng, self._console = random.Random(seed), Console(stderr=True)
-        self.place = Place(agent, coordinator)
-        self._data = self.place.directory / "data.jsonl"
-        self._data.write_text(RECORDS)
+        self.fleet = SmallFleet(agent, coordinator)
         self.jobs: list[str] = []
         self.strikes: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -270,9 +124,8 @@ class Chaos:
         views: list[JobView] = []
         repeater: Repeater | None = None
         try:
-            _until("the node", lambda: any(node.present for node in self.place.client.nodes()), 60)
             self._begin()
-            repeater = Repeater(self.place.port, self._rng)
+            repeater = Repeater(self.fleet.port, self._rng)
             strike_at = repeat_at = time.monotonic()
             while deadline is None or time.monotonic() < deadline:
                 now = time.monotonic()
@@ -288,84 +141,80 @@ class Chaos:
                         strike_at = now + self._rng.expovariate(1 / 2.0)
                 else:  # whatever has been handed in by now: what does not end is to be found, not waited for
                     deadline = deadline or now + settle_s
-                    if len(self.jobs) >= self._wanted and ended == len(self.jobs) and not self.place.outbox():
+                    if len(self.jobs) >= self._wanted and ended == len(self.jobs) and not self.fleet.outbox():
                         break
-                self.place.trainers()
+                self.fleet.trainers()
                 time.sleep(0.1)
             self._examine(repeater.count)
         finally:
             if repeater is not None:
                 repeater.close()
-            self.place.close()
+            self.fleet.close()
         return self._outcome(time.monotonic() - began, repeater.count)
 
     def _begin(self) -> None:
         """Run the first job without a disturbance."""
-        self.jobs.append(self._submit())
-        _until("the first job", lambda: self.place.client.job(self.jobs[0]).phase == "ended", 120)
-
-    def _submit(self) -> str:
-        job = build_job("tiny", self._data, None, JOB | {"seed": len(self.jobs) // 2}, [])
-        return self.place.client.submit(NODE, job, {job.dataset.sha256: self._data}, priority=4).id
+        self.jobs.append(self.fleet.submit(len(self.jobs) // 2))
+        until("the first job", lambda: self.fleet.client.job(self.jobs[0]).phase == "ended", 120)
 
     def _views(self) -> list[JobView]:
         with suppress(CoordinatorUnreachable, Answered):
-            return [view for view in self.place.client.jobs(10_000) if view.id in set(self.jobs)]
+            return [view for view in self.fleet.client.jobs(10_000) if view.id in set(self.jobs)]
         return []
 
     def _hand_in(self, unfinished: int) -> None:
         if unfinished < OPEN_JOBS and (len(self.jobs) < self._wanted or sum(self.strikes.values()) < self._kills):
             with suppress(CoordinatorUnreachable, Answered):
-                self.jobs.append(self._submit())
+                self.jobs.append(self.fleet.submit(len(self.jobs) // 2))
 
     def _strike(self, ended: int) -> None:
         """Pull one plug, and put it back in after a while."""
         what = self._rng.choices(list(self._kinds), list(self._kinds.values()))[0]
-        trainers = self.place.trainers()
+        trainers = self.fleet.trainers()
         if what == "trainer":
             if not trainers:
                 return
             with suppress(psutil.Error):
                 self._rng.choice(trainers).kill()
         elif what == "cut":
-            self.place.cable.cut(self._rng.uniform(0.1, 4.0))
+            self.fleet.cable.cut(self._rng.uniform(0.1, 4.0))
         else:
-            if not self.place.alive(what):
+            if not self.fleet.alive(what):
                 self.wrong.append(f"the {what} had ended by itself")
-            self.place.kill(what)
+            self.fleet.kill(what)
             time.sleep(self._rng.choice([0.0, self._rng.uniform(0.0, 3.0)]))
-            self.place.start(what)
+            self.fleet.start(what)
         self.strikes[what] += 1
         if (count := sum(self.strikes.values())) % 50 == 0:
             self._console.print(f"{count} strikes, {ended} of {len(self.jobs)} jobs ended")
 
     def _examine(self, repeated: int) -> None:
         """Write down everything that is not as it should be."""
-        place, wrong = self.place, self.wrong
-        wrong += [f"the {name} ended by itself" for name in ("broker", "coordinator", "agent") if not place.alive(name)]
+        fleet, wrong = self.fleet, self.wrong
+        wrong += [f"the {name} ended by itself" for name in ("broker", "coordinator", "agent") if not fleet.alive(name)]
         adapters: dict[int, set[str]] = {}
         for number, job in enumerate(self.jobs):
             adapters.setdefault(number // 2, set()).add(self._examine_job(job))
         wrong += [f"jobs {2 * pair} and {2 * pair + 1} have different adapters" for pair, found in adapters.items() if len(found) > 1]
-        if waiting := place.outbox():
+        if waiting := fleet.outbox():
             wrong.append(f"{waiting} messages were never acknowledged")
-        if place.trainers():
+        if fleet.trainers():
             wrong.append("a trainer runs although all jobs have ended")
-        if place.most_trainers > 1:
-            wrong.append(f"{place.most_trainers} trainers ran at once")
-        left = [str(f) for side in ("node", "coordinator") for f in (place.directory / side).rglob("*") if f.suffix in (".part", ".map")]
+        if fleet.most_trainers > 1:
+            wrong.append(f"{fleet.most_trainers} trainers ran at once")
+        left = [str(f) for side in ("node", "coordinator") for f in (fleet.directory / side).rglob("*") if f.suffix in (".part", ".map")]
         wrong += [f"{file} is left" for file in left]
-        wrong += [f"the {name} says {word}" for name in ("agent", "coordinator") for word in DEFECTS if word in place.log(name)]
+        wrong += [f"the {name} says {word}" for name in ("agent", "coordinator") for word in DEFECTS if word in fleet.log(name)]
         if not repeated:
             wrong.append("no message was repeated")
 
     def _examine_job(self, job: str) -> str:
         """Fetch what a job has made; returns the sha256 of its adapter."""
         try:
-            view = self.place.client.job(job)
-            ends = [row for row in self.place.client.history(job) if row.phase == "ended" and not row.late]
+            view = self.fleet.client.job(job)
+            ends = [row for row in self.fleet.client.history(job) if row.phase == "ended" and not row.late]
             if view.outcome == "succeeded":
-                self.place.client.fetch(job, self.place.directory / "fetched" / job)
+                self.fleet.client.fetch(job, self.fleet.directory / "fetched" / job)
         except EdgeAgentError as error:  # those of the client included
             self.wrong.append(f"job {job}: {error}")
             return "none"
@@ -377,7 +226,7 @@ class Chaos:
         return next(a.sha256 for a in view.artifacts if a.name == "adapter_model.safetensors")
 
     def _outcome(self, seconds: float, repeated: int) -> Outcome:
-        with closing(sqlite3.connect(f"file:{self.place.directory}/coordinator/coordinator.sqlite?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(f"file:{self.fleet.directory}/coordinator/coordinator.sqlite?mode=ro", uri=True)) as db:
             outcomes = dict(db.execute("SELECT coalesce(outcome, phase), count(*) FROM jobs GROUP BY 1").fetchall())
             attempts, late = (
                 int(db.execute(q).fetchone()[0] or 0) for q in ("SELECT sum(attempt) FROM jobs", "SELECT sum(late) FROM history")
@@ -389,23 +238,6 @@ class Chaos:
         )  # fmt: skip
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _until(what: str, look: Callable[[], bool], deadline_s: float) -> None:
-    deadline = time.monotonic() + deadline_s
-    while True:
-        with suppress(CoordinatorUnreachable, Answered):
-            if look():
-                return
-        if time.monotonic() > deadline:
-            raise SystemExit(f"waited {deadline_s:.0f} s in vain for {what}")
-        time.sleep(0.1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="strikes in all")
@@ -413,8 +245,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--strike", nargs="+", choices=tuple(STRIKES), default=list(STRIKES), help="what is struck")
     parser.add_argument("--settle-s", type=float, default=SETTLE_S, help="from the last strike to the end of all jobs, at most")
-    parser.add_argument("--agent", nargs="+", default=["-m", "edge_agent", "run"], help="another agent, to try this program itself")
-    parser.add_argument("--coordinator", nargs="+", default=["-m", "edge_agent", "coordinator"], help="likewise")
+    parser.add_argument("--agent", nargs="+", default=AGENT, help="another agent, to try this program itself")
+    parser.add_argument("--coordinator", nargs="+", default=COORDINATOR, help="likewise")
     parser.add_argument("--out", type=Path, default=RESULTS / "chaos.json")
     parser.add_argument("--keep", action="store_true", help="keep the state and the logs, and say where they are")
     options: Any = parser.parse_args()
@@ -424,9 +256,9 @@ def main() -> None:
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
     sys.stdout.write(json.dumps(msgspec.to_builtins(outcome), indent=2) + "\n")
     if options.keep or outcome.wrong:
-        sys.stderr.write(f"state and logs: {chaos.place.directory}\n")
+        sys.stderr.write(f"state and logs: {chaos.fleet.directory}\n")
     else:
-        shutil.rmtree(chaos.place.directory)
+        shutil.rmtree(chaos.fleet.directory)
     sys.exit(bool(outcome.wrong))
 
 

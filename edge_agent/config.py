@@ -210,6 +210,8 @@ class CoordinatorConfig(Strict, frozen=True):
     broker: Broker = Broker()
     artifact_limit: Size = Size(4 * 2**30)
     """Largest file that is fetched from a node."""
+    lease_s: Annotated[float, Meta(ge=300)] = 24 * 3600.0
+    """How long a node may be silent until the jobs that it has taken are shown as lost, and a cancel ends them at once."""
     signing_key_file: Path | None = None
     """Private Ed25519 key in OpenSSH's format that signs all orders; only its owner may read it."""
 

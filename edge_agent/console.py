@@ -318,6 +318,8 @@ def jobs_table(jobs: list[JobView]) -> Table:
         accuracy = " → ".join(f"{100 * a.value:.1f}" for a in both if a)
         run = f"{printable(job.order.job.model)} {job.order.job.method.__struct_config__.tag}"
         state = Text(job.outcome or job.phase, style="" if good else "red")
+        if job.lost:
+            state.append(" lost", style="red")
         if job.reason not in (None, job.outcome):
             state.append(f" {job.reason}")
         if job.result is not None and job.result.accepted is False:

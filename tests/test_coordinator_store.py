@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -32,12 +33,14 @@ from edge_agent.messages import (
 from profiles.sensors import Reading, Resources
 
 DIGEST, EMPTY = "d" * 64, "0" * 64
+NONE = Reading(None, "no sensor")
+HEARTBEAT = Heartbeat(Resources(NONE, NONE, 1, 1, 1, None, Reading(3.5), NONE, NONE), 0, None)
 SUCCEEDED = JobResult(DIGEST, "succeeded", seconds=1.5, artifacts=(Artifact("result.json", EMPTY, 7),))
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[CoordinatorStore]:
-    with closing(CoordinatorStore(tmp_path / "coordinator.sqlite")) as store:
+    with closing(CoordinatorStore(tmp_path / "coordinator.sqlite", 3600)) as store:
         yield store
 
 
@@ -122,7 +125,7 @@ def test_any_order_ends_in_the_newest_status(order: list[int], again: list[int],
     messages = {seq: _status(phase, seq) for seq, phase in enumerate(phases, start=1)}
     arriving = [*order, *again]
     random.Random(seed).shuffle(arriving)
-    with TemporaryDirectory() as directory, closing(CoordinatorStore(Path(directory) / "c.sqlite")) as store:
+    with TemporaryDirectory() as directory, closing(CoordinatorStore(Path(directory) / "c.sqlite", 3600)) as store:
         job = _add(store)
         heard: set[int] = set()
         highest = 0
@@ -155,15 +158,15 @@ def test_ended_job_never_changes(kept: CoordinatorStore) -> None:
 def test_jobs_survive_a_restart_of_the_coordinator(tmp_path: Path) -> None:
     """Jobs, history, requests to cancel and nodes are the same after the file is opened again."""
     path = tmp_path / "coordinator.sqlite"
-    with closing(CoordinatorStore(path)) as store:
+    with closing(CoordinatorStore(path, 3600)) as store:
         job, other = _add(store), _add(store)
         store.offered(other)
         store.ask_cancel(job)
         _apply(store, job, _status("accepted", 1))
         _conclude(store, job, _result("canceled", 2))
-        store.set_state("n", NodeState("ready", 5, 1))
+        store.set_state("n", NodeState("ready", 5, 1), retained=False)
         before = store.job(job), store.jobs(9), store.history(job), store.nodes()
-    with closing(CoordinatorStore(path)) as store:
+    with closing(CoordinatorStore(path, 3600)) as store:
         assert (store.job(job), store.jobs(9), store.history(job), store.nodes()) == before
         assert [view.id for view in store.jobs(9)] == [other, job]
         assert [(view.id, view.phase, view.cancel) for view in store.open_jobs()] == [(job, "finalizing", True), (other, "offered", False)]
@@ -181,9 +184,9 @@ def test_jobs_survive_a_restart_of_the_coordinator(tmp_path: Path) -> None:
 )
 def test_state_of_an_earlier_connection_is_ignored(state: NodeState, taken: bool, kept: CoordinatorStore) -> None:
     """The last will of a connection that a newer one has replaced says nothing about the node."""
-    assert kept.set_state("n", NodeState("ready", 5, 2))
+    assert kept.set_state("n", NodeState("ready", 5, 2), retained=False)
     before = kept.node("n")
-    assert kept.set_state("n", state) == taken
+    assert kept.set_state("n", state, retained=False) == taken
     after = kept.node("n")
     assert before is not None
     assert after is not None
@@ -201,10 +204,30 @@ def test_node_before_its_first_state(kept: CoordinatorStore) -> None:
     node = kept.node("n")
     assert node is not None
     assert (node.state, node.present, node.info) == ("init", False, info)
-    assert kept.set_state("n", NodeState("ready", 1, 1))
-    none = Reading(None, "no sensor")
-    heartbeat = Heartbeat(Resources(none, none, 1, 1, 1, None, Reading(3.5), none, none), 0, None)
-    kept.set_heartbeat("n", heartbeat)
+    assert kept.set_state("n", NodeState("ready", 1, 1), retained=False)
+    kept.set_heartbeat("n", HEARTBEAT)
     node = kept.node("n")
     assert node is not None
-    assert (node.present, node.info, node.heartbeat) == (True, info, heartbeat)
+    assert (node.present, node.info, node.heartbeat) == (True, info, HEARTBEAT)
+
+
+def test_jobs_of_a_silent_node_are_lost(kept: CoordinatorStore, tmp_path: Path) -> None:
+    """What the node has taken, until it speaks itself: its will and what a broker has kept are not its word."""
+    waiting, taken = _add(kept), _add(kept)
+    _apply(kept, taken, _status("accepted", 1))
+    kept.set_state("n", NodeState("ready", 5, 1), retained=False)
+    assert [_lost(kept, job) for job in (waiting, taken)] == [False, False]
+    with closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as db, db:
+        db.execute("UPDATE nodes SET seen = seen - 3601")
+    kept.set_state("n", NodeState("lost", 5, 1), retained=False)
+    kept.set_state("n", NodeState("ready", 5, 2), retained=True)
+    assert [_lost(kept, job) for job in (waiting, taken)] == [False, True]
+    assert [view.id for view in kept.open_jobs() if view.lost] == [taken]
+    kept.set_heartbeat("n", HEARTBEAT)
+    assert not _lost(kept, taken)
+
+
+def _lost(store: CoordinatorStore, job: str) -> bool:
+    view = store.job(job)
+    assert view is not None
+    return view.lost

@@ -215,7 +215,7 @@ def test_acceptance_travels_to_the_coordinator(ruined: Path, tmp_path: Path, tin
     store.close()
     assert message.data.accepted is False
     assert "lies below 0" in (message.data.text or "")
-    coordinator = CoordinatorStore(tmp_path / "coordinator.sqlite")
+    coordinator = CoordinatorStore(tmp_path / "coordinator.sqlite", 3600)
     coordinator.add_job(order, envelope)
     coordinator.apply_result(coordinator.jobs(1)[0], message)
     [view] = coordinator.jobs(1)

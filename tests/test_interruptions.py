@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -218,3 +219,24 @@ def test_a_node_that_lost_its_disk_runs_its_jobs_anew(fleet: Fleet, undisturbed:
     result = fleet.client.result(fleet.client.job(job))
     assert result is not None
     assert not result.resumed
+
+
+def test_a_lost_job_is_canceled_at_once_and_ends_at_its_node_when_that_is_back(fleet: Fleet, cli: Cli) -> None:
+    """The node has been silent for longer than the lease: `jobs` says so, and nobody waits for its answer."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 1)
+    fleet.stop("agent", signal.SIGKILL)
+    fleet.stop("coordinator")
+    with closing(sqlite3.connect(fleet.directory / "coordinator" / "coordinator.sqlite")) as db, db:
+        db.execute("UPDATE nodes SET seen = seen - 90000")
+    fleet.start_coordinator()
+    config = ("--config", fleet.config("coordinator"))
+    assert "running lost" in cli("jobs", *config).out
+    assert cli("cancel", job, *config).code == 0
+    view = fleet.client.job(job)
+    assert (view.phase, view.outcome, view.lost) == ("ended", "canceled", False)
+    fleet.start_agent()
+    wait_for("the end at the node", lambda: '"job_ended' in fleet.log("agent"))
+    wait_for("an empty outbox", lambda: _outbox(fleet) == 0)
+    assert fleet.client.job(job).outcome == "canceled"
+    assert not fleet.trainers()

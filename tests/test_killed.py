@@ -11,11 +11,13 @@ from typing import get_args
 import pytest
 from fleet import Fleet, wait_for
 
+from edge_agent.coordinator.client import Answered
 from edge_agent.coordinator.store import JobView
 from edge_agent.errors import CoordinatorUnreachable
 from edge_agent.messages import Phase
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
+COORDINATOR_PHASES = ("created", "offered", *(p for p in PHASES if p != "paused"))  # no memory is scarce here
 ATTEMPTS = dict.fromkeys(PHASES, 1) | {"running": 2, "paused": 2}
 """Starts of the trainer where the agent is killed in a phase: one more where it ran."""
 BRIEF = {"method__name": "sft", "evaluation__questions": 0, "sampling__outputs": 0, "schedule__batch": 4, "schedule__updates": 3}
@@ -84,7 +86,7 @@ def test_agent_whose_disk_fails_at(phase: Phase, fleet: Fleet) -> None:
     assert fleet.log("agent").count("storage_error") == before + 1
 
 
-@pytest.mark.parametrize("phase", ["created", "offered", *(p for p in PHASES if p != "paused")])  # no memory is scarce here
+@pytest.mark.parametrize("phase", COORDINATOR_PHASES)
 def test_coordinator_killed_in(phase: str, fleet: Fleet) -> None:
     """A phase that only the node goes through included. Its next start hears what it has missed; who submits while it dies is told so."""
     fleet.stop("agent")
@@ -98,3 +100,15 @@ def test_coordinator_killed_in(phase: str, fleet: Fleet) -> None:
     fleet.start_coordinator()
     [job] = {view.id for view in fleet.client.jobs(1000)} - known
     _check(fleet, job, 1)
+
+
+@pytest.mark.parametrize("phase", COORDINATOR_PHASES)
+def test_coordinator_whose_disk_fails_at(phase: str, fleet: Fleet) -> None:
+    """It tries again, and the job goes its way; who submits meanwhile is told so, and nothing of it is kept."""
+    mark = _restart(fleet, "coordinator", "error", phase)
+    if phase == "created":
+        with pytest.raises(Answered, match="disk I/O error"):
+            _submitted(fleet, "coordinator-error")
+        assert mark.exists()
+    _check(fleet, _submitted(fleet, f"coordinator-error-{phase}").id, 1)
+    assert mark.exists()

@@ -335,8 +335,12 @@ def _boot(store: Store) -> int:
         return store.boot
 
 
+def _open_coordinator(path: Path) -> CoordinatorStore:
+    return CoordinatorStore(path, 3600)
+
+
 def _epoch(path: Path) -> int:
-    with closing(CoordinatorStore(path)) as store:
+    with closing(_open_coordinator(path)) as store:
         return store.epoch
 
 
@@ -361,7 +365,7 @@ def test_coordinator_refuses_a_file_that_is_no_database(broken: str, tmp_path: P
     path = tmp_path / "some.sqlite"
     before = _break(path, broken)
     with pytest.raises(StateUnusable, match=r"some\.sqlite: .*; restore or remove the file") as raised:
-        CoordinatorStore(path)
+        _open_coordinator(path)
     assert raised.value.exit_code == 13
     assert (path.read_bytes() if path.is_file() else None) == before
 
@@ -388,7 +392,7 @@ def test_agent_refuses_what_is_no_file(tmp_path: Path) -> None:
         _open(tmp_path / "agent.sqlite")
 
 
-@pytest.mark.parametrize("opened", [_open, CoordinatorStore], ids=["agent", "coordinator"])
+@pytest.mark.parametrize("opened", [_open, _open_coordinator], ids=["agent", "coordinator"])
 def test_database_without_a_version_is_left_alone(opened: Callable[[Path], Any], tmp_path: Path) -> None:
     """It is of another program."""
     path = tmp_path / "some.sqlite"
@@ -398,7 +402,7 @@ def test_database_without_a_version_is_left_alone(opened: Callable[[Path], Any],
         opened(path)
 
 
-@pytest.mark.parametrize("opened", [_open, CoordinatorStore], ids=["agent", "coordinator"])
+@pytest.mark.parametrize("opened", [_open, _open_coordinator], ids=["agent", "coordinator"])
 def test_database_of_a_later_version_is_left_alone(opened: Callable[[Path], Any], tmp_path: Path) -> None:
     """An older program does not touch what it does not know."""
     path = tmp_path / "some.sqlite"

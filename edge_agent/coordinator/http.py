@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +30,8 @@ from edge_agent.job import Job, Strict
 from edge_agent.json_items import MAX_FILE_BYTES
 from edge_agent.messages import LONGEST_ORDER_S, ORDER_S, JobProgress
 
+log = logging.getLogger(__name__)
+
 LONGEST_SOCKET_PATH = 107
 """Of the kernel, in bytes."""
 PING_S = 5.0
@@ -47,10 +51,11 @@ def make_app(service: Service) -> Litestar:
     """Return the application over a running service."""
     return Litestar(
         [nodes, drain, resume, jobs, submit, job, history, cancel, forget, events, upload, download],
-        state=State({"service": service}), exception_handlers={EdgeAgentError: _explain, HTTPException: _explain_http},
+        state=State({"service": service}),
+        exception_handlers={EdgeAgentError: _explain, HTTPException: _explain_http, sqlite3.Error: _explain_disk, OSError: _explain_disk},
         logging_config=None,
         openapi_config=None,
-    )  # fmt: skip
+    )
 
 
 @get("/nodes", sync_to_thread=True)
@@ -141,6 +146,12 @@ def download(state: State, sha256: str) -> File:
 
 def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Any]:
     return Response({"error": {"code": error.code, "text": str(error)}}, status_code=409)
+
+
+def _explain_disk(_: Request[Any, Any, Any], error: OSError | sqlite3.Error) -> Response[Any]:
+    log.error("storage_error error=%r", error)
+    text = f"the coordinator cannot use its disk: {error}; look whether it is full, and try again"
+    return Response({"error": {"code": "state", "text": text}}, status_code=503)
 
 
 def _explain_http(_: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:

@@ -113,7 +113,7 @@ class Service:
         self._signing_key = read_private_key(config.signing_key_file) if config.signing_key_file else None
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
-        self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite")
+        self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s)
         self.files = FileStore(config.state_directory / "files")
         jobs = self._store.jobs(ALL)
         self.files.sweep({sha256 for view in jobs if view.phase != "ended" for sha256 in view.files})
@@ -203,17 +203,17 @@ class Service:
         try:
             if NODE_NAME.search(node) is None or node == COORDINATOR:
                 raise MessageInvalid(f"{node[:80]!r} can be no node's name")
-            self._receive_up(node, parts[1:], message.payload)
+            self._receive_up(node, parts[1:], message.payload, message.retained)
         except MessageInvalid as error:
             log.warning("message_invalid topic=%s error=%s", message.topic, error)
         self._link.acknowledge(message)
 
-    def _receive_up(self, node: str, parts: Sequence[str], payload: bytes) -> None:
+    def _receive_up(self, node: str, parts: Sequence[str], payload: bytes, retained: bool) -> None:
         match parts:
             case ["hello"]:
                 self._send(node, Ack(), "ack", decode(payload, Hello).id)
             case ["state"]:
-                self._node_state(node, decode(payload, NodeState).data)
+                self._node_state(node, decode(payload, NodeState).data, retained)
             case ["info"]:
                 self._store.set_info(node, decode(payload, NodeInfo).data)
             case ["heartbeat"]:
@@ -241,8 +241,8 @@ class Service:
             case _:
                 log.warning("topic_unknown node=%s topic=job/%s/%s", node, job, kind)
 
-    def _node_state(self, node: str, state: NodeState) -> None:
-        if not self._store.set_state(node, state):
+    def _node_state(self, node: str, state: NodeState, retained: bool) -> None:
+        if not self._store.set_state(node, state, retained=retained):
             log.info("stale_state_ignored node=%s boot=%d conn=%d", node, state.boot, state.conn)
             return
         log.info("node_state node=%s state=%s boot=%d conn=%d", node, state.state, state.boot, state.conn)
@@ -435,13 +435,16 @@ class Service:
         return self._store.nodes()
 
     def cancel(self, job: str) -> JobView:
-        """Ask for the end of a job. One that no node has heard of ends at once."""
+        """Ask for the end of a job. One that no node has heard of, or whose node is lost, ends at once."""
         view = self.job(job)
         if view.phase == "created":
             self._store.end(job, "canceled", "canceled", "it was canceled before it was offered")
             self._changed(job)
         elif view.result is not None:
             self._store.conclude(job, "it was canceled while its files came")
+            self._changed(job)
+        elif view.lost:  # should the node come back with it, it is told to end it
+            self._store.end(job, "canceled", "canceled", f"node {view.node} had been silent for more than {self._config.lease_s:.0f} s")
             self._changed(job)
         elif view.phase != "ended":
             self._store.ask_cancel(job)

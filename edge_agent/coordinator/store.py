@@ -59,7 +59,7 @@ CREATE TABLE nodes (
     id TEXT PRIMARY KEY,
     state TEXT NOT NULL,
     boot INTEGER NOT NULL, conn INTEGER NOT NULL,
-    seen REAL NOT NULL,
+    seen REAL NOT NULL,                  -- when the node itself last spoke
     info BLOB, heartbeat BLOB,
     drain INTEGER                        -- whether it is to take no new jobs; null: nobody has said
 );
@@ -70,9 +70,11 @@ CREATE TABLE nodes (
 COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
 RETURNING value"""
 INSERT_JOB = "INSERT INTO jobs (id, node, digest, envelope, created, changed, phase) VALUES (?, ?, ?, ?, ?, ?, 'created')"
-GET_JOB = "SELECT * FROM jobs WHERE id = ?"
-ALL_JOBS = "SELECT * FROM jobs ORDER BY created DESC, rowid DESC LIMIT ?"
-OPEN_JOBS = "SELECT * FROM jobs WHERE phase != 'ended' ORDER BY created, rowid"
+JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND ifnull(seen, 0) < ? AS lost
+FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
+GET_JOB = f"{JOBS} WHERE jobs.id = ?"
+ALL_JOBS = f"{JOBS} ORDER BY created DESC, jobs.rowid DESC LIMIT ?"
+OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY created, jobs.rowid"
 SET_PHASE = "UPDATE jobs SET phase = ?, changed = ? WHERE id = ?"
 SET_STATUS = """UPDATE jobs SET phase = ?, outcome = ?, reason = ?, text = ?, attempt = ?, boot = ?, seq = ?, changed = ?, result = NULL
 WHERE id = ?"""
@@ -80,7 +82,7 @@ SET_RESULT = "UPDATE jobs SET phase = 'finalizing', result = ?, attempt = ?, boo
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, reason = ?, text = ?, changed = ? WHERE id = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = ? WHERE id = ?"
 ASK_FORGET = "UPDATE jobs SET forget = 1, changed = ? WHERE id = ?"
-FORGOTTEN_JOBS = "SELECT * FROM jobs WHERE forget ORDER BY created, rowid"
+FORGOTTEN_JOBS = f"{JOBS} WHERE forget ORDER BY created, jobs.rowid"
 DELETE_JOB = "DELETE FROM jobs WHERE id = ?"
 DELETE_HISTORY = "DELETE FROM history WHERE job = ?"
 SET_DRAIN = "UPDATE nodes SET drain = ? WHERE id = ?"
@@ -90,9 +92,9 @@ GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FRO
 GET_NODE = "SELECT * FROM nodes WHERE id = ?"
 ALL_NODES = "SELECT * FROM nodes ORDER BY id"
 SET_STATE = """INSERT INTO nodes (id, state, boot, conn, seen) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, seen = excluded.seen"""
+ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, seen = iif(?, excluded.seen, seen)"""
 SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, info) VALUES (?, 'init', 0, 0, ?, ?)
-ON CONFLICT (id) DO UPDATE SET info = excluded.info, seen = excluded.seen"""
+ON CONFLICT (id) DO UPDATE SET info = excluded.info"""
 SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ?, seen = ? WHERE id = ?"
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
@@ -118,6 +120,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     seq: int
     cancel: bool
     forget: bool
+    lost: bool
+    """Whether it is at a node that has been silent for longer than the lease: it may be lost, and may come back."""
     result: JobResult | None
 
     @property
@@ -163,8 +167,9 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
 
-    def __init__(self, path: Path) -> None:
-        self._db = open_database(path, VERSIONS)
+    def __init__(self, path: Path, lease_s: float) -> None:
+        """`lease_s`: how long a node may be silent until what it has taken counts as lost."""
+        self._db, self._lease_s = open_database(path, VERSIONS), lease_s
         self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
 
     def close(self) -> None:
@@ -184,15 +189,18 @@ class CoordinatorStore:
         self._db.execute(INSERT_JOB, (order.id, order.node, order.job.digest, msgspec.json.encode(envelope), now, now))
 
     def job(self, job: str) -> JobView | None:
-        row = self._db.execute(GET_JOB, (job,)).fetchone()
-        return _job(row) if row else None
+        found = self._jobs(GET_JOB, job)
+        return found[0] if found else None
 
     def jobs(self, limit: int) -> list[JobView]:
         """The newest jobs first."""
-        return [_job(row) for row in self._db.execute(ALL_JOBS, (limit,))]
+        return self._jobs(ALL_JOBS, limit)
 
     def open_jobs(self) -> list[JobView]:
-        return [_job(row) for row in self._db.execute(OPEN_JOBS)]
+        return self._jobs(OPEN_JOBS)
+
+    def _jobs(self, query: str, *arguments: object) -> list[JobView]:
+        return [_job(row) for row in self._db.execute(query, (time.time() - self._lease_s, *arguments))]
 
     def history(self, job: str) -> list[HistoryRow]:
         return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in self._db.execute(GET_HISTORY, (job,))]
@@ -208,7 +216,7 @@ class CoordinatorStore:
 
     def forgotten_jobs(self) -> list[JobView]:
         """Jobs whose deletion has been asked for."""
-        return [_job(row) for row in self._db.execute(FORGOTTEN_JOBS)]
+        return self._jobs(FORGOTTEN_JOBS)
 
     def delete_job(self, job: str) -> None:
         """Delete a job and what was said of it."""
@@ -262,12 +270,15 @@ class CoordinatorStore:
     def nodes(self) -> list[NodeView]:
         return [_node(row) for row in self._db.execute(ALL_NODES)]
 
-    def set_state(self, node: str, state: NodeState) -> bool:
-        """Keep the presence of a node; False where it is of an earlier connection than the one that is known."""
+    def set_state(self, node: str, state: NodeState, *, retained: bool) -> bool:
+        """Keep the presence of a node; False where it is of an earlier connection than the one that is known.
+
+        A last will is the broker's word and a retained message is of the past: neither says that the node is there now.
+        """
         known = self.node(node)
         if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
             return False
-        self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, time.time()))
+        self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, time.time(), not retained and state.state != "lost"))
         return True
 
     def set_drain(self, node: str, drain: bool | None) -> None:
@@ -295,6 +306,7 @@ def _job(row: sqlite3.Row) -> JobView:
     fields = {
         "cancel": bool(row["cancel"]),
         "forget": bool(row["forget"]),
+        "lost": bool(row["lost"]),
         "envelope": envelope,
         "order": read_order(envelope.payload),
         "result": result,
