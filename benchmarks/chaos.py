@@ -2,8 +2,8 @@
 
 The fleet is that of small_fleet.py. While jobs run, `kill -9` ends one of agent, trainer, coordinator and broker, or the network is cut
 for a few seconds; all the while a client repeats messages of the last minute, each on its own topic, in any order. Nothing may be lost:
-every job has one end and one result, the node has nothing left to say, no trainer runs, and no part of a file is left. Exits with 1 where
-anything of that does not hold.
+every job has one end and one result, every message of it is in its history, the node has nothing left to say, no trainer runs, and no part
+of a file is left. Exits with 1 where anything of that does not hold.
 
 Every two jobs are the same but for their ids, so their adapters must be. 100 kills take some 10 minutes on two cores. Does not cover a full
 disk, power cuts (what the kernel has not written), and other brokers. Needs Mosquitto.
@@ -212,7 +212,7 @@ class Chaos:
         """Fetch what a job has made; returns the sha256 of its adapter."""
         try:
             view = self.fleet.client.job(job)
-            ends = [row for row in self.fleet.client.history(job) if row.phase == "ended" and not row.late]
+            history = self.fleet.client.history(job)
             if view.outcome == "succeeded":
                 self.fleet.client.fetch(job, self.fleet.directory / "fetched" / job)
         except EdgeAgentError as error:  # those of the client included
@@ -221,8 +221,11 @@ class Chaos:
         if view.phase != "ended" or view.outcome != "succeeded":
             self.wrong.append(f"job {job} is {view.phase} {view.outcome} {view.reason} {view.text}")
             return "none"
-        if len(ends) != 1:
-            self.wrong.append(f"job {job} has {len(ends)} ends")
+        if (ends := sum(row.phase == "ended" and not row.late for row in history)) != 1:
+            self.wrong.append(f"job {job} has {ends} ends")
+        numbers = {row.seq for row in history if row.seq is not None}
+        if missing := set(range(1, max(numbers) + 1)) - numbers:
+            self.wrong.append(f"messages {sorted(missing)} of job {job} never came")
         return next(a.sha256 for a in view.artifacts if a.name == "adapter_model.safetensors")
 
     def _outcome(self, seconds: float, repeated: int) -> Outcome:

@@ -1,7 +1,7 @@
 """A daemon that delivers as one must not: `python tests/sabotaged.py agent | coordinator --config FILE`.
 
 The agent deletes a message when it is sent, not when it is acknowledged (and keeps its files, so that all goes well while nobody dies); the
-coordinator acknowledges a result before it has stored the end of the job.
+coordinator acknowledges a message, to the broker and to its node, half a second before it stores it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import time
 
 from edge_agent import jobs
 from edge_agent.coordinator.service import Service
-from edge_agent.coordinator.store import JobView
 from edge_agent.delivery import Outbox
 from edge_agent.jobs import Jobs
-from edge_agent.messages import Ack
+from edge_agent.messages import Ack, JobResult, JobStatus, decode
+from edge_agent.mqtt import Received
+from edge_agent.topics import split
+
+KINDS: dict[str, type[JobStatus | JobResult]] = {"status": JobStatus, "result": JobResult}
 
 
 def forgetful_agent() -> None:
@@ -33,14 +36,17 @@ def forgetful_agent() -> None:
 
 
 def hasty_coordinator() -> None:
-    keep = Service._collected
+    keep = Service._receive
 
-    def collected(self: Service, view: JobView, message: str) -> None:
-        self._send(view.node, Ack(), "ack", message)
-        time.sleep(1.0)
-        keep(self, view, message)
+    def receive(self: Service, message: Received) -> None:
+        node, parts = split(message.topic)
+        if parts[1:2] == ["job"] and parts[-1] in KINDS:
+            self._send(node, Ack(), "ack", decode(message.payload, KINDS[parts[-1]]).id)
+            self._link.acknowledge(message)
+            time.sleep(0.5)
+        keep(self, message)
 
-    Service._collected = collected  # type: ignore[method-assign]
+    Service._receive = receive  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
