@@ -73,6 +73,8 @@ class Broker(Strict, frozen=True):
     """Largest packet that the broker takes, where it does not say so itself."""
     keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 30
     tls: Tls | None = None
+    websocket_path: Annotated[str, Meta(pattern="^/[!-~]{0,254}\\Z")] | None = None
+    """Where MQTT is spoken within a WebSocket."""
 
     @property
     def password(self) -> str | None:

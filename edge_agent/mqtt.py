@@ -239,7 +239,10 @@ class _Connection:
         self.client = client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id, clean_session=None if five else False,
             protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311, reconnect_on_failure=False, manual_ack=True,
+            transport="tcp" if broker.websocket_path is None else "websockets",
         )  # fmt: skip
+        if broker.websocket_path is not None:
+            client.ws_set_options(broker.websocket_path)
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
         client.connect_timeout = CONNECT_TIMEOUT_S
         # With this set, `publish` leaves the socket to the link's thread.

@@ -69,12 +69,12 @@ def free_port() -> int:
 
 
 class Fleet:
-    """Owns the processes. `secure`: TLS, passwords, signed orders; `amqtt` takes that broker, which speaks MQTT 3.1.1 only."""
+    """Owns the processes. `secure`: TLS, passwords, signed orders; `amqtt`: a broker of MQTT 3.1.1 only, the agent's within a WebSocket."""
 
     def __init__(self, *, secure: bool = False, amqtt: bool = False, agent: str = "", protocol: str = "auto") -> None:
         # Sockets have short paths; those of pytest are long.
         self.directory = Path(tempfile.mkdtemp(prefix="ea-"))
-        self.port = free_port()
+        self.port, self._websocket_port = free_port(), free_port()
         self._secure, self._amqtt = secure, amqtt
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._spoken: set[bytes] = set()
@@ -99,7 +99,10 @@ class Fleet:
         return f'node = "{NODE}"\nstate_directory = "node"\nbudget = "1GiB"\nthreads = 1\n{more}\n[models]\ntiny = "{TINY}"\n'
 
     def _broker_toml(self, user: str, protocol: str) -> str:
-        text = f'[broker]\nport = {self.port}\nprotocol = "{protocol}"\nkeepalive_s = 10\n'
+        websocket = self._amqtt and user == "agent"
+        text = f'[broker]\nport = {self._websocket_port if websocket else self.port}\nprotocol = "{protocol}"\nkeepalive_s = 10\n'
+        if websocket:
+            text += 'websocket_path = "/mqtt"\n'
         if self._secure:
             text += f'username = "{user}"\npassword_file = "{user}.password"\n[broker.tls]\nca_file = "ca.pem"\n'
         return text
@@ -127,7 +130,7 @@ class Fleet:
     def start_broker(self) -> None:
         settings = self.directory / "mosquitto.conf"
         if self._amqtt:
-            command = [sys.executable, "-m", "edge_agent.demo.broker", str(self.port)]
+            command = [sys.executable, str(Path(__file__).parent / "websocket_broker.py"), str(self.port), str(self._websocket_port)]
         else:
             assert MOSQUITTO, "mosquitto is not installed; .ci/run installs it"
             text = f"listener {self.port} 127.0.0.1\nuser root\n"

@@ -63,13 +63,13 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     text = MINIMAL + (
         'fleet = "f"\ndevice = "cpu"\nqueue = 2\ndataset_limit = "1 MiB"\nstore_limit = "2GB"\nmax_attempts = 3\nthreads = 1\n'
         'cache_limit = "0"\n[broker]\nhost = "broker"\nport = 8883\nprotocol = "3.1.1"\nusername = "u"\npassword_file = "p"\n'
-        'packet_limit = "64KiB"\nkeepalive_s = 60\n'
+        'packet_limit = "64KiB"\nkeepalive_s = 60\nwebsocket_path = "/mqtt"\n'
         '[broker.tls]\nca_file = "ca"\ncertificate_file = "crt"\nkey_file = "key"\n'
         "[timers]\nqueue_s = 1\nstaging_s = 2.5\nstall_s = 3\nstop_s = 4\n"
     )
     config = read_config(_write(tmp_path, text), AgentConfig)
     tls = Tls(tmp_path / "ca", tmp_path / "crt", tmp_path / "key")
-    assert config.broker == Broker("broker", 8883, "3.1.1", "u", tmp_path / "p", Size(64 * 1024), 60, tls)
+    assert config.broker == Broker("broker", 8883, "3.1.1", "u", tmp_path / "p", Size(64 * 1024), 60, tls, "/mqtt")
     assert (config.timers.queue_s, config.timers.staging_s, config.timers.stall_s, config.timers.stop_s) == (1.0, 2.5, 3.0, 4.0)
     assert (config.queue, config.dataset_limit, config.store_limit, config.max_attempts, config.threads) == (2, 2**20, 2 * 10**9, 3, 1)
     assert config.cache_limit == 0

@@ -48,7 +48,9 @@ def local(tmp_path_factory: pytest.TempPathFactory, cli: Cli, tiny_model: Path) 
 @pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
 def test_a_job_travels_and_comes_back(broker: str, request: pytest.FixtureRequest, tmp_path: Path, cli: Cli, local: Path) -> None:
     """By its commands alone: submitted with a dataset inline and questions in blocks, watched, fetched; the adapter is that of a local
-    run bit for bit. Over Mosquitto in MQTT 5 with TLS and passwords, and over amqtt, which speaks 3.1.1 only."""
+    run bit for bit. Over Mosquitto in MQTT 5 with TLS and passwords, and over amqtt, which speaks 3.1.1 only, with the agent within a
+    WebSocket.
+    """
     if broker == "amqtt":
         with Fleet(amqtt=True) as fleet:
             _travel(fleet, tmp_path, cli, local)
