@@ -48,6 +48,8 @@ LONGEST_PACKET_BYTES = 16 * 2**20
 MAX_IN_FLIGHT = 8
 """QoS 1 messages on their way at once: below the Receive Maximum of every broker in use (10 to 100), which paho does not heed."""
 NO_VERSION_5 = "the broker does not answer in MQTT 5"
+TAKEN_OVER = "Session taken over"
+"""What a broker says in MQTT 5 to a client whose id another one has come with; in 3.1.1 it only closes the connection."""
 VERSION_REFUSED = {"Unsupported protocol version", "Protocol error", "Malformed packet"}
 
 
@@ -180,6 +182,8 @@ class Link:
                 why = self._connect()
             if not self._closing.is_set():
                 self._events.put(Disconnected(why))
+                if why == TAKEN_OVER:
+                    log.error("id_taken_over client=%s", self._client_id)
                 # A connection that is lost at once again and again is as bad as none: two clients may fight for one id.
                 delay = RETRY_S if time.monotonic() - began > STEADY_S else min(2 * delay, LONGEST_RETRY_S)
                 self._closing.wait(random.uniform(RETRY_S / 2, delay))

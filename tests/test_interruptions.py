@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import sqlite3
 import threading
 import time
@@ -13,10 +14,12 @@ from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
+import paho.mqtt.client as paho
 import pytest
 from conftest import Cli, write_domain
 from fleet import QUICK, Fleet, wait_for
 from orders import NODE
+from paho.mqtt.enums import CallbackAPIVersion
 
 from edge_agent.config import Broker
 from edge_agent.messages import Cancel, encode, new_id
@@ -195,6 +198,36 @@ def test_a_link_whose_thread_has_died_is_started_again(fleet: Fleet) -> None:
     link.supervise()
     assert len(asked) == 2
     link.close()
+
+
+def test_a_node_whose_id_is_taken_comes_back(fleet: Fleet, undisturbed: bytes) -> None:
+    """Another client comes under its name in mid-job, and is gone again; the job ends as if nothing had been."""
+    job = fleet.submit(fleet.data()).id
+    fleet.trained(job, 1)
+    other = paho.Client(CallbackAPIVersion.VERSION2, NODE, protocol=paho.MQTTv5)
+    other.connect("127.0.0.1", fleet.port)
+    other.loop_start()
+    wait_for("the end of its connection", lambda: '"disconnected ' in fleet.log("agent"))
+    other.disconnect()
+    other.loop_stop()
+    wait_for("the next one", lambda: fleet.log("agent").count('"connected ') > 1)
+    _check_end(fleet, job, undisturbed)
+
+
+def test_a_link_tells_that_its_id_was_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """By what a broker of MQTT 5 says (reason 0x8E); the Mosquitto of Debian 12 only closes the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as broker:
+        events: SimpleQueue[object] = SimpleQueue()
+        link = Link(Broker(port=broker.getsockname()[1]), "taken", ["edge1/#"], events, lambda: None)
+        link.start()
+        client, _ = broker.accept()
+        with client:
+            client.recv(1000)
+            client.sendall(b"\x20\x03\0\0\0")  # CONNACK
+            client.recv(1000)
+            client.sendall(b"\x90\x04\0\x01\0\x01\xe0\x02\x8e\0")  # SUBACK, DISCONNECT
+            wait_for("word of it", lambda: "id_taken_over client=taken" in caplog.text)
+        link.close()
 
 
 def test_coordinator_killed_in_mid_job(fleet: Fleet, undisturbed: bytes) -> None:
