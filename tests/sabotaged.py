@@ -1,7 +1,7 @@
 """A daemon that delivers as one must not: `python tests/sabotaged.py agent | coordinator --config FILE`.
 
 The agent deletes a message when it is sent, not when it is acknowledged (and keeps its files, so that all goes well while nobody dies); the
-coordinator acknowledges a message, to the broker and to its node, half a second before it stores it.
+coordinator acknowledges a status, to the broker and to its node, half a second before it stores it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from edge_agent import jobs
 from edge_agent.coordinator.service import Service
 from edge_agent.delivery import Outbox
 from edge_agent.jobs import Jobs
-from edge_agent.messages import Ack, JobResult, JobStatus, decode
+from edge_agent.messages import Ack, JobStatus, decode
 from edge_agent.mqtt import Received
 from edge_agent.topics import split
-
-KINDS: dict[str, type[JobStatus | JobResult]] = {"status": JobStatus, "result": JobResult}
 
 
 def forgetful_agent() -> None:
@@ -40,8 +38,8 @@ def hasty_coordinator() -> None:
 
     def receive(self: Service, message: Received) -> None:
         node, parts = split(message.topic)
-        if parts[1:2] == ["job"] and parts[-1] in KINDS:
-            self._send(node, Ack(), "ack", decode(message.payload, KINDS[parts[-1]]).id)
+        if parts[-1] == "status":
+            self._send(node, Ack(), "ack", decode(message.payload, JobStatus).id)
             self._link.acknowledge(message)
             time.sleep(0.5)
         keep(self, message)
