@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 TRAINING_TESTS := $(addprefix tests/test_,$(addsuffix .py,train resume loop packing methods nlft reft evaluation build repair mechanism \
-    interruptions loading nf4 cache))
+    interruptions loading nf4 cache fused trees rungs enforce generate dry_run supervised runner))
 
 .PHONY: test test-torch-kernel test-all check demo venv clean
 

