@@ -20,10 +20,11 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 from edge_agent import logs
-from edge_agent.config import AGENT_CONFIG, AgentConfig, Trust, read_config
+from edge_agent.config import AGENT_CONFIG, AgentConfig, FileServer, Trust, read_config
 from edge_agent.delivery import Outbox, Uplink
 from edge_agent.errors import EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
+from edge_agent.https import Carried, Fetched
 from edge_agent.jobs import Jobs
 from edge_agent.messages import (
     Ack,
@@ -50,6 +51,7 @@ from edge_agent.rest import Rest
 from edge_agent.runner import TrainerEnded, TrainerEvent
 from edge_agent.serving import END, serve
 from edge_agent.store import Store
+from edge_agent.tls import client_context
 from edge_agent.topics import COORDINATOR, block_number, node_subscriptions, split, up
 from profiles.device import detect_profile, device_name
 from profiles.sensors import Sensors
@@ -72,6 +74,8 @@ class Agent:
         self._config = config
         for judge in config.judges.values():
             judge.check()
+        for alias, server in config.file_servers.items():
+            _check_server(alias, server)
         if config.trust is not None:
             _check_trusted(config.trust)
         self._events: SimpleQueue[Any] = SimpleQueue()
@@ -120,6 +124,10 @@ class Agent:
                 self._jobs.hear(event)
             case TrainerEnded():
                 self._jobs.trainer_ended(event)
+            case Fetched(sha256, number, block):
+                self._jobs.receive_block(sha256, number, block)
+            case Carried():
+                self._jobs.carried(event)
             case Connected(protocol):
                 log.info("connected host=%s port=%d protocol=%s", self._config.broker.host, self._config.broker.port, protocol)
                 self._introduce()
@@ -261,6 +269,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _check_server(alias: str, server: FileServer) -> None:
+    """Raise ConfigInvalid where a file server could never be asked."""
+    _ = server.token
+    client_context(server.tls, f"file_servers.{alias}.tls")
 
 
 def _check_trusted(trust: Trust) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -48,9 +49,9 @@ class Tls(Strict, frozen=True):
     """An encrypted connection. Without this table the connection is plain: loopback and private networks only."""
 
     ca_file: Path | None = None
-    """Certificates that may sign the broker's; null: those of the system."""
+    """Certificates that may sign the server's; null: those of the system."""
     certificate_file: Path | None = None
-    """Own certificate, for brokers that ask for one."""
+    """Own certificate, for servers that ask for one."""
     key_file: Path | None = None
     """Its key; only its owner may read it."""
 
@@ -142,18 +143,48 @@ class Endpoint(Strict, frozen=True, kw_only=True):
     @property
     def key(self) -> str | None:
         """Read from its file. Raises ConfigInvalid where that is missing, open to others, or holds no key."""
-        if self.key_file is None:
-            return None
-        key = _read_secret(self.key_file, "key_file of a judge")
-        if not key or not key.isascii() or not key.isprintable():
-            raise ConfigInvalid(self.key_file, "key_file of a judge: it holds no key, which is one line of ASCII")
-        return key
+        return None if self.key_file is None else _read_key(self.key_file, "key_file of a judge")
 
     def check(self) -> None:
         """Raise ConfigInvalid or PackageMissing where it cannot be used."""
         _ = self.key
         if find_spec("openai") is None:
             raise PackageMissing("openai", "judge")
+
+
+class FileServer(Strict, frozen=True, kw_only=True):
+    """An HTTPS server that has files by their sha256, and how it knows this node."""
+
+    url: Annotated[str, Meta(pattern=r"^https://[^/?#@\s]+(/[^?#\s]*)?\Z", max_length=2048)]
+    """Base of its addresses: a file is at `URL/sha256/HEX`."""
+    tls: Tls = Tls()
+    token_file: Path | None = None
+    """Holds a bearer token alone; only its owner may read it."""
+    timeout_s: Annotated[float, Meta(gt=0, le=60)] = 10.0
+    """Without a byte from the server; then the file goes another way."""
+
+    def __post_init__(self) -> None:
+        _ = urlsplit(self.url).port  # ValueError for what is none
+
+    @property
+    def token(self) -> str | None:
+        """Read from its file. Raises ConfigInvalid where that is missing, open to others, or holds no token."""
+        return None if self.token_file is None else _read_key(self.token_file, "token_file of a file server")
+
+
+class Https(Strict, frozen=True, kw_only=True):
+    """Where a coordinator gives files to nodes, and takes them, by HTTPS. A node is known by its certificate."""
+
+    certificate_file: Path
+    """Of this server, for the host that the nodes' configurations name."""
+    key_file: Path
+    """Its key; only its owner may read it."""
+    ca_file: Path
+    """The authority that has signed the nodes' certificates."""
+    host: Annotated[str, Meta(min_length=1, max_length=255)] = "0.0.0.0"  # noqa: S104
+    port: Annotated[int, Meta(ge=1, le=65535)] = 8443
+    denied: tuple[Name, ...] = ()
+    """Nodes that get and bring nothing, whatever certificate they have."""
 
 
 class Trust(Strict, frozen=True):
@@ -178,6 +209,8 @@ class AgentConfig(Strict, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     judges: dict[Alias, Endpoint] = msgspec.field(default_factory=dict)
     """Endpoints that jobs may ask for judgments, by the aliases that jobs know."""
+    file_servers: dict[Alias, FileServer] = msgspec.field(default_factory=dict)
+    """Where files are fetched by HTTPS and results brought to, the first that works, before they travel in blocks over the broker."""
     broker: Broker = Broker()
     trust: Trust | None = None
     """null: whoever the broker lets publish to this node's topics may give it orders."""
@@ -210,6 +243,8 @@ class CoordinatorConfig(Strict, frozen=True):
     fleet: Name = "default"
     instance: Name = "main"
     broker: Broker = Broker()
+    https: Https | None = None
+    """null: files travel over the broker alone, and no network port is open."""
     artifact_limit: Size = Size(4 * 2**30)
     """Largest file that is fetched from a node."""
     lease_s: Annotated[float, Meta(ge=300)] = 24 * 3600.0
@@ -253,6 +288,14 @@ def write_judges(judges: Mapping[str, Endpoint]) -> str:
 def read_judges(text: str) -> dict[str, Endpoint]:
     """Return the endpoints that an agent has written."""
     return msgspec.json.decode(text, type=dict[str, Endpoint], dec_hook=lambda kind, value: kind(value))
+
+
+def _read_key(path: Path, field: str) -> str:
+    """Read what stands in a header of requests."""
+    key = _read_secret(path, field)
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigInvalid(path, f"{field}: it holds no key, which is one line of ASCII")
+    return key
 
 
 def _read_secret(path: Path, field: str) -> str:

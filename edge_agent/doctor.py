@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import time
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import httpx
 import msgspec
 import psutil
 
-from edge_agent.config import AgentConfig, read_config
+from edge_agent.config import AgentConfig, FileServer, read_config
 from edge_agent.enrolment import SOON_DAYS, days_left
 from edge_agent.errors import EdgeAgentError, human_bytes
+from edge_agent.https import open_client
 from edge_agent.messages import Hello, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
 from edge_agent.signing import read_trusted
@@ -24,6 +27,7 @@ from quantization.model_files import find_model
 
 ANSWER_S = 10.0
 SPARE_DISK_BYTES = 2**30
+NOT_FOUND = 404
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -91,6 +95,23 @@ def _judges(config: AgentConfig) -> str:
     return ", ".join(sorted(config.judges)) or "none: jobs have the critic or the model itself for judgments"
 
 
+def _file_servers(config: AgentConfig) -> str:
+    """Ask each for a file that is none: whoever says that it has no such thing knows this node."""
+    for alias, server in config.file_servers.items():
+        try:
+            status = asyncio.run(asyncio.wait_for(_status(alias, server), ANSWER_S))
+        except (httpx.HTTPError, httpx.InvalidURL, asyncio.TimeoutError) as error:
+            raise _Wrong(f"{alias} ({server.url}): {error or 'no answer'}; check [file_servers.{alias}]") from None
+        if status != NOT_FOUND:
+            raise _Wrong(f"{alias} ({server.url}) answers {status} to a request for a file; check its access rules")
+    return ", ".join(f"{a} ({s.url})" for a, s in config.file_servers.items()) or "none: files travel over the broker"
+
+
+async def _status(alias: str, server: FileServer) -> int:
+    async with open_client(alias, server) as client:
+        return (await client.head(f"sha256/{'0' * 64}")).status_code
+
+
 def _trust(config: AgentConfig) -> str:
     trust = config.trust
     if trust is None:
@@ -142,7 +163,7 @@ def _link(config: AgentConfig) -> str:
 
 
 CHECKS: dict[str, Callable[[AgentConfig], str]] = {
-    "state directory": _state, "device": _device, "models": _models, "judges": _judges, "trust": _trust,
+    "state directory": _state, "device": _device, "models": _models, "judges": _judges, "file servers": _file_servers, "trust": _trust,
     "certificate": _certificate, "link": _link,
 }  # fmt: skip
 """What is tried, in this order."""

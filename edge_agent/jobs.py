@@ -19,6 +19,7 @@ from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.delivery import Uplink
 from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, ModelMissing
 from edge_agent.files import lock_file
+from edge_agent.https import Carried, Courier
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.messages import (
@@ -65,6 +66,7 @@ class Jobs:
     ) -> None:
         self._config, self._device, self._store, self._uplink, self._events, self._rest = config, device, store, uplink, events, rest
         self._files = FileStore(config.state_directory / "files")
+        self._courier = Courier(config.file_servers, events)
         self._incoming: dict[str, Incoming] = {}
         self._orphan_since: float | None = None
         self._ticked_at = time.monotonic()
@@ -165,10 +167,18 @@ class Jobs:
             del self._incoming[sha256]
 
     def send_blocks(self, sha256: str, request: FileRequest) -> None:
-        """Send blocks of an artifact that the coordinator has not acknowledged yet."""
-        if sha256 in self._needed_artifacts():
+        """Bring an artifact that the coordinator has not acknowledged yet to it; else send the blocks that it asks for."""
+        if sha256 in self._needed_artifacts() and not self._courier.send(self._files.path(sha256), sha256, request):
             for number, block in self._files.read_blocks(sha256, request):
                 self._uplink.send_block(sha256, number, block)
+
+    def carried(self, event: Carried) -> None:
+        """Go on with a file whose way by HTTPS has ended: it may not have come to its end."""
+        self._courier.ended(event)
+        if incoming := self._incoming.get(event.sha256):
+            incoming.ask_again()
+        if event.request is not None and event.why is not None:
+            self.send_blocks(event.sha256, event.request)
 
     def link_is_new(self) -> None:
         for incoming in self._incoming.values():
@@ -242,13 +252,18 @@ class Jobs:
     def _fetch(self, file: File) -> None:
         incoming = self._incoming.get(file.sha256)
         if incoming is None:
-            sha256 = file.sha256
-            incoming = self._incoming[sha256] = Incoming(
-                self._files, sha256, file.size_bytes, self._uplink.payload_limit,
-                lambda request: self._uplink.send(request, "file", sha256, "request"),
-            )  # fmt: skip
+            incoming = self._incoming[file.sha256] = Incoming(
+                self._files, file.sha256, file.size_bytes, self._uplink.payload_limit, lambda request: self._ask(file, request)
+            )
         if incoming.tick():
             del self._incoming[file.sha256]
+
+    def _ask(self, file: File, request: FileRequest) -> bool:
+        """Have a file server send what is missing of a file, else the coordinator. What came wrong comes from the coordinator."""
+        incoming = self._incoming[file.sha256]
+        if not incoming.mistaken and self._courier.fetch(file, incoming.missing):
+            return True
+        return self._uplink.send(request, "file", file.sha256, "request")
 
     def _lay_down(self, job: str, document: Job) -> None:
         """Write the job's directory. The name of the model becomes its place on this node, and `auto` this node's device."""

@@ -7,15 +7,12 @@ connection; what must not be lost is in the store. A received message is acknowl
 from __future__ import annotations
 
 import logging
-import os
 import random
-import ssl
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
@@ -26,8 +23,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_agent.config import Broker, check_private
+from edge_agent.config import Broker
 from edge_agent.errors import ConfigInvalid
+from edge_agent.tls import client_context
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +103,8 @@ class Link:
         self._subscribed = False
         self._limit: int = broker.packet_limit
         self._password = broker.password
-        _tls_context(broker)
+        if broker.tls is not None:
+            client_context(broker.tls, "broker.tls")
         self._expiry_looked_at = -DAY_S
         self._thread: threading.Thread | None = None
 
@@ -200,8 +199,8 @@ class Link:
     def _connection(self) -> str:
         connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._events)
         client = connection.client
-        if (tls := _tls_context(self._broker)) is not None:  # read anew, so that a certificate can be changed while it runs
-            client.tls_set_context(tls)
+        if self._broker.tls is not None:  # read anew, so that a certificate can be changed while it runs
+            client.tls_set_context(client_context(self._broker.tls, "broker.tls"))
         if self._broker.username is not None:
             client.username_pw_set(self._broker.username, self._password)
         if birth := self._birth():
@@ -297,27 +296,3 @@ class _Connection:
 
     def _message(self, client: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
         self._events.put(Received(message.topic, bytes(message.payload), client, message.mid, message.qos, message.retain))
-
-
-def _tls_context(broker: Broker) -> ssl.SSLContext | None:
-    """Return the context for a broker with TLS. Raises ConfigInvalid where a certificate or key cannot be read."""
-    tls = broker.tls
-    if tls is None:
-        return None
-    for name in ("ca_file", "certificate_file", "key_file"):
-        file: Path | None = getattr(tls, name)
-        if file is not None and not os.access(file, os.R_OK):
-            raise ConfigInvalid(file, f"broker.tls.{name}: it is missing or cannot be read")
-    if tls.key_file is not None:
-        check_private(tls.key_file, "broker.tls.key_file")
-    try:
-        context = ssl.create_default_context(cafile=tls.ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigInvalid(tls.ca_file or Path("broker.tls"), f"broker.tls.ca_file: {error}") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if tls.certificate_file is not None:
-        try:
-            context.load_cert_chain(tls.certificate_file, tls.key_file)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigInvalid(tls.certificate_file, f"broker.tls.certificate_file and key_file: {error}") from None
-    return context

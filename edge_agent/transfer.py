@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_agent.dataset import file_sha256
 from edge_agent.errors import NO_SPACE, DatasetChecksum, DiskFull, Refused, StateUnusable
@@ -108,6 +109,15 @@ class FileStore:
                     yield number, file.read(request.block_bytes)
 
 
+class Place(NamedTuple):
+    """How far a file is, for a sender that goes through it from front to back."""
+
+    size_bytes: int
+    block_bytes: int
+    offset: int
+    """Of its first byte that has not come."""
+
+
 class Incoming:
     """One file on its way here: its part, and a map with a byte for each block, 1 where it has come."""
 
@@ -141,6 +151,21 @@ class Incoming:
     def missing_blocks(self) -> int:
         return self._count - sum(self._map)
 
+    @property
+    def missing(self) -> FileRequest:
+        """All blocks that have not come."""
+        return FileRequest(self._block_bytes, [k for k in range(self._count) if not self._map[k]])
+
+    @property
+    def place(self) -> Place:
+        first = self._map.find(0)
+        return Place(self._size_bytes, self._block_bytes, self._size_bytes if first < 0 else first * self._block_bytes)
+
+    @property
+    def mistaken(self) -> bool:
+        """Whether what came has been another file before."""
+        return self._mismatches > 0
+
     def tick(self, now: float | None = None) -> bool:
         """Ask for the next window if the last one has come, or again if it stays away. True once the file is in the store.
 
@@ -161,7 +186,7 @@ class Incoming:
             return False
         if self._asked:
             self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
-        window = [k for k in range(self._count) if not self._map[k]][:WINDOW_BLOCKS]
+        window = self.missing.blocks[:WINDOW_BLOCKS]
         if self._ask(FileRequest(self._block_bytes, window)):
             self._asked, self._next_at = set(window), now + self._retry_s
         return False

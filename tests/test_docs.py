@@ -21,7 +21,20 @@ import edge_agent
 from edge_agent.answers import Answer, Comparison
 from edge_agent.asyncapi import CHANNELS, channel_of
 from edge_agent.cli import EXIT_CODES, PANELS, app
-from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Endpoint, Limit, RestLimits, Size, Timers, Trust, read_config
+from edge_agent.config import (
+    AgentConfig,
+    Broker,
+    CoordinatorConfig,
+    Endpoint,
+    FileServer,
+    Https,
+    Limit,
+    RestLimits,
+    Size,
+    Timers,
+    Trust,
+    read_config,
+)
 from edge_agent.coordinator.store import CoordinatorPhase, JobView
 from edge_agent.dataset import FORMS, Record
 from edge_agent.dataset_check import Check, Finding, Spread
@@ -137,10 +150,12 @@ def _method_options() -> tuple[type, ...]:
 METHODS = {options.__struct_config__.tag: options for options in _method_options()}
 JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
 CONFIG_FIELDS = {
-    "Agent": _fields(AgentConfig, (Broker, Endpoint, RestLimits, Timers, Trust)),
-    "Coordinator": _fields(CoordinatorConfig, (Broker,)),
+    "Agent": _fields(AgentConfig, (Broker, Endpoint, FileServer, RestLimits, Timers, Trust)),
+    "Coordinator": _fields(CoordinatorConfig, (Broker, Https)),
     "Broker": _fields(Broker, (), "broker."),
     "Judges": _fields(Endpoint, (), "judges.*."),
+    "File servers": _fields(FileServer, (), "file_servers.*."),
+    "HTTPS": _fields(Https, (), "https."),
     "Trust": _fields(Trust, (), "trust."),
     "Timers": _fields(Timers, (), "timers."),
     "Rest": _fields(RestLimits, (), "rest."),
@@ -208,8 +223,8 @@ def _size(kind: type, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "kind", "sections"),
     [
-        ("agent.toml", AgentConfig, ("Agent", "Judges", "Broker", "Trust", "Timers", "Rest")),
-        ("coordinator.toml", CoordinatorConfig, ("Coordinator", "Broker")),
+        ("agent.toml", AgentConfig, ("Agent", "Judges", "File servers", "Broker", "Trust", "Timers", "Rest")),
+        ("coordinator.toml", CoordinatorConfig, ("Coordinator", "HTTPS", "Broker")),
     ],
 )
 def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple[str, ...], tmp_path: Path) -> None:
@@ -218,7 +233,7 @@ def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple
     file = tmp_path / name
     file.write_text(example, encoding="utf-8")
     assert isinstance(read_config(file, kind), kind)
-    named = r"^(?:(models)\..*|(judges)\.[^.]*)"
+    named = r"^(?:(models)\..*|(judges|file_servers)\.[^.]*)"
     given = {re.sub(named, lambda m: f"{m[1] or m[2]}.*", field) for field in _dotted(msgspec.toml.decode(example))}
     assert given == {field.removesuffix("[]") for section in sections for field in CONFIG_FIELDS[section]}
 
@@ -226,7 +241,7 @@ def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple
 def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all keys of a TOML document, those of its tables included."""
     for key, value in table.items():
-        if prefix + key not in ("models", "judges"):
+        if prefix + key not in ("models", "judges", "file_servers"):
             yield prefix + key
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}{key}.")

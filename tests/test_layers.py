@@ -27,12 +27,12 @@ LAYERS = (
         "edge_agent.serving",
         "edge_agent.json_items",
     ),
-    ("profiles", "edge_agent.final_number", "edge_agent.job", "edge_agent.config"),
+    ("profiles", "edge_agent.final_number", "edge_agent.job", "edge_agent.config", "edge_agent.tls"),
     ("edge_agent.verify", "edge_agent.critic", "edge_agent.judging", "edge_agent.dataset", "edge_agent.splitting", "quantization"),
     ("edge_agent.report", "edge_agent.saliency", "edge_agent.answers", "edge_agent.dataset_check"),
     ("edge_agent.job_directory", "edge_agent.job_building"),
     ("edge_agent.messages", "edge_agent.supervised"),
-    ("edge_agent.signing", "edge_agent.rest", "edge_agent.enrolment"),
+    ("edge_agent.signing", "edge_agent.rest", "edge_agent.enrolment", "edge_agent.https"),
     ("edge_agent.store", "edge_agent.mqtt", "edge_agent.transfer", "edge_agent.admission", "edge_agent.runner", "edge_agent.asyncapi"),
     ("edge_agent.delivery",),
     ("edge_agent.jobs",),
@@ -45,6 +45,7 @@ LAYERS = (
 # The generator stands on the critic only, and the parts below must not know the demo.
 TORCH_FREE = (
     "edge_agent.agent", "edge_agent.coordinator.service", "edge_agent.coordinator.http", "edge_agent.coordinator.client",
+    "edge_agent.coordinator.file_server", "edge_agent.https",
     "edge_agent.doctor", "edge_agent.cli", "edge_agent.console", "edge_agent.job_directory", "edge_agent.job_building",
     "edge_agent.dataset", "edge_agent.splitting", "edge_agent.dataset_check", "edge_agent.dataset_view", "edge_agent.report",
     "edge_agent.answers", "edge_agent.saliency", "edge_agent.critic", "edge_agent.judging", "edge_agent.demo.tour",

@@ -46,10 +46,10 @@ def coordinator(
 
 
 def broker(
-    host: Annotated[str, typer.Argument(help="The broker's host, as nodes and coordinators name it.")],
+    host: Annotated[str, typer.Argument(help="The server's host, as nodes and coordinators name it.")],
     authority: AuthorityOption = Path("authority"), out: OutOption = None, days: DaysOption = 365, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Make the certificate of the broker."""
+    """Make the certificate of the broker, or of the coordinator's HTTPS server."""
     _enroll("broker", host, host, authority, out, days, as_json)
 
 

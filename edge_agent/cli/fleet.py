@@ -48,6 +48,7 @@ def coordinator(config: CoordinatorConfigOption = COORDINATOR_CONFIG) -> None:
     """Be the coordinator: offer jobs to nodes, keep their results, answer the commands below, until SIGTERM or Ctrl-C."""
     with explained(False):
         from edge_agent import logs
+        from edge_agent.coordinator.file_server import files_served
         from edge_agent.coordinator.http import serve
         from edge_agent.coordinator.service import Service
 
@@ -56,13 +57,14 @@ def coordinator(config: CoordinatorConfigOption = COORDINATOR_CONFIG) -> None:
         service = Service(read)
         service.start()
         try:
-            serve(service, read.state_directory)
+            with files_served(service, read.https):
+                serve(service, read.state_directory)
         finally:
             service.stop()
 
 
 def doctor(config: AgentConfigOption = AGENT_CONFIG, as_json: JsonOption = False) -> None:
-    """Check a node's configuration, state, device, models and its way to the coordinator and back, and say what to do."""
+    """Check a node's configuration, state, device, models, file servers and its way to the coordinator and back, and say what to do."""
     with explained(as_json):
         from edge_agent.doctor import examine
 

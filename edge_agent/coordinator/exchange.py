@@ -53,9 +53,18 @@ class Exchange:
                 room -= file.size_bytes
         return Offer(envelope or view.envelope, contents)
 
+    def may_have(self, node: str, sha256: str) -> bool:
+        """Whether one of the node's open jobs needs a file; no other file goes to it."""
+        return any(sha256 == file.sha256 for view in self._store.open_jobs() if view.node == node for file in view.order.files)
+
+    def awaited(self, node: str, sha256: str) -> Incoming | None:
+        """A file that is awaited from a node."""
+        found = (awaited.incoming.get(sha256) for awaited in self._awaited.values() if awaited.node == node)
+        return next((incoming for incoming in found if incoming is not None), None)
+
     def send_blocks(self, node: str, sha256: str, request: FileRequest) -> None:
-        """Send blocks of a file that one of the node's open jobs needs; no other file goes to it."""
-        if any(sha256 == file.sha256 for view in self._store.open_jobs() if view.node == node for file in view.order.files):
+        """Send blocks of a file that a node may have."""
+        if self.may_have(node, sha256):
             for number, block in self._files.read_blocks(sha256, request):
                 self._link.publish(down(self._fleet, node, "file", sha256, "block", number), block)
 

@@ -61,7 +61,7 @@ from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.serving import END, serve
 from edge_agent.signing import read_private_key, seal
 from edge_agent.topics import COORDINATOR, block_number, coordinator_state, coordinator_subscriptions, down, split
-from edge_agent.transfer import FileStore
+from edge_agent.transfer import FileStore, Place
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class Service:
         topic = coordinator_state(self._config.fleet, self._config.instance)
         self._link.close((topic, self._message(CoordinatorState(False, self._store.epoch))))
         self._store.close()
+        self._lock.close()
         log.info("coordinator_stopped")
         if self._failed is not None:
             raise self._failed
@@ -412,6 +413,18 @@ class Service:
         self._store.add_job(order, envelope)
         log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
         return self.job(order.id)
+
+    def may_have(self, node: str, sha256: str) -> bool:
+        """Whether a file is here, and one that a node may fetch."""
+        return self._exchange.may_have(node, sha256) and self.files.has(sha256)
+
+    def awaited(self, node: str, sha256: str) -> Place | None:
+        """How far a file is that is awaited from a node."""
+        incoming = self._exchange.awaited(node, sha256)
+        return incoming.place if incoming is not None else None
+
+    def receive_block(self, node: str, sha256: str, number: int, block: bytes) -> None:
+        self._exchange.receive_block(node, sha256, number, block)
 
     def _file(self, sha256: str) -> File:
         if not self.files.has(sha256):
