@@ -10,8 +10,6 @@ import os
 import re
 import signal
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,21 +21,19 @@ import msgspec
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
 from edge_agent.coordinator.audience import Audience, Listener
+from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
 from edge_agent.errors import MessageInvalid, Refused, StateDamaged, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
 from edge_agent.messages import (
-    ORDER_S,
     Ack,
     Cancel,
     CoordinatorState,
-    Drain,
     Envelope,
     File,
     FileRequest,
-    Forget,
     Forgotten,
     Heartbeat,
     Hello,
@@ -48,8 +44,6 @@ from edge_agent.messages import (
     NodeState,
     Offer,
     Order,
-    Report,
-    Resume,
     Watch,
     decode,
     encode,
@@ -66,10 +60,6 @@ from edge_agent.transfer import FileStore, Place
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-OFFER_RETRY_S, LONGEST_OFFER_RETRY_S = 5.0, 120.0
-REPORT_PAUSE_S = 10.0
-"""A node is asked for its view at most this often."""
-
 ALL = 2**31
 UPLOAD_S = 24 * 3600.0
 """A file that was uploaded, and for which no job was handed in, is deleted at the first start that long after."""
@@ -91,17 +81,6 @@ class Call:
             self.future.set_result(self.run())
         except Exception as error:
             self.future.set_exception(error)
-
-
-@dataclass
-class Retry:
-    """When something is to be sent next; the pauses grow."""
-
-    due: float = 0.0
-    pause_s: float = OFFER_RETRY_S
-
-    def sent(self, now: float) -> None:
-        self.due, self.pause_s = now + self.pause_s, min(2 * self.pause_s, LONGEST_OFFER_RETRY_S)
 
 
 class Service:
@@ -126,10 +105,9 @@ class Service:
             self._events,
             self._birth,
         )
-        self._offers: dict[str, Retry] = {}
-        self._reports: dict[str, float] = {}
         self._audience = Audience(self._ask_progress)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
+        self._commands = Commands(self._store, self._exchange, self._send, self._seal, self._changed)
         self._failed: StateDamaged | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
@@ -181,7 +159,7 @@ class Service:
                 log.info("connected host=%s port=%d protocol=%s", self._config.broker.host, self._config.broker.port, protocol)
                 topic = coordinator_state(self._config.fleet, self._config.instance)
                 self._link.publish(topic, self._message(CoordinatorState(True, self._store.epoch)), qos=1, retain=True)
-                self._offers.clear()
+                self._commands.link_is_new()
                 self._exchange.link_is_new()
             case Disconnected(why):
                 log.warning("disconnected why=%r", why)
@@ -197,6 +175,9 @@ class Service:
 
     def _send(self, node: str, data: object, *parts: object, qos: int = 1) -> bool:
         return self._link.publish(down(self._config.fleet, node, *parts), self._message(data), qos)
+
+    def _seal(self, order: Order) -> Envelope:
+        return seal(msgspec.json.encode(order), self._signing_key)
 
     def _receive(self, message: Received) -> None:
         """Act on a message, then acknowledge it to the broker."""
@@ -247,21 +228,7 @@ class Service:
             log.info("stale_state_ignored node=%s boot=%d conn=%d", node, state.boot, state.conn)
             return
         log.info("node_state node=%s state=%s boot=%d conn=%d", node, state.state, state.boot, state.conn)
-        self._ask_drain(node)
-        for view in self._store.open_jobs():
-            if view.node == node:
-                self._offers.pop(view.id, None)
-                # The same offer again: a node that has the job says where it stands, one that has lost its disk takes it anew.
-                if state.state == "ready" and view.phase not in ("created", "offered") and not view.cancel:
-                    self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer")
-
-    def _renewed(self, order: Order) -> Envelope:
-        """The order of a job that its node took: whatever time has passed since, and whichever key signed it, it is valid now."""
-        now = datetime.now(timezone.utc)
-        return self._seal(msgspec.structs.replace(order, issued=now, expires=now + timedelta(seconds=ORDER_S)))
-
-    def _seal(self, order: Order) -> Envelope:
-        return seal(msgspec.json.encode(order), self._signing_key)
+        self._commands.node_spoke(node)
 
     def _own(self, node: str, job: str) -> JobView | None:
         """The job, if it is this node's: no node speaks of another's. What is not stored here is not acknowledged either."""
@@ -280,17 +247,11 @@ class Service:
             if message.data.reason == "replayed":
                 self._store.conclude(job, "its node has deleted what had not come yet")
             if not self._store.apply_status(self._store.job(job) or view, message):
-                self._ask_report(node)
+                self._commands.report(node)
             if view.phase == "ended" and message.data.phase != "ended":
                 self._send(node, Cancel(), "job", job, "cancel")  # it took an offer that had been given up
             self._changed(job)
         self._send(node, Ack(), "ack", message.id)
-
-    def _ask_report(self, node: str) -> None:
-        now = time.monotonic()
-        if now >= self._reports.get(node, 0.0):
-            self._reports[node] = now + REPORT_PAUSE_S
-            self._send(node, Report(), "command", "report")
 
     def _progress(self, node: str, job: str, progress: JobProgress) -> None:
         view = self._store.job(job)
@@ -314,64 +275,13 @@ class Service:
         self._send(view.node, Ack(), "ack", message)
         self._changed(view.id)
 
-    # offers
-
     def _tick(self, now: float) -> None:
         self._link.supervise()
         if not self._link.connected:
             return
-        waiting: Counter[str] = Counter()
-        for view in self._store.open_jobs():
-            node = self._store.node(view.node)
-            waiting[view.node] += view.phase in ("offered", "accepted", "staging", "ready")
-            full = node is not None and node.info is not None and waiting[view.node] >= node.info.limits.queue
-            if self._expired(view):
-                continue
-            if view.phase == "offered" or view.cancel or (view.phase == "created" and not full):
-                self._ask_node(view, node, now)
-                waiting[view.node] += view.phase == "created"
-        for view in self._store.forgotten_jobs():
-            self._ask_forget(view, now)
+        self._commands.tick(now)
         self._exchange.tick()
         self._audience.tick(now)
-
-    def _expired(self, view: JobView) -> bool:
-        """End a job that its node has not answered in time; whether it was one."""
-        expires = view.order.expires
-        expired = view.phase in ("created", "offered") and datetime.now(timezone.utc) > expires
-        if expired:
-            self._store.end(view.id, "expired", "expired", f"no answer from node {view.node} before {expires.isoformat()}")
-            self._changed(view.id)
-        return expired
-
-    def _ask_node(self, view: JobView, node: NodeView | None, now: float) -> None:
-        """Offer a job, or ask for its end, until the node answers."""
-        retry = self._offers.setdefault(view.id, Retry())
-        if node is None or not node.present or now < retry.due:
-            return
-        if view.cancel and self._send(view.node, Cancel(), "job", view.id, "cancel"):
-            retry.sent(now)
-        elif not view.cancel and self._send(view.node, self._exchange.offer(view), "job", view.id, "offer"):
-            retry.sent(now)
-            if view.phase == "created":
-                self._store.offered(view.id)
-                self._changed(view.id)
-
-    def _ask_drain(self, node: str) -> None:
-        """Tell a node what it is to do where it says that it does something else. A node that takes jobs again needs no more telling."""
-        view = self._store.node(node)
-        if view is None or not view.present or view.drain is None:
-            return
-        if view.drain != (view.state == "draining"):
-            self._send(node, *((Drain(), "command", "drain") if view.drain else (Resume(), "command", "resume")))
-        elif not view.drain:
-            self._store.set_drain(node, None)
-
-    def _ask_forget(self, view: JobView, now: float) -> None:
-        """Ask a node to delete a job until it has."""
-        node, retry = self._store.node(view.node), self._offers.setdefault(view.id, Retry())
-        if node is not None and node.present and now >= retry.due and self._send(view.node, Forget(view.id), "command", "forget"):
-            retry.sent(now)
 
     def _forgotten(self, node: str, job: str) -> None:
         """The node has nothing of a job any more; where somebody has asked for that, neither has the coordinator."""
@@ -379,7 +289,7 @@ class Service:
         if view is None or view.node != node or not view.forget:
             return
         self._store.delete_job(job)
-        self._offers.pop(job, None)
+        self._commands.at_once(job)
         for sha256 in view.files - {s for other in self._store.jobs(ALL) for s in other.files}:
             self.files.remove(sha256)
         log.info("job_forgotten job=%s", job)
@@ -461,7 +371,7 @@ class Service:
             self._changed(job)
         elif view.phase != "ended":
             self._store.ask_cancel(job)
-            self._offers.pop(job, None)
+            self._commands.at_once(job)
         return self.job(job)
 
     def forget(self, job: str) -> JobView:
@@ -470,7 +380,7 @@ class Service:
         if view.phase != "ended":
             raise Refused(f"job {job} has not ended ({view.phase}); `edge-agent cancel {job}` ends it")
         self._store.ask_forget(job)
-        self._offers.pop(job, None)
+        self._commands.at_once(job)
         return self.job(job)
 
     def drain(self, node: str, drain: bool) -> NodeView:
@@ -478,7 +388,7 @@ class Service:
         if self._store.node(node) is None:
             raise Refused(f"node {node!r} has never been seen; `edge-agent nodes` lists those that have")
         self._store.set_drain(node, drain)
-        self._ask_drain(node)
+        self._commands.drain(node)
         return self._store.node(node)  # type: ignore[return-value]
 
     def listen(self, job: str, listener: Listener) -> None:

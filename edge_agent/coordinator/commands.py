@@ -1,0 +1,130 @@
+"""What nodes are told to do, again and again until they have: take a job, end one, delete one, take no more."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+import msgspec
+
+from edge_agent.coordinator.exchange import Exchange
+from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
+from edge_agent.messages import ORDER_S, Cancel, Drain, Envelope, Forget, Order, Report, Resume
+
+RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
+REPORT_PAUSE_S = 10.0
+"""A node is asked for its view at most this often."""
+
+
+@dataclass
+class Retry:
+    """When something is to be sent next; the pauses grow."""
+
+    due: float = 0.0
+    pause_s: float = RETRY_S
+
+    def sent(self, now: float) -> None:
+        self.due, self.pause_s = now + self.pause_s, min(2 * self.pause_s, LONGEST_RETRY_S)
+
+
+class Commands:
+    """Those of one coordinator. `send` publishes to a node, `seal` signs an order, `changed` hears of each job that has changed."""
+
+    def __init__(
+        self,
+        store: CoordinatorStore,
+        exchange: Exchange,
+        send: Callable[..., bool],
+        seal: Callable[[Order], Envelope],
+        changed: Callable[[str], None],
+    ) -> None:
+        self._store, self._exchange, self._send, self._seal, self._changed = store, exchange, send, seal, changed
+        self._retries: dict[str, Retry] = {}
+        self._reports: dict[str, float] = {}
+
+    def link_is_new(self) -> None:
+        """All is due again."""
+        self._retries.clear()
+
+    def at_once(self, job: str) -> None:
+        """What is wanted of a job has changed."""
+        self._retries.pop(job, None)
+
+    def tick(self, now: float) -> None:
+        """Tell what is due. A node is offered no more than its queue holds."""
+        waiting: Counter[str] = Counter()
+        for view in self._store.open_jobs():
+            node = self._store.node(view.node)
+            waiting[view.node] += view.phase in ("offered", "accepted", "staging", "ready")
+            full = node is not None and node.info is not None and waiting[view.node] >= node.info.limits.queue
+            if self._expired(view):
+                continue
+            if view.phase == "offered" or view.cancel or (view.phase == "created" and not full):
+                self._offer(view, node, now)
+                waiting[view.node] += view.phase == "created"
+        for view in self._store.forgotten_jobs():
+            self._forget(view, now)
+
+    def node_spoke(self, node: str) -> None:
+        """A node has said where it stands: what it has to do is due."""
+        self.drain(node)
+        known = self._store.node(node)
+        for view in self._store.open_jobs():
+            if view.node == node:
+                self.at_once(view.id)
+                # The same offer again: a node that has the job says where it stands, one that has lost its disk takes it anew.
+                if known is not None and known.state == "ready" and view.phase not in ("created", "offered") and not view.cancel:
+                    self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer")
+
+    def drain(self, node: str) -> None:
+        """Tell a node what it is to do where it says that it does something else. A node that takes jobs again needs no more telling."""
+        view = self._store.node(node)
+        if view is None or not view.present or view.drain is None:
+            return
+        if view.drain != (view.state == "draining"):
+            self._send(node, *((Drain(), "command", "drain") if view.drain else (Resume(), "command", "resume")))
+        elif not view.drain:
+            self._store.set_drain(node, None)
+
+    def report(self, node: str) -> None:
+        """Ask a node where its jobs stand."""
+        now = time.monotonic()
+        if now >= self._reports.get(node, 0.0):
+            self._reports[node] = now + REPORT_PAUSE_S
+            self._send(node, Report(), "command", "report")
+
+    def _expired(self, view: JobView) -> bool:
+        """End a job that its node has not answered in time; whether it was one."""
+        expires = view.order.expires
+        expired = view.phase in ("created", "offered") and datetime.now(timezone.utc) > expires
+        if expired:
+            self._store.end(view.id, "expired", "expired", f"no answer from node {view.node} before {expires.isoformat()}")
+            self._changed(view.id)
+        return expired
+
+    def _offer(self, view: JobView, node: NodeView | None, now: float) -> None:
+        """Offer a job, or ask for its end, until the node answers."""
+        retry = self._retries.setdefault(view.id, Retry())
+        if node is None or not node.present or now < retry.due:
+            return
+        if view.cancel and self._send(view.node, Cancel(), "job", view.id, "cancel"):
+            retry.sent(now)
+        elif not view.cancel and self._send(view.node, self._exchange.offer(view), "job", view.id, "offer"):
+            retry.sent(now)
+            if view.phase == "created":
+                self._store.offered(view.id)
+                self._changed(view.id)
+
+    def _forget(self, view: JobView, now: float) -> None:
+        """Ask a node to delete a job until it has."""
+        node, retry = self._store.node(view.node), self._retries.setdefault(view.id, Retry())
+        if node is not None and node.present and now >= retry.due and self._send(view.node, Forget(view.id), "command", "forget"):
+            retry.sent(now)
+
+    def _renewed(self, order: Order) -> Envelope:
+        """The order of a job that its node took: whatever time has passed since, and whichever key signed it, it is valid now."""
+        now = datetime.now(timezone.utc)
+        return self._seal(msgspec.structs.replace(order, issued=now, expires=now + timedelta(seconds=ORDER_S)))
