@@ -1,7 +1,7 @@
 # make test      install what is missing into .venv and run the tests (at most 15 minutes on 2 cores)
 # make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
 # make check     lint and types
-# make test-all  the tests, training on plain PyTorch, a hundred plugs that are pulled, and the second Python
+# make test-all  the tests, training on plain PyTorch, a hundred plugs that are pulled, a million damaged messages, and the second Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 
 PYTHON ?= python3
@@ -44,6 +44,7 @@ test-torch-kernel: venv
 
 test-all: test test-torch-kernel
 	$(BIN)/python -m pytest tests/long_chaos.py
+	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	tests/second_python.sh
 
 demo: venv

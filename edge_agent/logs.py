@@ -7,6 +7,17 @@ import sys
 
 import msgspec
 
+LONGEST_MESSAGE = 2048
+"""Characters of a line's message; it may hold what anybody has sent."""
+
+
+def tame(record: logging.LogRecord) -> bool:
+    """Cut a message to its length, and escape in it what could begin a line or steer a terminal. Keeps every record."""
+    text = record.getMessage()
+    cut = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}... ({len(text):,} characters)"
+    record.msg, record.args = cut if cut.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut), None
+    return True
+
 
 class JsonFormatter(logging.Formatter):
     """One object a line: time, level, logger, message, and the traceback where there is one."""
@@ -26,5 +37,6 @@ def set_up() -> None:
     handler = logging.StreamHandler()
     terminal = sys.stderr.isatty()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S") if terminal else JsonFormatter())
+    handler.addFilter(tame)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request

@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from datetime import datetime, timezone
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -243,7 +243,7 @@ class JobResult(Strict, frozen=True):
     accuracy: Measured | None = None
     seconds: float | None = None
     peak_bytes: Count | None = None
-    artifacts: tuple[Artifact, ...] = ()
+    artifacts: Annotated[tuple[Artifact, ...], Meta(max_length=len(get_args(ArtifactName)))] = ()
     accepted: bool | None = None
     """Whether the adapter passes the job's `accept_if`; then or not, `text` says why. None where nothing was measured."""
 

@@ -295,4 +295,11 @@ class _Connection:
             self.refused = str(reason)
 
     def _message(self, client: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
-        self._events.put(Received(message.topic, bytes(message.payload), client, message.mid, message.qos, message.retain))
+        try:
+            topic = message.topic
+        except UnicodeDecodeError as error:  # not every broker looks; unacknowledged it would end this connection and every later one
+            log.warning("message_invalid topic=%r error=%s", error.object, error.reason)
+            if message.qos:
+                client.ack(message.mid, message.qos)
+            return
+        self._events.put(Received(topic, bytes(message.payload), client, message.mid, message.qos, message.retain))

@@ -45,6 +45,6 @@ def block_number(text: str) -> int | None:
 
 
 def split(topic: str) -> tuple[str, list[str]]:
-    """Return who a topic is about (a node's id, or `coordinator`) and its parts after the fleet's and that id."""
-    _, _, who, *parts = topic.split("/")
+    """Return who a topic is about (a node's id, or `coordinator`; nobody where it is too short) and its parts after that."""
+    who, *parts = topic.split("/")[2:] or [""]
     return who, parts
