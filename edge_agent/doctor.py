@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -15,6 +17,7 @@ import psutil
 from edge_agent.config import AgentConfig, read_config
 from edge_agent.enrolment import SOON_DAYS, days_left
 from edge_agent.errors import EdgeAgentError, human_bytes
+from edge_agent.lockdown import describe, judge_ports
 from edge_agent.messages import Hello, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
 from edge_agent.signing import read_trusted
@@ -50,7 +53,7 @@ def examine(path: Path) -> list[Check]:
 def _try(name: str, look: Callable[[AgentConfig], str], config: AgentConfig) -> Check:
     try:
         return Check(name, True, look(config))
-    except (EdgeAgentError, OSError, ssl.SSLError, _Wrong) as error:
+    except (EdgeAgentError, OSError, ssl.SSLError, subprocess.TimeoutExpired, _Wrong) as error:
         return Check(name, False, str(error))
 
 
@@ -89,6 +92,25 @@ def _judges(config: AgentConfig) -> str:
     for judge in config.judges.values():
         judge.check()
     return ", ".join(sorted(config.judges)) or "none: jobs have the critic or the model itself for judgments"
+
+
+def _trainer(config: AgentConfig) -> str:
+    """Have a process lock itself down as a trainer does and try to get out. What a platform lacks is said, and is no fault of the node."""
+    said = f"locked down, {_locked_down(())}"
+    if config.judges:
+        said += f"; where an endpoint judges, until it has, {_locked_down(judge_ports(judge.url for judge in config.judges.values()))}"
+    return said
+
+
+def _locked_down(ports: Iterable[int]) -> str:
+    command = [sys.executable, "-m", "edge_agent.lockdown", *map(str, ports)]
+    done = subprocess.run(command, capture_output=True, timeout=ANSWER_S, check=False)  # noqa: S603
+    try:
+        return describe(msgspec.json.decode(done.stdout, type=dict[str, str | None]))
+    except msgspec.DecodeError:
+        raise _Wrong(
+            f"a process that locks itself down ends with {done.returncode}: {done.stderr.decode(errors='replace')[-400:]}"
+        ) from None
 
 
 def _trust(config: AgentConfig) -> str:
@@ -142,7 +164,7 @@ def _link(config: AgentConfig) -> str:
 
 
 CHECKS: dict[str, Callable[[AgentConfig], str]] = {
-    "state directory": _state, "device": _device, "models": _models, "judges": _judges, "trust": _trust,
-    "certificate": _certificate, "link": _link,
+    "state directory": _state, "device": _device, "models": _models, "judges": _judges, "trainer": _trainer,
+    "trust": _trust, "certificate": _certificate, "link": _link,
 }  # fmt: skip
 """What is tried, in this order."""
