@@ -16,7 +16,8 @@ import pytest
 from chat_server import Server, endpoint
 from conftest import DEADLINE_S, ROOT, TINY, write_domain
 
-from edge_agent.config import CACHE_VARIABLE, Endpoint
+from edge_agent.config import CACHE_VARIABLE, AgentConfig, Endpoint, Size
+from edge_agent.doctor import CHECKS
 from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.lockdown import describe, judge_ports
@@ -144,3 +145,12 @@ def test_ports_of_judges_are_those_of_their_addresses(monkeypatch: pytest.Monkey
     assert judge_ports(["https://a.example/v1", "http://b.example:8000/v1", "http://c.example"]) == {443, 8000, 80}
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     assert judge_ports(["https://a.example/v1"]) == {443, 3128}
+
+
+def test_doctor_says_how_far_a_trainer_is_locked_down(server: Server, tmp_path: Path) -> None:
+    """By having a process do it and try to get out; with endpoints, also what holds while they may be asked."""
+    config = AgentConfig("n", tmp_path, Size(2**30), {})
+    alone = CHECKS["trainer"](config)
+    assert alone.startswith("locked down, holds: limits, privileges")
+    judged = CHECKS["trainer"](msgspec.structs.replace(config, judges={"stub": endpoint(server, None)}))
+    assert judged.startswith(f"{alone}; where an endpoint judges, until it has, holds: limits, privileges")
