@@ -28,8 +28,8 @@ Seconds = Annotated[float, Meta(gt=0)]
 Price = Annotated[float, Meta(ge=0, le=1e9)]
 JUDGES_VARIABLE = "EDGE_AGENT_JUDGES"
 """Names the environment's variable in which an agent gives its trainer the endpoint of a job; the key stays in its file."""
-
-
+RAN_VARIABLE = "EDGE_AGENT_RAN_S"
+"""Names the variable in which an agent tells its trainer how many seconds earlier starts of the job have run."""
 CACHE_VARIABLE, CACHE_LIMIT_VARIABLE = "EDGE_AGENT_CACHE", "EDGE_AGENT_CACHE_LIMIT"
 """Name the environment's variables for the directory and the size of the cache of quantised models; an agent sets them for its trainer."""
 
@@ -92,6 +92,8 @@ class Timers(Strict, frozen=True):
     """From arrival until all files are there."""
     stall_s: Seconds = 1800.0
     """Without any sign of the trainer."""
+    cooling_s: Seconds = 24 * 3600.0
+    """That a job's trainer waits for the device to cool, all its waits together."""
     stop_s: Seconds = 10.0
     """From the request to stop until the trainer is killed."""
 
@@ -102,7 +104,7 @@ _HOURS = re.compile(f"({_DAY}(-{_DAY})? )?{_TIME}-{_TIME}")
 
 
 class RestLimits(Strict, frozen=True):
-    """When no trainer runs: one that does writes a checkpoint and ends, and its job goes on afterwards."""
+    """When no trainer works: in quiet hours one that does writes a checkpoint and ends, above the temperature it waits in place."""
 
     quiet_hours: tuple[str, ...] = ()
     """Such as `22:00-06:00` or `mon-fri 08:00-18:00`, in local time; days are those on which the hours begin."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -18,6 +20,7 @@ from edge_agent.config import AgentConfig, FileServer, read_config
 from edge_agent.enrolment import SOON_DAYS, days_left
 from edge_agent.errors import EdgeAgentError, human_bytes
 from edge_agent.https import open_client
+from edge_agent.lockdown import describe, judge_ports
 from edge_agent.messages import Hello, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
 from edge_agent.signing import read_trusted
@@ -54,7 +57,7 @@ def examine(path: Path) -> list[Check]:
 def _try(name: str, look: Callable[[AgentConfig], str], config: AgentConfig) -> Check:
     try:
         return Check(name, True, look(config))
-    except (EdgeAgentError, OSError, ssl.SSLError, _Wrong) as error:
+    except (EdgeAgentError, OSError, ssl.SSLError, subprocess.TimeoutExpired, _Wrong) as error:
         return Check(name, False, str(error))
 
 
@@ -112,6 +115,25 @@ async def _status(alias: str, server: FileServer) -> int:
         return (await client.head(f"sha256/{'0' * 64}")).status_code
 
 
+def _trainer(config: AgentConfig) -> str:
+    """Have a process lock itself down as a trainer does and try to get out. What a platform lacks is said, and is no fault of the node."""
+    said = f"locked down, {_locked_down(())}"
+    if config.judges:
+        said += f"; where an endpoint judges, until it has, {_locked_down(judge_ports(judge.url for judge in config.judges.values()))}"
+    return said
+
+
+def _locked_down(ports: Iterable[int]) -> str:
+    command = [sys.executable, "-m", "edge_agent.lockdown", *map(str, ports)]
+    done = subprocess.run(command, capture_output=True, timeout=ANSWER_S, check=False)  # noqa: S603
+    try:
+        return describe(msgspec.json.decode(done.stdout, type=dict[str, str | None]))
+    except msgspec.DecodeError:
+        raise _Wrong(
+            f"a process that locks itself down ends with {done.returncode}: {done.stderr.decode(errors='replace')[-400:]}"
+        ) from None
+
+
 def _trust(config: AgentConfig) -> str:
     trust = config.trust
     if trust is None:
@@ -163,7 +185,7 @@ def _link(config: AgentConfig) -> str:
 
 
 CHECKS: dict[str, Callable[[AgentConfig], str]] = {
-    "state directory": _state, "device": _device, "models": _models, "judges": _judges, "file servers": _file_servers, "trust": _trust,
-    "certificate": _certificate, "link": _link,
+    "state directory": _state, "device": _device, "models": _models, "judges": _judges, "file servers": _file_servers, "trainer": _trainer,
+    "trust": _trust, "certificate": _certificate, "link": _link,
 }  # fmt: skip
 """What is tried, in this order."""

@@ -54,6 +54,8 @@ SUSPENDED_S = 5.0
 """Between two looks at the jobs, which are a second apart otherwise."""
 PHASE_OF: dict[EventKind, Phase] = {"paused": "paused", "continued": "running"}
 """What a trainer says that changes the phase of its job."""
+SPENT_S = 60.0
+"""Between two writings of how long a trainer has run: what an agent that is killed forgets at most."""
 RUN_GRACE_S = 120.0
 """The trainer keeps `max_run_s` itself, from its first stage on; the agent ends it this much later."""
 
@@ -69,7 +71,7 @@ class Jobs:
         self._courier = Courier(config.file_servers, events)
         self._incoming: dict[str, Incoming] = {}
         self._orphan_since: float | None = None
-        self._ticked_at = time.monotonic()
+        self._ticked_at = self._spent_at = time.monotonic()
         self.trainer: Trainer | None = None
 
     # what the agent calls
@@ -200,9 +202,10 @@ class Jobs:
         self._forget_settled()
         rest = self._rest.due()
         if self.trainer is not None:
-            if rest is not None:
-                self._let_rest(self.trainer, rest)
+            self._let_rest(self.trainer, rest)
             self._watch(self.trainer)
+            if now - self._spent_at > SPENT_S:
+                self._spend_time(self.trainer)
         elif rest is None and (ready := next((r for r in self._store.open_jobs() if r.phase == "ready"), None)):
             self._start(ready)
 
@@ -222,6 +225,7 @@ class Jobs:
         try:
             row = self._store.job(trainer.job)
             if row is not None and row.phase in HAS_TRAINER:
+                self._spend_time(trainer)
                 self._store.move(row.id, "ready")
         except (OSError, sqlite3.Error, DiskFull) as error:
             log.error("storage_error error=%r", error)  # the next agent finds it running, and goes on with it
@@ -296,7 +300,10 @@ class Jobs:
             job, judges = read_order(row.payload).job, self._config.judges
             asked = {alias: judge for alias, judge in judges.items() if alias == job.judging.endpoint}
             cache = {CACHE_VARIABLE: str(self._config.state_directory / "cache"), CACHE_LIMIT_VARIABLE: str(int(self._config.cache_limit))}
-            self.trainer = Trainer(row.id, self._directory(row.id), lock, job.max_run_s, self._config.threads, self._events, asked, cache)
+            self.trainer = Trainer(
+                row.id, self._directory(row.id), lock, job.max_run_s, self._config.threads, self._events, asked, cache,
+                row.ran_s, row.cooled_s,
+            )  # fmt: skip
         except OSError as error:
             lock.close()
             self._interrupted(row, f"the trainer cannot be started: {error}")
@@ -312,12 +319,27 @@ class Jobs:
         if now - self._orphan_since > ORPHAN_S and last is not None and end_orphan(*last):
             log.warning("orphan_killed pid=%d", last[0])
 
-    def _let_rest(self, trainer: Trainer, rest: Rests) -> None:
-        """Have the trainer write a checkpoint and end; its job goes on when the node no longer rests."""
-        if trainer.stopping_since is None:
+    def _let_rest(self, trainer: Trainer, rest: Rests | None) -> None:
+        """Have the trainer do what the node does.
+
+        In quiet hours it writes a checkpoint, gives the memory back and ends. It waits in place until the device has cooled: one that gets
+        hot in every stage would begin some of them again for ever.
+        """
+        known = trainer.rests.reason if trainer.rests else None
+        if trainer.stopping_since is not None or known == (rest.reason if rest else None):
+            return
+        if rest is None:
+            log.info("trainer_works job=%s", trainer.job)
+        else:
             log.info("trainer_rests job=%s reason=%s text=%r", trainer.job, rest.reason, rest.text)
-            trainer.rests = rest
+        trainer.rest(rest)
+        if rest is not None and rest.reason == "quiet_hours":
             trainer.stop()
+
+    def _spend_time(self, trainer: Trainer) -> None:
+        """Have the next start know how long this one has run."""
+        self._spent_at = time.monotonic()
+        self._store.spend_time(trainer.job, trainer.ran_s, trainer.cooled_s)
 
     def _watch(self, trainer: Trainer) -> None:
         """Keep the timers of the running trainer."""
@@ -327,24 +349,31 @@ class Jobs:
                 trainer.kill()
         elif now - trainer.heard > timers.stall_s:
             trainer.kill(Ending("timed_out", "timeout_stall", f"the trainer gave no sign for {timers.stall_s:,.0f} s and was killed"))
-        elif trainer.paused_since is None and now - trainer.started > (limit_s := trainer.max_run_s) + RUN_GRACE_S:
+        elif trainer.cooled_s > timers.cooling_s:
+            text = f"its trainer has waited more than {timers.cooling_s:,.0f} s for the device to cool; look at its fan, or raise the limit"
+            trainer.stop(Ending("failed", "thermal", text))
+        elif trainer.ran_s > (limit_s := trainer.max_run_s) + RUN_GRACE_S:
             trainer.kill(Ending("timed_out", "timeout_run", f"the run passed its limit of {limit_s:,.0f} s and was killed"))
 
     def hear(self, told: TrainerEvent) -> None:
-        """Take in what the running trainer says; that it waits for memory, and that it goes on, are phases of its job."""
+        """Take in what the running trainer says; that it waits, and that it goes on, are phases of its job."""
         trainer, row = self.trainer, self._store.job(told.job)
         if trainer is None or row is None or trainer.job != told.job:
             return
         trainer.hear(told.event)
+        if told.event.event == "locked_down":
+            _log_lockdown(told)
         phase = PHASE_OF.get(told.event.event)
         if phase is not None and row.phase in HAS_TRAINER - {phase}:
-            self._store.move(row.id, phase)
+            reason, text = (trainer.rests if told.event.code == "thermal" else None) or (None, None)
+            self._store.move(row.id, phase, reason=reason, text=text)
             log.info("job_phase job=%s phase=%s stage=%s", row.id, phase, told.event.stage)
 
     def trainer_ended(self, event: TrainerEnded) -> None:
         """Read how the trainer ended and move its job on. May be called again if the disk failed."""
         trainer, row = self.trainer, self._store.job(event.job)
         if trainer is not None and row is not None and row.phase in HAS_TRAINER:
+            self._spend_time(trainer)
             self._read_ending(row, trainer, event)
         self.trainer = None
 
@@ -415,6 +444,15 @@ class Jobs:
         """Artifacts that the coordinator may not have yet."""
         results = [row.result for row in self._store.unacknowledged_jobs() if row.result is not None]
         return {a.sha256 for result in results for a in msgspec.json.decode(result, type=JobResult).artifacts}
+
+
+def _log_lockdown(told: TrainerEvent) -> None:
+    """Say what a trainer has given up, and what it could not."""
+    event = told.event
+    if event.done == event.total:
+        log.info("trainer_locked_down job=%s text=%r", told.job, event.text)
+    else:
+        log.warning("trainer_not_locked_down job=%s text=%r", told.job, event.text)
 
 
 def _until(order: Order | None) -> float:

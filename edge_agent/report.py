@@ -264,7 +264,9 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     resumed: bool
 
 
-EventKind = Literal["stage_started", "stage_finished", "progress", "out_of_memory", "paused", "continued", "finished", "failed", "stopped"]
+EventKind = Literal[
+    "locked_down", "stage_started", "stage_finished", "progress", "out_of_memory", "paused", "continued", "finished", "failed", "stopped"
+]  # fmt: skip
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -23,10 +23,11 @@ from typing import IO, Any
 
 import msgspec
 
-from edge_agent.config import JUDGES_VARIABLE, Endpoint, write_judges
+from edge_agent.config import JUDGES_VARIABLE, RAN_VARIABLE, Endpoint, write_judges
 from edge_agent.messages import Outcome, Reason, StageDone
 from edge_agent.report import Event
 from edge_agent.rest import Rests
+from edge_agent.supervised import REST, WORK
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +65,11 @@ class Trainer:
 
     def __init__(
         self, job: str, directory: Path, lock: IO[str], max_run_s: float, threads: int | None, events: SimpleQueue[Any],
-        judges: Mapping[str, Endpoint] | None = None, settings: Mapping[str, str] | None = None,
+        judges: Mapping[str, Endpoint] | None = None, settings: Mapping[str, str] | None = None, ran_s: float = 0.0, cooled_s: float = 0.0,
     ) -> None:  # fmt: skip
         """Start it. `lock` is the locked file of the device; the child alone holds it from here on. `judges` are what its job may ask.
 
-        `settings` are variables of its environment.
+        `settings` are variables of its environment; earlier starts of the job have run for `ran_s` and waited to cool for `cooled_s`.
         """
         self.job, self.max_run_s, self.started = job, max_run_s, time.monotonic()
         self.last_event: Event | None = None
@@ -78,15 +79,18 @@ class Trainer:
         self.stopping_since: float | None = None
         self.paused_since: float | None = None
         self.rests: Rests | None = None
-        """Why it was asked to stop, where the node rests."""
-        self.killed_for: Ending | None = None
+        """Why it was asked to wait or to stop, where the node rests."""
+        self.ended_for: Ending | None = None
+        self._earlier_s, self._cooled_s = ran_s, cooled_s
+        self._cooling_since: float | None = None
         self._events, self._log_file = events, directory / "trainer.log"
         self._oom_kills = _oom_kills()
         command = [sys.executable, "-m", "edge_agent", "train", str(directory), "--supervised"]
         with self._log_file.open("wb") as errors:
             self._process = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env=_environment(threads, judges or {}, settings or {}), start_new_session=True, pass_fds=(lock.fileno(),),
+                env=_environment(threads, judges or {}, settings or {}) | {RAN_VARIABLE: str(ran_s)}, start_new_session=True,
+                pass_fds=(lock.fileno(),),
             )  # fmt: skip
         lock.close()
         threading.Thread(target=self._read, name=f"trainer-{job}", daemon=True).start()
@@ -111,11 +115,38 @@ class Trainer:
             self.last_event = event
         elif event.event == "paused":
             self.paused_since = self.paused_since or self.heard
+            self._cool(event.code == "thermal")
         elif event.event == "continued" and self.paused_since is not None:
             self.started, self.paused_since = self.started + self.heard - self.paused_since, None
+            self._cool(False)
 
-    def stop(self) -> None:
+    def _cool(self, cooling: bool) -> None:
+        """Keep since when it has waited to cool."""
+        if not cooling:
+            self._cooled_s, self._cooling_since = self.cooled_s, None
+        elif self._cooling_since is None:
+            self._cooling_since = self.heard
+
+    @property
+    def ran_s(self) -> float:
+        """How long all starts of the job have run, without what they waited."""
+        return self._earlier_s + (self.paused_since or time.monotonic()) - self.started
+
+    @property
+    def cooled_s(self) -> float:
+        """How long all starts of the job have waited for the device to cool."""
+        return self._cooled_s + (0.0 if self._cooling_since is None else time.monotonic() - self._cooling_since)
+
+    def rest(self, why: Rests | None) -> None:
+        """Ask it to wait in place, with all that it holds; with None to go on."""
+        self.rests = why
+        if self._process.stdin is not None and self.stopping_since is None:
+            with suppress(OSError):  # it has just ended
+                os.write(self._process.stdin.fileno(), (WORK if why is None else REST) + b"\n")
+
+    def stop(self, why: Ending | None = None) -> None:
         """Ask it to write a checkpoint and end; `kill` follows if it does not."""
+        self.ended_for = self.ended_for or why
         if self.stopping_since is None:
             self.stopping_since = time.monotonic()
             if self._process.stdin is not None:
@@ -123,7 +154,7 @@ class Trainer:
 
     def kill(self, why: Ending | None = None) -> None:
         """End it at once; the checkpoint on disk stays."""
-        self.killed_for = self.killed_for or why
+        self.ended_for = self.ended_for or why
         self._process.kill()
 
     def wait(self, timeout_s: float) -> bool:
@@ -145,8 +176,8 @@ class Trainer:
 
     def ending(self, code: int) -> Ending:
         """Read the exit status and the last words of the process."""
-        if self.killed_for is not None:
-            return self.killed_for
+        if self.ended_for is not None:
+            return self.ended_for
         if code == 0:
             return Ending("succeeded")
         if self.failed is not None and code > 0:

@@ -27,7 +27,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 }
 """The phases a job may go to. `ended` has an outcome and never changes."""
 HAS_TRAINER: frozenset[Phase] = frozenset({"running", "paused"})
-"""The phases in which a job has a trainer; in `paused` it waits for memory that others have."""
+"""The phases in which a job has a trainer; in `paused` it waits for memory that others have, or for the device to cool."""
 
 MOST_CLOSED = 10_000
 """Jobs that are remembered as closed; the oldest go first, so that nobody can fill the disk with them."""
@@ -64,6 +64,10 @@ CREATE TABLE outbox (
     payload BLOB NOT NULL
 );
 """,
+    """
+ALTER TABLE jobs ADD COLUMN ran_s REAL NOT NULL DEFAULT 0;     -- what all its trainers have run, without what they waited
+ALTER TABLE jobs ADD COLUMN cooled_s REAL NOT NULL DEFAULT 0;  -- what they have waited for the device to cool
+""",
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also an agent whose disk was wiped is newer than its last will.
@@ -82,6 +86,7 @@ COUNT_CRASH = "UPDATE jobs SET crashes = crashes + 1 WHERE id = ?"
 NO_TRAINER = "UPDATE jobs SET pid = NULL, pid_ticks = NULL WHERE pid IS NOT NULL"
 SET_TRAINER = "UPDATE jobs SET pid = ?, pid_ticks = ? WHERE id = ?"
 LAST_TRAINER = "SELECT pid, pid_ticks FROM jobs WHERE pid IS NOT NULL"
+SPEND_TIME = "UPDATE jobs SET ran_s = ?, cooled_s = ? WHERE id = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1 WHERE id = ?"
 COUNT_MESSAGE = "UPDATE jobs SET seq = seq + 1 WHERE id = ? RETURNING seq, attempt"
 ALL_JOBS = "SELECT * FROM jobs ORDER BY arrived, id"
@@ -119,6 +124,8 @@ class JobRow:
     settled: float | None
     pid: int | None
     pid_ticks: int | None
+    ran_s: float
+    cooled_s: float
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,10 @@ class Store:
                 self._tell(row.id, msgspec.json.decode(row.result, type=JobResult))
             else:
                 self._tell(row.id, JobStatus(row.digest, row.phase))
+
+    def spend_time(self, job: str, ran_s: float, cooled_s: float) -> None:
+        """Keep what all trainers of a job have run, and waited for the device to cool."""
+        self._db.execute(SPEND_TIME, (ran_s, cooled_s, job))
 
     def ask_cancel(self, job: str) -> None:
         self._db.execute(ASK_CANCEL, (job,))

@@ -64,6 +64,7 @@ class Recorder:
         self._host = memory if isinstance(memory, HostMemory) else HostMemory()
         self._synchronize = synchronize
         self._on_stage = on_stage
+        self._left_out_s = 0.0
 
     @contextmanager
     def stage(self, name: StageName, planned_bytes: int | None = None) -> Iterator[StageRow]:
@@ -75,17 +76,22 @@ class Recorder:
         if self._host is not self.memory:
             self._host.release()
         self._on_stage(row, False)  # after what is free has been given back: a cap is set to what is left
+        self._left_out_s = 0.0
         energy, wall, cpu = self.meter.joules(), time.monotonic(), time.process_time()
         try:
             yield row
         finally:
             self._synchronize()
-            row.seconds, row.cpu_seconds = time.monotonic() - wall, time.process_time() - cpu
+            row.seconds, row.cpu_seconds = time.monotonic() - wall - self._left_out_s, time.process_time() - cpu
             row.energy_j, row.energy_reason = _energy(energy, self.meter.joules(), row.seconds)
             row.peak_bytes = self.memory.peak_bytes()
             row.peak_resident_bytes = row.peak_bytes if self._host is self.memory else self._host.peak_bytes()
             row.peak_allocated_bytes, row.peak_reserved_bytes = self.memory.peak_on_gpu_bytes()
         self._on_stage(row, True)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count a time in which the running stage waited; its energy stays that of the whole."""
+        self._left_out_s += seconds
 
     @property
     def current_stage(self) -> StageName:

@@ -15,7 +15,7 @@ from conftest import DEADLINE_S, Cli, write_domain
 from machines import MEMINFO, server, write
 from safetensors.torch import load_file
 
-from edge_agent.errors import NoRoom, OutOfMemory, Stopped
+from edge_agent.errors import NoRoom, OutOfMemory, Stopped, TimedOut
 from edge_agent.job import Job
 from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
@@ -221,6 +221,61 @@ def test_a_run_that_waits_for_memory_can_be_stopped(data: Path, tiny_model: Path
         run_job(directory, listen, stopping=lambda: any(e.event == "paused" for e in events), machine=machine)
     assert events[-1].event == "stopped"
     assert msgspec.json.decode(directory.events.read_bytes().splitlines()[-1], type=Event).event == "stopped"
+
+
+def test_a_run_on_a_device_that_gets_hot_in_every_stage_comes_to_its_end(data: Path, whole: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """It waits in place, so that no stage is begun again, and its adapter is the same; the time is neither the run's nor the stage's."""
+    directory, hot, waits = _job(data, tiny_model, tmp_path / "job"), [0], [0.0]
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.event == "stage_started":
+            hot[0] = 3
+        waits[0] += event.seconds or 0.0 if event.event == "continued" else 0.0
+
+    def resting() -> bool:
+        hot[0] -= hot[0] > 0
+        return hot[0] > 0
+
+    deadline = time.monotonic() + DEADLINE_S
+    result = run_job(directory, listen, stopping=lambda: time.monotonic() > deadline, resting=resting)
+    begun = [e.stage for e in events if e.event == "stage_started"]
+    assert begun.count("evaluate") == 2
+    assert len(begun) == len(set(begun)) + 1
+    paused = [e for e in events if e.event == "paused"]
+    assert {"evaluate", "sample", "score", "train"} <= {e.stage for e in paused}
+    assert {e.code for e in paused} == {"thermal"}
+    assert waits[0] >= 0.5 * len(paused)
+    assert sum(row.seconds for row in result.stages) <= result.seconds - waits[0]
+    assert not result.resumed
+    wanted, found = _adapter(data.parent / "whole"), _adapter(tmp_path / "job")
+    assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+def test_a_run_that_cools_can_be_stopped_and_gives_way(data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """On request it ends while it waits; what it holds it gives back where others need the memory meanwhile."""
+    directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine")
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.event == "paused" and event.code == "thermal":
+            _free(machine, MIB)
+
+    def stopping() -> bool:
+        return any(e.event == "paused" and e.code is None for e in events)
+
+    with pytest.raises(Stopped):
+        run_job(directory, listen, stopping=stopping, machine=machine, resting=lambda: True)
+    assert [(e.event, e.code) for e in events[-3:]] == [("paused", "thermal"), ("paused", None), ("stopped", None)]
+
+
+def test_time_of_earlier_starts_counts_towards_the_limit(data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """What is left of `max_run_s` may be nothing: then the run ends at its first step."""
+    directory = _job(data, tiny_model, tmp_path / "job")
+    with pytest.raises(TimedOut):
+        run_job(directory, lambda _: None, ran_s=directory.read_job().max_run_s)
 
 
 def test_a_run_that_has_begun_waits_for_room(data: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ LAYERS = (
         "edge_agent.files",
         "edge_agent.intervals",
         "edge_agent.journal",
+        "edge_agent.lockdown",
         "edge_agent.patterns",
         "edge_agent.prompts",
         "edge_agent.sizes",

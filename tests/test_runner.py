@@ -9,21 +9,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, cast
 
+import msgspec
 import pytest
+from orders import make_order
 
-from edge_agent.config import AgentConfig, RestLimits, Size
+from edge_agent.config import AgentConfig, RestLimits, Size, Timers
 from edge_agent.delivery import Uplink
 from edge_agent.files import lock_file
-from edge_agent.jobs import Jobs
-from edge_agent.messages import JobStatus, decode
+from edge_agent.job import Dataset, Job
+from edge_agent.jobs import RUN_GRACE_S, Jobs
+from edge_agent.messages import JobResult, JobStatus, decode
 from edge_agent.rest import LOOK_S, Rest
 from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_orphan
-from edge_agent.store import Store
+from edge_agent.store import JobRow, Store
 from profiles.device import device_profile
 from tests.test_supervised import gone, start
 
@@ -66,11 +70,11 @@ class Bench:
     def __init__(self, place: Path) -> None:
         self.place, self.events, self.trainers = place, SimpleQueue[Any](), list[Trainer]()
 
-    def start(self, program: str, threads: int | None = None) -> Trainer:
+    def start(self, program: str, threads: int | None = None, cooled_s: float = 0.0) -> Trainer:
         (self.place / "job" / "program.py").write_text(LIBRARY + program)
         lock = lock_file(self.place / "trainer.lock")
         assert lock is not None
-        self.trainers.append(Trainer("j", self.place / "job", lock, 3600.0, threads, self.events))
+        self.trainers.append(Trainer("j", self.place / "job", lock, 3600.0, threads, self.events, cooled_s=cooled_s))
         assert lock.closed
         return self.trainers[-1]
 
@@ -178,28 +182,130 @@ def test_waiting_for_memory_is_a_phase_of_the_job(bench: Bench) -> None:
         assert (row.phase, row.crashes, row.attempt) == ("ready", 1, 1)
 
 
-def test_trainer_stops_while_the_node_rests(bench: Bench) -> None:
-    """Its job is told as `ready` with the reason, its start is no crash, and nothing starts before the node has cooled."""
-    temperature = [90.0]
+def _jobs(bench: Bench, store: Store, limits: RestLimits, temperature: list[float], timers: Timers | None = None) -> Jobs:
+    """The jobs of a node with one that runs, on Monday at noon, with the temperature in a list."""
+    config, uplink = AgentConfig("n", bench.place, Size(2**30), {}, timers=timers or Timers()), cast("Uplink", None)
+    rest = Rest(limits, lambda: temperature[0], lambda: datetime(2026, 3, 2, 12), count(step=LOOK_S).__next__)
+    jobs = Jobs(config, device_profile("cpu"), store, uplink, bench.events, rest)
+    store.accept("j", "d" * 64, b"{}", 4)
+    for phase in ("staging", "ready"):
+        store.move("j", phase)
+    store.move("j", "running", start=True)
+    return jobs
+
+
+def _row(store: Store) -> JobRow:
+    row = store.job("j")
+    assert row is not None
+    return row
+
+
+def _told(store: Store, kind: Any = JobStatus) -> Any:
+    return decode(store.message(store.waiting()[-1]).payload, kind).data  # type: ignore[union-attr]
+
+
+def test_trainer_stops_in_quiet_hours(bench: Bench) -> None:
+    """Its job is told as `ready` with the reason, its start is no crash, and nothing starts before they are over."""
     with closing(Store(bench.place / "agent.sqlite", "f", "n")) as store:
-        config, uplink = AgentConfig("n", bench.place, Size(2**30), {}), cast("Uplink", None)
-        rest = Rest(RestLimits(max_temperature_c=80), lambda: temperature[0], clock=count(step=LOOK_S).__next__)
-        jobs = Jobs(config, device_profile("cpu"), store, uplink, bench.events, rest)
-        store.accept("j", "d" * 64, b"{}", 4)
-        for phase in ("staging", "ready"):
-            store.move("j", phase)
-        store.move("j", "running", start=True)
+        jobs = _jobs(bench, store, RestLimits(quiet_hours=("mon 08:00-18:00",)), [20.0])
         jobs.trainer = bench.start("await_stop(); sys.exit(12)")
         jobs.tick()
-        event = bench.events.get(timeout=DEADLINE_S)
-        jobs.trainer_ended(event)
-        told = decode(store.message(store.waiting()[-1]).payload, JobStatus).data  # type: ignore[union-attr]
-        assert (told.phase, told.outcome, told.reason) == ("ready", None, "thermal")
-        row = store.job("j")
-        assert row is not None
+        jobs.trainer_ended(bench.events.get(timeout=DEADLINE_S))
+        told = _told(store)
+        assert (told.phase, told.outcome, told.reason) == ("ready", None, "quiet_hours")
+        row = _row(store)
         assert (row.phase, row.crashes) == ("ready", 0)
         jobs.tick()
         assert (jobs.trainer, store.job("j")) == (None, row)
+
+
+RESTING = """
+while order := os.read(0, 99):
+    if order == b"rest\\n":
+        say('{"time": 1, "event": "paused", "stage": "score", "code": "thermal"}')
+    elif order == b"work\\n":
+        say('{"time": 1, "event": "continued"}')
+sys.exit(12)
+"""
+
+
+def test_trainer_waits_in_place_while_the_device_is_hot(bench: Bench) -> None:
+    """It is asked once, its job is `paused` as `thermal`, and goes on in the same process when the device has cooled."""
+    temperature = [90.0]
+    with closing(Store(bench.place / "agent.sqlite", "f", "n")) as store:
+        jobs = _jobs(bench, store, RestLimits(max_temperature_c=80), temperature)
+        jobs.trainer = trainer = bench.start(RESTING)
+        for _ in range(3):
+            jobs.tick()
+        jobs.hear(bench.events.get(timeout=DEADLINE_S))
+        told = _told(store)
+        assert (told.phase, told.reason, told.text[:23]) == ("paused", "thermal", "the device is at 90 °C,")
+        time.sleep(0.2)
+        temperature[0] = 60.0
+        jobs.tick()
+        jobs.hear(bench.events.get(timeout=DEADLINE_S))
+        told = _told(store)
+        assert (told.phase, told.reason) == ("running", None)
+        assert bench.events.empty()
+        assert (jobs.trainer, trainer.stopping_since) == (trainer, None)
+        assert trainer.cooled_s >= 0.2
+        cooled_s = trainer.cooled_s
+        jobs.shut_down()
+        row = _row(store)
+        assert (row.phase, row.crashes, row.cooled_s) == ("ready", 0, cooled_s)
+        assert 0 < row.ran_s < time.monotonic() - trainer.heard + 60
+
+
+def test_device_that_never_cools_ends_the_job(bench: Bench) -> None:
+    """After `cooling_s`, which earlier starts have begun, it writes its checkpoint and the job has failed as `thermal`."""
+    with closing(Store(bench.place / "agent.sqlite", "f", "n")) as store:
+        jobs = _jobs(bench, store, RestLimits(max_temperature_c=80), [90.0], Timers(cooling_s=1000.0))
+        jobs.trainer = bench.start(RESTING, cooled_s=999.8)
+        jobs.tick()
+        jobs.hear(bench.events.get(timeout=DEADLINE_S))
+        jobs.tick()
+        assert jobs.trainer.stopping_since is None
+        time.sleep(0.3)
+        jobs.tick()
+        jobs.trainer_ended(bench.events.get(timeout=DEADLINE_S))
+        told = _told(store, JobResult)
+        assert (told.outcome, told.reason) == ("failed", "thermal")
+        assert "more than 1,000 s" in told.text
+
+
+def test_time_of_earlier_starts_counts(bench: Bench) -> None:
+    """A restart of the agent takes up how long the job has run: the next trainer is told, and its own limit is what is left."""
+    order = msgspec.json.encode(make_order(Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**30, max_run_s=7.0), 9))
+    program = 'say(\'{"time": 1, "event": "progress", "text": "%s"}\' % os.environ[\'EDGE_AGENT_RAN_S\']); await_stop()'
+    (bench.place / "jobs" / "j").mkdir(parents=True)
+    (bench.place / "jobs" / "j" / "program.py").write_text(LIBRARY + program)
+    ran_s = 0.0
+    with closing(Store(bench.place / "agent.sqlite", "f", "n")) as store:
+        store.accept("j", "d" * 64, order, 4)
+        for phase in ("staging", "ready"):
+            store.move("j", phase)
+        for attempt in (1, 2, 3):
+            config, uplink = AgentConfig("n", bench.place, Size(2**30), {}), cast("Uplink", None)
+            jobs = Jobs(config, device_profile("cpu"), store, uplink, bench.events, Rest(config.rest, lambda: None))
+            jobs.tick()
+            assert jobs.trainer is not None
+            event = bench.events.get(timeout=DEADLINE_S)
+            assert float(event.event.text) == ran_s
+            time.sleep(0.1)
+            jobs.shut_down()
+            row = _row(store)
+            assert (row.attempt, row.ran_s >= ran_s + 0.1) == (attempt, True)
+            ran_s = row.ran_s
+            assert isinstance(bench.events.get(timeout=DEADLINE_S), TrainerEnded)
+        store.spend_time("j", 7.0 + RUN_GRACE_S, 0.0)
+        jobs.trainer = None
+        jobs.tick()
+        jobs.tick()
+        while not isinstance(event := bench.events.get(timeout=DEADLINE_S), TrainerEnded):
+            pass
+        jobs.trainer_ended(event)
+        told = _told(store, JobResult)
+        assert (told.outcome, told.reason) == ("timed_out", "timeout_run")
 
 
 def test_events_are_kept(bench: Bench) -> None:

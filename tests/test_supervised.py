@@ -89,6 +89,28 @@ sys.exit(5)
         assert process.stdout.read() == b""
 
 
+def test_orders_to_wait_and_to_go_on() -> None:
+    """Each holds until the other comes, also where two are read at once; the end of the pipe is heard meanwhile."""
+    code = """
+wait(supervision.resting)
+supervision.tell(Event(time=2.0, event="paused"))
+wait(lambda: not supervision.resting())
+supervision.tell(Event(time=3.0, event="continued"))
+wait(lambda: supervision.resting() and supervision.stopping())
+sys.exit(5)
+"""
+    with start(_script(code)) as process:
+        assert process.stdin is not None
+        _next_event(process)
+        for order, event in ((b"rest\n", "paused"), (b"work\n", "continued")):
+            process.stdin.write(order)
+            process.stdin.flush()
+            assert _next_event(process).event == event
+        process.stdin.write(b"work\nrest\n")
+        process.stdin.close()
+        assert process.wait(GONE_S) == 5
+
+
 def test_native_code_that_never_steps_is_ended() -> None:
     """Nobody asks for the flag, because native code runs: the process is gone in time all the same, as one that was stopped."""
     with start(_script("import ctypes; supervision.tell(Event(time=2.0, event='progress')); ctypes.CDLL(None).sleep(60)")) as process:

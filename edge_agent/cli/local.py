@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +33,16 @@ from edge_agent.cli.shared import (
     explained,
     print_json,
 )
-from edge_agent.config import AGENT_CONFIG, JUDGES_VARIABLE, AgentConfig, Endpoint, read_config, read_judges
+from edge_agent.config import (
+    AGENT_CONFIG,
+    CACHE_VARIABLE,
+    JUDGES_VARIABLE,
+    RAN_VARIABLE,
+    AgentConfig,
+    Endpoint,
+    read_config,
+    read_judges,
+)
 from edge_agent.console import LiveView, built_table, comparison_view, measurement_table, summary, survey_view
 from edge_agent.dataset_check import check
 from edge_agent.dataset_view import dataset_tables
@@ -41,9 +52,11 @@ from edge_agent.job import Evaluation, Job, Judging
 from edge_agent.job_building import build_job, build_options, named_verifier
 from edge_agent.job_directory import JobDirectory
 from edge_agent.json_items import MAX_RECORDS
+from edge_agent.lockdown import Parts, close_network, describe, judge_ports, lock_down
 from edge_agent.report import Event
 from edge_agent.sizes import parse_size
 from edge_agent.supervised import Supervision
+from profiles.calibration import calibration_file
 from profiles.device import device_profile
 
 
@@ -66,7 +79,7 @@ def train(
     settings: SetOption = None,
     config: ConfigOption = AGENT_CONFIG,
     supervised: Annotated[
-        bool, typer.Option("--supervised", help="Write events as JSON lines; stop with a checkpoint when standard input ends.")
+        bool, typer.Option("--supervised", help="For agents: lock down; write events as JSON lines; stop when standard input ends.")
     ] = False,
     trace: Annotated[
         bool, typer.Option("--trace", help="Write trace.json of the first updates, and on CUDA memory_snapshot.pickle, for their viewers.")
@@ -118,18 +131,46 @@ def _only_directory(*options: object) -> None:
 
 
 def _run_supervised(directory: JobDirectory, trace: bool) -> None:
-    """Run under a daemon: it hears every event, and of an error before the first stage too."""
-    supervision = Supervision()
+    """Run under a daemon, locked down: it hears every event, and of an error before the first stage too."""
+    judges = read_judges(os.environ.get(JUDGES_VARIABLE, "{}"))
+    parts = lock_down(_own_places(directory), judge_ports(judge.url for judge in judges.values()) if judges else ())
+    supervision = Supervision()  # it has a thread, which is locked down as well
+    supervision.tell(_locked_down(parts))
+
+    def tell(event: Event) -> None:
+        supervision.tell(event)
+        if judges and event.event == "stage_finished" and event.stage == "judge":
+            supervision.tell(_locked_down({"network": close_network()}))
+
     try:
         from edge_agent.training.run import run_job
 
-        judges = read_judges(os.environ.get(JUDGES_VARIABLE, "{}"))
-        run_job(directory, supervision.tell, stopping=supervision.stopping, judges=judges, trace=trace)
+        ran_s = float(os.environ.get(RAN_VARIABLE, "0"))
+        run_job(directory, tell, stopping=supervision.stopping, judges=judges, trace=trace, ran_s=ran_s, resting=supervision.resting)
     except Stopped:
         raise
     except EdgeAgentError as error:
         supervision.tell(Event(time=time.time(), event="failed", code=error.code, text=str(error)[:1024]))
         raise
+
+
+def _locked_down(parts: Parts) -> Event:
+    held = sum(why is None for why in parts.values())
+    return Event(time=time.time(), event="locked_down", done=held, total=len(parts), text=describe(parts)[:1024])
+
+
+def _own_places(directory: JobDirectory) -> list[Path]:
+    """Return the directories that a trainer may write to; made where they are missing, for they are opened before it is locked down."""
+    cache = Path(os.environ.get(CACHE_VARIABLE) or directory.path.absolute())
+    temporary = cache / "temporary"
+    shutil.rmtree(temporary, ignore_errors=True)  # of the trainer before; there is one at a time
+    os.environ["TMPDIR"] = str(temporary)
+    os.environ.setdefault("CUDA_CACHE_PATH", str(cache / "cuda"))
+    places = [directory.path, calibration_file().parent, cache]
+    for place in (*places[1:], temporary):
+        with suppress(OSError, RuntimeError):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return places
 
 
 def _run(directory: JobDirectory, job: Job | None, config: Path, trace: bool, as_json: bool) -> None:

@@ -12,14 +12,12 @@ import torch
 
 from edge_agent.errors import NoRoom, OutOfMemory
 from edge_agent.job_directory import JobDirectory
-from edge_agent.training.reporter import Crowded, Reporter, out_of_memory
+from edge_agent.training.reporter import LOOK_S, TELL_S, Crowded, Reporter, out_of_memory
 from profiles.device import DeviceProfile
 from profiles.memory import HostCap, trim_heap
 from profiles.pressure import Pressure
 
 T = TypeVar("T")
-LOOK_S, TELL_S = 0.5, 60.0
-"""While a run waits for room: seconds between looks, and between the events that say that it waits."""
 
 
 @contextmanager

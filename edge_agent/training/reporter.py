@@ -19,6 +19,8 @@ from profiles.recorder import UNMETERED, Recorder, StageName, StageRow
 from quantization.plan import Plan
 
 PROGRESS_INTERVAL_S = 0.5
+LOOK_S, TELL_S = 0.5, 60.0
+"""While a run waits: seconds between looks, and between the events that say that it waits."""
 Listener = Callable[[Event], None]
 OnProgress = Callable[[int, int, int, float | None, StageName | None], None]
 """`Reporter.progress` as the training calls it: (done, total, tokens, loss, doing)."""
@@ -35,8 +37,10 @@ class Reporter:
 
     def __init__(
         self, device: DeviceProfile, listen: Listener, stopping: Stopping, max_run_s: float = math.inf, budget_bytes: int | None = None,
-        meter: Meter = UNMETERED, crowded: Callable[[], bool] = lambda: False,
+        meter: Meter = UNMETERED, crowded: Callable[[], bool] = lambda: False, resting: Callable[[], bool] = lambda: False,
+        ran_s: float = 0.0,
     ) -> None:  # fmt: skip
+        """`crowded` says whether others need the memory, `resting` whether to wait; earlier starts have run for `ran_s`."""
         on_gpu = device.torch_device == "cuda"
         memory: Memory = CudaMemory(device.overhead_bytes) if on_gpu else HostMemory()
         synchronize = torch.cuda.synchronize if on_gpu else lambda: None
@@ -44,7 +48,7 @@ class Reporter:
         self.started = time.monotonic()
         self.plan: Plan | None = None
         self._listen, self._stopping, self._max_run_s, self._budget_bytes = listen, stopping, max_run_s, budget_bytes
-        self._crowded, self._waited_s, self._shown = crowded, 0.0, 0.0
+        self._crowded, self._resting, self._waited_s, self._shown = crowded, resting, -ran_s, 0.0
         self.look: Callable[[StageName], None] = lambda _: None
         """Called with every stage at its beginning, and with its progress."""
 
@@ -63,9 +67,12 @@ class Reporter:
 
         `doing` names the work where it is not the stage's own: scores are renewed inside the train stage.
         """
-        row, now = self.recorder.rows[-1], time.monotonic()
+        row = self.recorder.rows[-1]
         row.tokens += tokens
         self.check_stop()
+        if self._resting() and (tokens or row.stage != "judge"):  # without any there it waits for answers, which would be lost
+            self._rest()
+        now = time.monotonic()
         if now - self.started - self._waited_s > self._max_run_s:
             raise TimedOut(self._max_run_s)
         if self._crowded():
@@ -93,8 +100,27 @@ class Reporter:
             raise Stopped
 
     def waited(self, seconds: float) -> None:
-        """Leave out of the run's time what it waited for memory."""
+        """Leave out of the run's time what it waited."""
         self._waited_s += seconds
+
+    def _rest(self) -> None:
+        """Wait in place, and leave the time out of the stage. Raises Stopped, and Crowded where others need the memory meanwhile."""
+        began, told = time.monotonic(), -math.inf
+        try:
+            while self._resting():
+                if time.monotonic() - told > TELL_S:
+                    told = time.monotonic()
+                    self.emit("paused", stage=self.recorder.current_stage, code="thermal")
+                self.check_stop()
+                if self._crowded():
+                    raise Crowded
+                time.sleep(LOOK_S)
+        finally:
+            seconds = time.monotonic() - began
+            self.waited(seconds)
+            self.recorder.leave_out(seconds)
+            self.stage_started += seconds
+        self.emit("continued", seconds=seconds)
 
     def _on_stage(self, row: StageRow, finished: bool) -> None:
         self.stage_started = time.monotonic()

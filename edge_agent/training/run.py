@@ -54,12 +54,14 @@ T = TypeVar("T")
 def run_job(
     directory: JobDirectory, listen: Listener, expected: Job | None = None, stopping: Stopping = lambda: False,
     judges: Mapping[str, Endpoint] = MappingProxyType({}), trace: bool = False, machine: Machine = HERE,
+    resting: Callable[[], bool] = lambda: False, ran_s: float = 0.0,
 ) -> Result:  # fmt: skip
     """Run the job of a directory to its result; a finished job returns its result, an interrupted one goes on.
 
     `expected` is the job that the directory must hold; `stopping` is asked at every step whether to checkpoint and stop; `judges` are
     the endpoints that the job may name; `trace` has some updates recorded for PyTorch's viewers; `machine` is where it is read what
-    memory others need. Raises an EdgeAgentError; once the run has begun, the same stands in events.jsonl, and in result.json if the job
+    memory others need; `resting` is asked at every step whether to wait in place; `ran_s` of the job's `max_run_s` are spent already.
+    Raises an EdgeAgentError; once the run has begun, the same stands in events.jsonl, and in result.json if the job
     has failed.
     """
     with directory.locked():
@@ -71,7 +73,7 @@ def run_job(
             return earlier
         device = usable_profile(job.device)
         tell, pressure = _both(directory.append_event, listen), Pressure(device, machine)
-        reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device), pressure.crowded)
+        reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device), pressure.crowded, resting, ran_s)
         with sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes, reporter):
             try:
                 result = persevere(partial(_stages, directory, job, reporter, judges, trace, machine), directory, reporter, pressure)
