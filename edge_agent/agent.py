@@ -123,6 +123,9 @@ class Agent:
             case TrainerEvent():
                 self._jobs.hear(event)
             case TrainerEnded():
+                if (now := time.monotonic()) < self._watched_until:
+                    self._progress_at = 0.0  # who looks sees the last stage end
+                    self._tell_progress(now)
                 self._jobs.trainer_ended(event)
             case Fetched(sha256, number, block):
                 self._jobs.receive_block(sha256, number, block)

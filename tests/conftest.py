@@ -35,7 +35,10 @@ TINY = ROOT / "edge_agent" / "demo" / "tiny"
 SHARED = ROOT.parent / "shared" / "data"
 DEADLINE_S = 240
 # The longest first, so that no core waits at the end for the last of them (they are shared out in the order of their collection).
-LONG = ("test_interruptions.py", "test_fleet.py", "test_resume.py", "test_bad_input.py", "test_train.py")
+LONG = (
+    "test_interruptions.py", "test_fleet.py", "test_killed.py", "test_enforce.py", "test_chaos.py", "test_https.py", "test_resume.py",
+    "test_bad_input.py", "test_train.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
