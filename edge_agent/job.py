@@ -17,7 +17,7 @@ Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Power = Annotated[float, Meta(ge=0, le=100)]
 Ratio = Annotated[float, Meta(ge=0, le=1_000_000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
-Alias = Annotated[str, Meta(pattern="^[a-z0-9-]{1,64}$", max_length=64)]
+Alias = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,64}\Z", max_length=64)]
 References = Literal["live", "epoch", "once"]
 """When the contexts are scored: right before every update, at the start of every epoch, or once with the frozen base model."""
 Targets = Literal["answers", "outputs", "both"]

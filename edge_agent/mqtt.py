@@ -222,6 +222,15 @@ class Link:
         self._events.put(Connected(self._version))
 
 
+def _mask_pongs(websocket: Any) -> None:
+    """Have paho mask its answers to a server's pings too, as all frames of a client must be (RFC 6455, section 5.3).
+
+    It does not by itself, and many servers end a connection at the first frame that is not masked.
+    """
+    frame = websocket._create_frame
+    websocket._create_frame = lambda opcode, data, do_masking=1: frame(opcode, data)
+
+
 class _Connection:
     """One client from its CONNECT to its end, and what it has heard. Its callbacks run in the link's thread."""
 
@@ -263,6 +272,8 @@ class _Connection:
             self.client.connect(host, port, keepalive_s, clean_start=False, properties=properties)
         else:
             self.client.connect(host, port, keepalive_s)
+        if self._broker.websocket_path is not None:
+            _mask_pongs(self.client.socket())
 
     def give_up(self) -> None:
         """Close a connection whose broker does not answer."""

@@ -55,6 +55,7 @@ def test_a_job_travels_and_comes_back(broker: str, request: pytest.FixtureReques
         with Fleet(amqtt=True) as fleet:
             _travel(fleet, tmp_path, cli, local)
             assert "protocol=3.1.1" in fleet.log("agent")
+            assert '"disconnected ' not in fleet.log("agent")
             assert fleet.check_messages() > 20
     else:
         fleet = request.getfixturevalue("fleet")

@@ -20,6 +20,8 @@ from conftest import Cli, write_domain
 from fleet import QUICK, Fleet, wait_for
 from orders import NODE
 from paho.mqtt.enums import CallbackAPIVersion
+from websockets import Subprotocol
+from websockets.sync.server import ServerConnection, serve
 
 from edge_agent.config import Broker
 from edge_agent.messages import Cancel, encode, new_id
@@ -227,6 +229,27 @@ def test_a_link_tells_that_its_id_was_taken(caplog: pytest.LogCaptureFixture) ->
             client.recv(1000)
             client.sendall(b"\x90\x04\0\x01\0\x01\xe0\x02\x8e\0")  # SUBACK, DISCONNECT
             wait_for("word of it", lambda: "id_taken_over client=taken" in caplog.text)
+        link.close()
+
+
+def test_a_websocket_stands_the_pings_of_its_server() -> None:
+    """A strict server, as that of the package websockets, which pings every 20 seconds by itself."""
+    told: SimpleQueue[bool] = SimpleQueue()
+
+    def speak(connection: ServerConnection) -> None:
+        connection.recv()
+        connection.send(b"\x20\x03\0\0\0")  # CONNACK
+        connection.recv()
+        connection.send(b"\x90\x04\0\x01\0\x01")  # SUBACK
+        told.put(connection.ping().wait(10))
+        connection.send(b"\xe0\x02\0\0")  # DISCONNECT
+
+    with serve(speak, "127.0.0.1", 0, subprotocols=[Subprotocol("mqtt")]) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        broker = Broker(port=server.socket.getsockname()[1], websocket_path="/mqtt")
+        link = Link(broker, "ponging", ["edge1/#"], SimpleQueue(), lambda: None)
+        link.start()
+        assert told.get(timeout=90)
         link.close()
 
 

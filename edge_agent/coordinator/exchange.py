@@ -92,11 +92,17 @@ class Exchange:
     def _advance(self, job: str) -> None:
         """Ask for what is missing; with the last artifact the job is collected."""
         view, awaited = self._store.job(job), self._awaited[job]
-        wanted = self._wanted(view) if view is not None and view.phase != "ended" else []
+        artifacts = view.artifacts if view is not None and view.phase != "ended" else ()
+        wanted = [a for a in artifacts if not self._files.has(a.sha256)]
         for sha256 in set(awaited.incoming) - {a.sha256 for a in wanted}:  # of a result that another has replaced
             awaited.incoming.pop(sha256).discard()
         for artifact in wanted:
-            if artifact.sha256 not in awaited.incoming and artifact.sha256 not in awaited.given_up:
+            if artifact.sha256 in awaited.incoming or artifact.sha256 in awaited.given_up:
+                continue
+            if artifact.size_bytes > self._artifact_limit:
+                log.error("artifact_left_on_node job=%s name=%s bytes=%d", job, artifact.name, artifact.size_bytes)
+                awaited.given_up.add(artifact.sha256)
+            else:
                 awaited.incoming[artifact.sha256] = self._incoming(awaited.node, artifact)
         for sha256 in list(awaited.incoming):
             self._ask(job, awaited, sha256)
@@ -114,13 +120,6 @@ class Exchange:
             log.error("artifact_broken job=%s error=%s", job, error)
             del awaited.incoming[sha256]
             awaited.given_up.add(sha256)
-
-    def _wanted(self, view: JobView) -> list[Artifact]:
-        missing = [a for a in view.artifacts if not self._files.has(a.sha256)]
-        for artifact in missing:
-            if artifact.size_bytes > self._artifact_limit:
-                log.error("artifact_left_on_node job=%s name=%s bytes=%d", view.id, artifact.name, artifact.size_bytes)
-        return [a for a in missing if a.size_bytes <= self._artifact_limit]
 
     def _incoming(self, node: str, artifact: Artifact) -> Incoming:
         def ask(request: FileRequest) -> bool:
