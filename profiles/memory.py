@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -104,8 +105,8 @@ class HostCap:
     """Lets the process allocate until its resident set is at a budget, and no further: then an allocation fails.
 
     The kernel limits what is allocated from now on, touched or not; so threads should be there already, whose stacks are large and empty.
-    What comes beside it until `renew` is called again: pages of files, programs among them, for which a little is left, and small holes of
-    the heap that are filled again. It holds in a process with `one_arena`.
+    What comes beside it until `renew` is called again: pages of files, programs among them, for which a little is left. It holds in a
+    process with `one_arena`.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -114,7 +115,8 @@ class HostCap:
 
     def renew(self) -> None:
         """Look again at what is left of the budget."""
-        limit = _status_bytes("VmData") + max(0, self._budget_bytes - _status_bytes("VmRSS"))
+        taken = _status_bytes("VmRSS") + _heap_holes_bytes()
+        limit = _status_bytes("VmData") + max(0, self._budget_bytes - taken)
         hard = self._before[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
@@ -126,6 +128,17 @@ class HostCap:
 def _status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _heap_holes_bytes() -> int:
+    """Return what of the heap has been given back and can be filled again, which the kernel would not count as allocated once more."""
+    sizes: list[int] = []
+    with suppress(OSError), Path("/proc/self/smaps").open(encoding="utf-8") as mappings:
+        heap = itertools.dropwhile(lambda line: not line.endswith("[heap]\n"), mappings)
+        sizes = [int(line.split()[1]) * 1024 for line in itertools.islice(heap, 8) if line.startswith(("Size:", "Rss:"))]
+    if len(sizes) < 2:  # what malloc has is in other mappings
+        return 0
+    return max(0, sizes[0] - sizes[1] - len(_fillings) * MMAP_THRESHOLD_BYTES)
 
 
 def trim_heap() -> None:
