@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 
@@ -13,7 +14,10 @@ def main() -> None:
         sys.exit(run(sys.argv[2:]))
     from edge_agent.cli import app
 
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # or the interpreter looks through all that was imported once more before it ends
 
 
 if __name__ == "__main__":

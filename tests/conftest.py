@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,15 +78,52 @@ class Ran:
 Cli = Callable[..., Ran]
 
 
+def _environment(state: Path | None) -> dict[str, str]:
+    nowhere = tempfile.mkdtemp(dir=os.environ["XDG_STATE_HOME"])
+    return os.environ | {"COLUMNS": "120", "XDG_STATE_HOME": str(state or nowhere)}
+
+
 @pytest.fixture(scope="session")
-def cli() -> Cli:
-    """Run `edge-agent` with arguments, as its own process; `state` is where it finds what other runs have taught it, if not nowhere."""
+def cli() -> Iterator[Cli]:
+    """Run `edge-agent` with arguments, as its own process; `state` is where it finds what other runs have taught it, if not nowhere.
+
+    The process has its libraries from one that has imported them already (warm.py).
+    """
+    warm: list[subprocess.Popen[str]] = []
 
     def run(*arguments: object, cwd: Path | None = None, state: Path | None = None) -> Ran:
+        if not warm:
+            command = [sys.executable, str(ROOT / "tests" / "warm.py")]
+            warm.append(subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True))
+        process = warm[0]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        environment = _environment(state)
+        out, err = (Path(environment["XDG_STATE_HOME"]) / name for name in ("out", "err"))
+        for file in (out, err):
+            file.touch()
+        request = {"arguments": [*map(str, arguments)], "environment": environment, "directory": str(cwd or Path.cwd())}
+        process.stdin.write(json.dumps(request | {"out": str(out), "err": str(err)}) + "\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], DEADLINE_S)[0]:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            warm.clear()
+            raise TimeoutError(f"{arguments} took longer than {DEADLINE_S} s: {out.read_text()}{err.read_text()}")
+        return Ran(int(process.stdout.readline()), out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+
+    yield run
+    for process in warm:
+        process.communicate(timeout=DEADLINE_S)
+
+
+@pytest.fixture(scope="session")
+def cold_cli() -> Cli:
+    """Like `cli`, where the memory of the process is what is tested: it imports its own libraries."""
+
+    def run(*arguments: object, state: Path | None = None) -> Ran:
         command = [sys.executable, "-m", "edge_agent", *map(str, arguments)]
-        nowhere = tempfile.mkdtemp(dir=os.environ["XDG_STATE_HOME"])
-        environment = os.environ | {"COLUMNS": "120", "XDG_STATE_HOME": str(state or nowhere)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=DEADLINE_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment(state), timeout=DEADLINE_S, check=False)
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -31,6 +31,7 @@ from edge_agent.cli.shared import (
     SetOption,
     VerifierOption,
     explained,
+    imports,
     print_json,
 )
 from edge_agent.config import (
@@ -143,7 +144,8 @@ def _run_supervised(directory: JobDirectory, trace: bool) -> None:
             supervision.tell(_locked_down({"network": close_network()}))
 
     try:
-        from edge_agent.training.run import run_job
+        with imports():
+            from edge_agent.training.run import run_job
 
         ran_s = float(os.environ.get(RAN_VARIABLE, "0"))
         run_job(directory, tell, stopping=supervision.stopping, judges=judges, trace=trace, ran_s=ran_s, resting=supervision.resting)
@@ -175,7 +177,8 @@ def _own_places(directory: JobDirectory) -> list[Path]:
 
 def _run(directory: JobDirectory, job: Job | None, config: Path, trace: bool, as_json: bool) -> None:
     judges = _judges((job or directory.read_job()).judging, config)
-    from edge_agent.training.run import run_job
+    with imports():
+        from edge_agent.training.run import run_job
 
     if as_json:
         result = run_job(directory, lambda event: None, job, judges=judges, trace=trace)
@@ -202,7 +205,8 @@ def plan(
 ) -> None:
     """Say what a job would take, stage by stage, and on which settings it fits the budget; nothing is loaded or trained."""
     with explained(as_json):
-        from edge_agent.training.prepare import prepare_files
+        with imports():
+            from edge_agent.training.prepare import prepare_files
 
         profile = device_profile(device) if device not in (None, "auto") else None
         if directory is not None:
@@ -247,7 +251,8 @@ def evaluate(
     with explained(as_json):
         if out is not None:
             answers.check_place(out)  # before hours of work, not after
-        from edge_agent.training.measure import measure_files, measure_job
+        with imports():
+            from edge_agent.training.measure import measure_files, measure_job
 
         if directory is not None:
             _only_directory(
@@ -316,7 +321,8 @@ def dataset_check(
             raise JobSchema("--verifier", str(error)) from None
         found, records = check(file, options.verifier, eval_data)
         if model is not None:
-            from edge_agent.training.token_lengths import token_lengths
+            with imports():
+                from edge_agent.training.token_lengths import token_lengths
 
             found = msgspec.structs.replace(found, tokens=token_lengths(records, model))
         if as_json:
@@ -362,7 +368,8 @@ def dataset_build(
         }  # fmt: skip
         options = build_options(judge, fields)
         judges = _judges(options.judging, config)
-        from edge_agent.training.build import build_dataset
+        with imports():
+            from edge_agent.training.build import build_dataset
 
         if as_json:
             print_json(build_dataset(model, data, out, options, lambda event: None, judges))
