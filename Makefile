@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-TRAINING_TESTS := $(addprefix tests/test_,$(addsuffix .py,train resume loop packing methods nlft reft evaluation build repair mechanism \
+TRAINING_TESTS := $(addprefix tests/test_,$(addsuffix .py,train resume loop packing methods nlft reft evaluation build repair \
     interruptions loading nf4 cache fused trees rungs enforce generate dry_run supervised runner))
 
 .PHONY: test test-torch-kernel test-all check demo venv clean
@@ -44,7 +44,7 @@ test-torch-kernel: venv
 	EDGE_AGENT_NF4_KERNEL=torch $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRAINING_TESTS)
 
 test-all: test test-torch-kernel
-	$(BIN)/python -m pytest tests/long_killed.py tests/long_chaos.py
+	$(BIN)/python -m pytest tests/long_killed.py tests/long_chaos.py tests/long_mechanism.py
 	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	$(BIN)/python benchmarks/week.py --jobs 1000 --out build/week.json
 	tests/second_python.sh

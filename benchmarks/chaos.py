@@ -138,8 +138,9 @@ class Chaos:
                 if now >= repeat_at:
                     repeater.tick()
                     repeat_at = now + REPEAT_S
-                if sum(self.strikes.values()) < self._kills:
-                    if now >= strike_at:
+                if (struck := sum(self.strikes.values())) < self._kills:
+                    # No faster than jobs end, so that there are as many strikes on the last as on the first.
+                    if now >= strike_at and struck * self._wanted <= self._kills * (ended + OPEN_JOBS):
                         self._strike(ended)
                         strike_at = now + self._rng.expovariate(1 / 2.0)
                 else:  # whatever has been handed in by now: what does not end is to be found, not waited for
