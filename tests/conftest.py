@@ -21,7 +21,8 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What one run learns of the device must not decide another one, and nothing of the user is touched.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
+STATE = tempfile.TemporaryDirectory()
+os.environ["XDG_STATE_HOME"] = STATE.name
 # Tiny models are slower on more threads, and results must not depend on the machine's number of cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

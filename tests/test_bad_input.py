@@ -186,7 +186,7 @@ def _fill(place: Path) -> None:
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk: Path, data: Path, cli: Cli, tiny_model: Path) -> None:
     """Full before the run, then filled while it trains: `disk_full` both times; with room again the same command finishes."""
     out = small_disk / "job"
-    arguments = [*_train(data, out, tiny_model), "--set", "schedule.updates=60", "--set", "schedule.checkpoint_s=0"]
+    arguments = [*_train(data, out, tiny_model), "--set", "schedule.updates=30", "--set", "schedule.checkpoint_s=0"]
     (small_disk / "filler").write_bytes(b"\0" * 30 * 2**20)
     assert "free some space" in _refused(cli, arguments, "disk_full", 8)
     (small_disk / "filler").unlink()
@@ -208,4 +208,4 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk:
     ran = cli(*arguments)
     assert ran.code == 0, ran.out + ran.err
     assert ran.json["resumed"] is True
-    assert ran.json["updates"] == 60
+    assert ran.json["updates"] == 30
