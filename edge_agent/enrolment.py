@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import logging
 import os
 import re
 from contextlib import suppress
@@ -24,6 +25,8 @@ from edge_agent.config import NAME_PATTERN, check_private
 from edge_agent.errors import ConfigInvalid, Refused
 from edge_agent.files import write_file
 from edge_agent.topics import COORDINATOR
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["broker", "coordinator", "node"]
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
@@ -118,6 +121,13 @@ def expiry(certificate_file: Path) -> datetime.datetime:
 def days_left(certificate_file: Path) -> float:
     """Return the days until a certificate expires, negative afterwards. Raises ConfigInvalid."""
     return (expiry(certificate_file) - _now()).total_seconds() / 86400
+
+
+def tell_expiry(certificate_file: Path) -> None:
+    """Log an expiry that is near."""
+    with suppress(ConfigInvalid):  # a missing one is told with the connection
+        if (days := days_left(certificate_file)) < SOON_DAYS:
+            log.warning("certificate_expires days=%d file=%s", days, certificate_file)
 
 
 def fingerprint(certificate: x509.Certificate) -> str:

@@ -11,7 +11,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -119,17 +118,10 @@ class Link:
             self.start()
         if (now := time.monotonic()) - self._expiry_looked_at >= DAY_S:
             self._expiry_looked_at = now
-            self._tell_expiry()
+            if self._broker.tls is not None and self._broker.tls.certificate_file is not None:
+                from edge_agent.enrolment import tell_expiry  # takes megabytes of an agent without a certificate
 
-    def _tell_expiry(self) -> None:
-        file = self._broker.tls.certificate_file if self._broker.tls else None
-        if file is None:
-            return
-        from edge_agent.enrolment import SOON_DAYS, days_left  # takes megabytes of an agent without a certificate
-
-        with suppress(ConfigInvalid):  # a missing one is told with the connection
-            if (days := days_left(file)) < SOON_DAYS:
-                log.warning("certificate_expires days=%d file=%s", days, file)
+                tell_expiry(self._broker.tls.certificate_file)
 
     @property
     def connected(self) -> bool:

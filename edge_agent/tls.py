@@ -1,4 +1,4 @@
-"""Encrypted connections to a broker or a file server: TLS 1.2 or newer, and a certificate that was checked."""
+"""Encrypted connections: TLS 1.2 or newer, and certificates that were checked, on the side that opens one and on the one that serves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import ssl
 from pathlib import Path
 
-from edge_agent.config import Tls, check_private
+from edge_agent.config import Https, Tls, check_private
 from edge_agent.errors import ConfigInvalid
 
 
@@ -28,4 +28,17 @@ def client_context(tls: Tls, field: str) -> ssl.SSLContext:
             context.load_cert_chain(tls.certificate_file, tls.key_file)
         except (OSError, ssl.SSLError) as error:
             raise ConfigInvalid(tls.certificate_file, f"{field}.certificate_file and key_file: {error}") from None
+    return context
+
+
+def server_context(https: Https) -> ssl.SSLContext:
+    """Return the context of a server whose clients have certificates. Raises ConfigInvalid where a file is not what it should be."""
+    check_private(https.key_file, "https.key_file")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version, context.verify_mode = ssl.TLSVersion.TLSv1_2, ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(https.certificate_file, https.key_file)
+        context.load_verify_locations(https.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigInvalid(https.certificate_file, f"https.certificate_file, key_file and ca_file: {error}") from None
     return context

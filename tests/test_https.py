@@ -380,6 +380,22 @@ def test_server_that_cannot_work_is_a_matter_of_the_configuration(coordinator: C
         pass
 
 
+def test_new_certificate_is_taken_without_a_restart(coordinator: Coordinator, caplog: pytest.LogCaptureFixture) -> None:
+    """The next connection has it; until certificate and key are both new the old ones serve, and it is told."""
+    https, told = coordinator.https, ssl.get_server_certificate
+    new = coordinator.authority.issue("broker", "127.0.0.1", coordinator.root / "new", days=20)
+    old = told(("127.0.0.1", coordinator.port))
+    new.certificate_file.replace(https.certificate_file)
+    assert told(("127.0.0.1", coordinator.port)) == old
+    assert "certificate_not_taken" in caplog.text
+    new.key_file.replace(https.key_file)
+    found = told(("127.0.0.1", coordinator.port))
+    assert found.strip() in https.certificate_file.read_text()
+    assert found != old
+    assert "certificate_expires" in caplog.text
+    assert coordinator.ask("GET", _sha256(DATA)).content == DATA
+
+
 def test_doctor_asks_every_file_server(coordinator: Coordinator, tmp_path: Path) -> None:
     """One that answers and knows this node passes; one that does not, or that nobody can reach, fails."""
     config = AgentConfig(NODE, tmp_path, 2**30, {}, file_servers={"lab": coordinator.server()})  # type: ignore[arg-type]
