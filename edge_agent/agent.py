@@ -276,7 +276,7 @@ def _version(package: str) -> str | None:
 
 def _check_server(alias: str, server: FileServer) -> None:
     """Raise ConfigInvalid where a file server could never be asked."""
-    _ = server.token
+    _ = server.token, server.proxy and server.proxy.login
     client_context(server.tls, f"file_servers.{alias}.tls")
 
 

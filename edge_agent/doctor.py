@@ -23,6 +23,7 @@ from edge_agent.https import open_client
 from edge_agent.lockdown import describe, judge_ports
 from edge_agent.messages import Hello, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
+from edge_agent.proxy import with_way
 from edge_agent.signing import read_trusted
 from edge_agent.topics import down, up
 from profiles.device import detect_profile, device_name, free_bytes
@@ -104,7 +105,8 @@ def _file_servers(config: AgentConfig) -> str:
         try:
             status = asyncio.run(asyncio.wait_for(_status(alias, server), ANSWER_S))
         except (httpx.HTTPError, httpx.InvalidURL, asyncio.TimeoutError) as error:
-            raise _Wrong(f"{alias} ({server.url}): {error or 'no answer'}; check [file_servers.{alias}]") from None
+            why = with_way(f"{alias} ({server.url}): {error or 'no answer'}", server.proxy)
+            raise _Wrong(f"{why}; check [file_servers.{alias}]") from None
         if status != NOT_FOUND:
             raise _Wrong(f"{alias} ({server.url}) answers {status} to a request for a file; check its access rules")
     return ", ".join(f"{a} ({s.url})" for a, s in config.file_servers.items()) or "none: files travel over the broker"

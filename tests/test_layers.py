@@ -28,7 +28,7 @@ LAYERS = (
         "edge_agent.serving",
         "edge_agent.json_items",
     ),
-    ("profiles", "edge_agent.final_number", "edge_agent.job", "edge_agent.config", "edge_agent.tls"),
+    ("profiles", "edge_agent.final_number", "edge_agent.job", "edge_agent.config", "edge_agent.tls", "edge_agent.proxy"),
     ("edge_agent.verify", "edge_agent.critic", "edge_agent.judging", "edge_agent.dataset", "edge_agent.splitting", "quantization"),
     ("edge_agent.report", "edge_agent.saliency", "edge_agent.answers", "edge_agent.dataset_check"),
     ("edge_agent.job_directory", "edge_agent.job_building"),
