@@ -138,6 +138,11 @@ class Link:
         return self._subscribed
 
     @property
+    def client(self) -> paho.Client | None:
+        """That of the present connection."""
+        return self._client
+
+    @property
     def payload_limit(self) -> int:
         """Longest payload that the broker takes for sure."""
         return int(self._limit * PACKET_SHARE)

@@ -367,8 +367,9 @@ def test_doctor_tells_what_is_wrong(fleet: Fleet, cli: Cli, tmp_path: Path) -> N
     sick = cli("doctor", "--config", wrong, "--json")
     assert sick.code == 1
     failed = [check for check in sick.json if not check["passed"]]
-    assert [check["name"] for check in failed] == ["link"]
-    assert re.search("[Nn]ot authori", failed[0]["text"])
+    told = {check["name"]: check["text"] for check in failed}
+    assert {"link"} <= set(told) <= {"link", "clock"}  # the kernel may know of its clock, and may not
+    assert re.search("[Nn]ot authori", told["link"])
 
 
 def test_secrets_and_data_stay_out_of_logs_and_topics(fleet: Fleet) -> None:

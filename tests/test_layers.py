@@ -37,7 +37,7 @@ LAYERS = (
     ("edge_agent.store", "edge_agent.mqtt", "edge_agent.transfer", "edge_agent.admission", "edge_agent.runner", "edge_agent.asyncapi"),
     ("edge_agent.delivery",),
     ("edge_agent.jobs",),
-    ("edge_agent.training", "edge_agent.agent", "edge_agent.coordinator", "edge_agent.doctor"),
+    ("edge_agent.training", "edge_agent.agent", "edge_agent.coordinator", "edge_agent.doctor", "edge_agent.visit"),
     ("edge_agent.console", "edge_agent.dataset_view"),
     ("edge_agent.demo",),
     ("edge_agent.cli",),
