@@ -60,10 +60,10 @@ def examine(path: Path) -> list[Check]:
     checks = [Check("configuration", True, f"{path}: node {config.node} of fleet {config.fleet}")]
     for name, look in CHECKS.items():
         checks.append(_try(name, look, config))
-    return checks + _at_the_broker(config)
+    return checks + at_the_broker(config)
 
 
-def _at_the_broker(config: AgentConfig) -> list[Check]:
+def at_the_broker(config: AgentConfig) -> list[Check]:
     """One visit for all that it shows: it may take the connection of a running agent for a moment."""
     try:
         found = visit(config)

@@ -76,10 +76,9 @@ class _Guest:
         if not self.wait(lambda: self.protocol is not None, ANSWER_S):
             self.why = self.why or f"no answer in {ANSWER_S:.0f} s"
         elif (client := self._link.client) is not None:
-            # Each runs in the link's thread.
-            client.on_subscribe = lambda _c, _u, number, reasons, _p: self._events.put(_Answered(number, reasons))
-            client.on_unsubscribe = lambda _c, _u, number, reasons, _p: self._events.put(_Answered(number, reasons))
-            client.on_publish = lambda _c, _u, number, reason, _p: self._events.put(_Answered(number, [reason]))
+            put = self._events.put  # in the link's thread
+            client.on_subscribe = client.on_unsubscribe = lambda _c, _u, number, reasons, _p: put(_Answered(number, reasons))
+            client.on_publish = lambda _c, _u, number, reason, _p: put(_Answered(number, [reason]))
         return self.why is None
 
     def wait(self, done: Callable[[], bool], seconds: float = ANSWER_S) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import threading
@@ -20,7 +21,7 @@ from test_access import FLEET, OTHER, STOLEN, Place
 
 from edge_agent import doctor
 from edge_agent.config import AgentConfig, Broker, Proxy, Size
-from edge_agent.doctor import BROKER_CHECKS, CHECKS, _at_the_broker, _Wrong
+from edge_agent.doctor import BROKER_CHECKS, CHECKS, _Wrong, at_the_broker
 from edge_agent.messages import Ack, Hello, decode, encode, new_id
 from edge_agent.mqtt import Connected, Link, Received
 from edge_agent.topics import coordinator_subscriptions, down, node_subscriptions, split, up
@@ -122,7 +123,7 @@ def _coordinator(broker: Broker, behind_s: float = 0.0) -> Iterator[None]:
 
 
 def _texts(config: AgentConfig) -> dict[str, tuple[bool, str]]:
-    return {check.name: (check.passed, check.text) for check in _at_the_broker(config)}
+    return {check.name: (check.passed, check.text) for check in at_the_broker(config)}
 
 
 def test_sample_configuration_lets_a_node_do_what_is_its_own(place: Place) -> None:
@@ -189,7 +190,7 @@ def test_visit_leaves_a_running_agent_as_it_was(place: Place) -> None:
         assert heard == [down(FLEET, NODE, "ack", f"n{number}") for number in (2, 3)]
 
 
-def test_visit_leaves_nothing_at_the_broker(open_port: int) -> None:
+def test_visit_leaves_nothingat_the_broker(open_port: int) -> None:
     """Who comes under its id later finds no subscription and no message."""
     config = _open_config(open_port)
     with _coordinator(config.broker):
@@ -258,8 +259,13 @@ def test_what_the_kernel_says_of_its_clock() -> None:
     assert doctor._kernel_knows() is (shown.stdout.strip() == "yes")
 
 
-def test_4_bits_that_cannot_be_computed_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that tries ends with an error: its last line is told, and the daemon's side has loaded nothing."""
-    monkeypatch.setenv("EDGE_AGENT_NF4_KERNEL", "no kernel")
-    with pytest.raises(_Wrong, match=r"on cpu ends with 1: .*'no kernel' is no kernel; give bitsandbytes or torch"):
-        CHECKS["4 bits"](msgspec.structs.replace(_open_config(1), device="cpu"))
+def test_4_bits_that_cannot_be_computed_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends with an error is told by its last line, one that takes for ever by its time."""
+    config = msgspec.structs.replace(_open_config(1), device="cpu")
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    with pytest.raises(_Wrong, match=r"on cpu ends with 1: ImportError: libcudart.so.12: cannot open .*; install builds of PyTorch"):
+        CHECKS["4 bits"](config)
+    monkeypatch.setattr(doctor, "SMOKE_S", 0.01)
+    with pytest.raises(_Wrong, match="was not computed with on cpu in 0 s"):
+        CHECKS["4 bits"](config)
