@@ -161,6 +161,8 @@ class Agent:
         try:
             if message.retained and who != COORDINATOR:
                 log.warning("retained_ignored topic=%s", message.topic)  # an order of the past
+            elif who not in (COORDINATOR, self._config.node):
+                log.warning("topic_unknown topic=%s", message.topic)  # what a broker lets through to one is not for it
             elif who != COORDINATOR:
                 self._receive_down(parts[1:], message.payload)
             elif message.payload and decode(message.payload, CoordinatorState).data.online:  # it may have come while we were here
@@ -276,7 +278,7 @@ def _version(package: str) -> str | None:
 
 def _check_server(alias: str, server: FileServer) -> None:
     """Raise ConfigInvalid where a file server could never be asked."""
-    _ = server.token
+    _ = server.token, server.proxy and server.proxy.login
     client_context(server.tls, f"file_servers.{alias}.tls")
 
 

@@ -60,6 +60,31 @@ class Tls(Strict, frozen=True):
             raise ValueError("`certificate_file` and `key_file` come together")
 
 
+class Proxy(Strict, frozen=True, kw_only=True):
+    """The way out of a network that lets nothing out by itself."""
+
+    url: Annotated[str, Meta(pattern=r"^[a-z0-9]+://[^/?#@\s]+:[0-9]{1,5}\Z", max_length=300)]
+    """Scheme, host and port: `http://proxy.example.org:3128` (HTTP CONNECT) or `socks5://proxy.example.org:1080`."""
+    username: Annotated[str, Meta(pattern=r"^[ -9;-~]{1,255}\Z")] | None = None
+    password_file: Path | None = None
+    """Holds the password alone; only its owner may read it."""
+
+    def __post_init__(self) -> None:
+        if (self.username is None) != (self.password_file is None):
+            raise ValueError("`username` and `password_file` of a proxy come together")
+        url = urlsplit(self.url)
+        _ = url.port  # ValueError for what is none
+        if url.scheme not in ("http", "socks5"):
+            raise ValueError(f"`url` of a proxy {self.url!r} begins with neither `http:` nor `socks5:`")
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """User name and password, this read from its file. Raises ConfigInvalid where that is missing, open to others, or holds none."""
+        if self.username is None or self.password_file is None:
+            return None
+        return self.username, _read_key(self.password_file, "password_file of a proxy")
+
+
 class Broker(Strict, frozen=True):
     """Where the MQTT broker is and how to log in."""
 
@@ -76,6 +101,8 @@ class Broker(Strict, frozen=True):
     tls: Tls | None = None
     websocket_path: Annotated[str, Meta(pattern="^/[!-~]{0,254}\\Z")] | None = None
     """Where MQTT is spoken within a WebSocket."""
+    proxy: Proxy | None = None
+    """null: straight to the broker."""
 
     @property
     def password(self) -> str | None:
@@ -164,9 +191,13 @@ class FileServer(Strict, frozen=True, kw_only=True):
     """Holds a bearer token alone; only its owner may read it."""
     timeout_s: Annotated[float, Meta(gt=0, le=60)] = 10.0
     """Without a byte from the server; then the file goes another way."""
+    proxy: Proxy | None = None
+    """One of HTTP; null: straight to the server."""
 
     def __post_init__(self) -> None:
         _ = urlsplit(self.url).port  # ValueError for what is none
+        if self.proxy is not None and not self.proxy.url.startswith("http:"):
+            raise ValueError(f"the `proxy` of a file server is one of HTTP, not {self.proxy.url!r}")
 
     @property
     def token(self) -> str | None:
@@ -296,7 +327,7 @@ def _read_key(path: Path, field: str) -> str:
     """Read what stands in a header of requests."""
     key = _read_secret(path, field)
     if not key or not key.isascii() or not key.isprintable():
-        raise ConfigInvalid(path, f"{field}: it holds no key, which is one line of ASCII")
+        raise ConfigInvalid(path, f"{field}: it must hold one line of ASCII")
     return key
 
 

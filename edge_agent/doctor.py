@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import ipaddress
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any
 
 import httpx
 import msgspec
@@ -21,16 +20,26 @@ from edge_agent.enrolment import SOON_DAYS, days_left
 from edge_agent.errors import EdgeAgentError, human_bytes
 from edge_agent.https import open_client
 from edge_agent.lockdown import describe, judge_ports
-from edge_agent.messages import Hello, encode, new_id
-from edge_agent.mqtt import Connected, Disconnected, Link, Received
+from edge_agent.messages import new_id
+from edge_agent.proxy import with_way
 from edge_agent.signing import read_trusted
-from edge_agent.topics import down, up
+from edge_agent.visit import Visit, visit
 from profiles.device import detect_profile, device_name, free_bytes
 from quantization.model_files import find_model
 
 ANSWER_S = 10.0
 SPARE_DISK_BYTES = 2**30
 NOT_FOUND = 404
+SMOKE_S = 180.0
+"""Longer than the trial of a kernel on a GPU may take, which is a part of it."""
+CLOCK_S = 5.0
+"""Between this clock and the coordinator's; those that are synchronised differ by milliseconds."""
+TIME_ERROR = 5
+"""What adjtimex(2) returns for a clock that is not synchronised."""
+PYTORCH = "install builds of PyTorch and bitsandbytes for it"
+AGAIN = "a running agent may have taken its id back: stop it for the moment, and try again"
+RULES = "give it the rules of deploy/: docs/fleet.md#certificates"
+SET_CLOCK = "run `timedatectl set-ntp true`, or start another client of NTP"
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -51,12 +60,21 @@ def examine(path: Path) -> list[Check]:
     checks = [Check("configuration", True, f"{path}: node {config.node} of fleet {config.fleet}")]
     for name, look in CHECKS.items():
         checks.append(_try(name, look, config))
-    return checks
+    return checks + at_the_broker(config)
 
 
-def _try(name: str, look: Callable[[AgentConfig], str], config: AgentConfig) -> Check:
+def at_the_broker(config: AgentConfig) -> list[Check]:
+    """One visit for all that it shows: it may take the connection of a running agent for a moment."""
     try:
-        return Check(name, True, look(config))
+        found = visit(config)
+    except EdgeAgentError as error:
+        return [Check("link", False, str(error))]
+    return [_try(name, look, config, found) for name, look in BROKER_CHECKS.items() if found.protocol or name != "access rules"]
+
+
+def _try(name: str, look: Callable[..., str], *facts: object) -> Check:
+    try:
+        return Check(name, True, look(*facts))
     except (EdgeAgentError, OSError, ssl.SSLError, subprocess.TimeoutExpired, _Wrong) as error:
         return Check(name, False, str(error))
 
@@ -84,6 +102,27 @@ def _device(config: AgentConfig) -> str:
     return f"{name} (profile {device.title}): {human_bytes(free)} free, {human_bytes(config.budget)} lent to jobs"
 
 
+def _four_bits(config: AgentConfig) -> str:
+    """Have a process compute with a matrix in NF4 as a trainer would, and hold it against plain PyTorch."""
+    device = detect_profile(config.device)
+    command = [sys.executable, "-m", "quantization.smoke", device.torch_device, device.compute_dtype]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=SMOKE_S, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        raise _Wrong(f"a matrix in 4 bits was not computed with on {device.torch_device} in {SMOKE_S:.0f} s; {PYTORCH}") from None
+    try:
+        tried = msgspec.json.decode(done.stdout.rpartition(b"\n")[2], type=dict[str, str])
+    except msgspec.DecodeError:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][-400:]
+        what = f"a process that computes with a matrix in 4 bits on {device.torch_device}"
+        raise _Wrong(f"{what} ends with {done.returncode}: {last}; {PYTORCH}") from None
+    kernel = {"bitsandbytes": "the kernels of bitsandbytes", "torch": "plain PyTorch, which is slower"}[tried["kernel"]]
+    told = f"{kernel} on {tried['device']}: {tried['why']}"
+    if tried["wrong"]:
+        raise _Wrong(f"{told}; but {tried['wrong']}, so no training there can be trusted; {PYTORCH}")
+    return told
+
+
 def _models(config: AgentConfig) -> str:
     if not config.models:
         raise _Wrong("no model is named in [models]; jobs can use none")
@@ -104,7 +143,8 @@ def _file_servers(config: AgentConfig) -> str:
         try:
             status = asyncio.run(asyncio.wait_for(_status(alias, server), ANSWER_S))
         except (httpx.HTTPError, httpx.InvalidURL, asyncio.TimeoutError) as error:
-            raise _Wrong(f"{alias} ({server.url}): {error or 'no answer'}; check [file_servers.{alias}]") from None
+            why = with_way(f"{alias} ({server.url}): {error or 'no answer'}", server.proxy)
+            raise _Wrong(f"{why}; check [file_servers.{alias}]") from None
         if status != NOT_FOUND:
             raise _Wrong(f"{alias} ({server.url}) answers {status} to a request for a file; check its access rules")
     return ", ".join(f"{a} ({s.url})" for a, s in config.file_servers.items()) or "none: files travel over the broker"
@@ -155,37 +195,65 @@ def _certificate(config: AgentConfig) -> str:
     return f"{file} is valid for {days:.0f} days"
 
 
-def _link(config: AgentConfig) -> str:
-    """Ask the coordinator and wait for its acknowledgement: login, encryption, rights and its presence in one."""
-    events: SimpleQueue[Any] = SimpleQueue()
-    message = new_id()
-    answer = down(config.fleet, config.node, "ack", message)
-    link = Link(config.broker, f"doctor/{config.node}", [answer], events, lambda: None)
-    link.start()
-    where, started = f"{config.broker.host}:{config.broker.port}", time.monotonic()
-    reached = ""
-    try:
-        while (left := started + ANSWER_S - time.monotonic()) > 0:
-            match events.get(timeout=left):
-                case Connected(protocol):
-                    reached = f"{where} in MQTT {protocol}"
-                    started = time.monotonic()
-                    link.publish(up(config.fleet, config.node, "hello"), encode(Hello(), "doctor", message_id=message), qos=1)
-                case Received(topic) if topic == answer:
-                    return f"{reached}; the coordinator answered in {1000 * (time.monotonic() - started):.0f} ms"
-                case Disconnected(why):
-                    raise _Wrong(f"{where}: {why}; check [broker] and that the broker runs")
-    except Empty:
-        pass
-    finally:
-        link.close()
-    if reached:
+def _link(config: AgentConfig, found: Visit) -> str:
+    """Login, encryption, own rights and the coordinator's presence in one."""
+    if found.protocol is None:
+        raise _Wrong(f"{found.where}: {found.why}; check [broker] and that the broker runs")
+    reached = f"{found.where} in MQTT {found.protocol}"
+    if found.refused is not None:
+        raise _Wrong(f"{reached}, which refuses what this node says ({found.refused}); {RULES}")
+    if found.answer_s is None and found.why is not None:
+        raise _Wrong(f"{reached}, but the connection ended before the coordinator answered: {found.why}; {AGAIN}")
+    if found.answer_s is None:
         raise _Wrong(f"{reached}, but no coordinator of fleet {config.fleet!r} answered; start it, or check the broker's access rules")
-    raise _Wrong(f"{where}: no answer in {ANSWER_S:.0f} s; check host, port and firewall")
+    return f"{reached}; the coordinator answered in {1000 * found.answer_s:.0f} ms"
+
+
+def _clock(config: AgentConfig, found: Visit) -> str:
+    """Hold the clock against the coordinator's. The kernel's word alone counts where there is no other: in containers it seldom knows."""
+    known = _kernel_knows()
+    kernel = f"the kernel {'takes it for synchronised' if known else 'does not know it to be synchronised'}"
+    if found.clock_ahead_s is None or found.answer_s is None:
+        if not known:
+            raise _Wrong(f"no coordinator answered, so it was held against none, and {kernel}; {SET_CLOCK}")
+        return f"{kernel}; no coordinator answered, so it was held against none"
+    apart, within = abs(found.clock_ahead_s), found.answer_s / 2
+    told = f"{apart:.1f} s {'ahead of' if found.clock_ahead_s > 0 else 'behind'} the coordinator's (± {within:.1f} s); {kernel}"
+    if apart > CLOCK_S + within:
+        raise _Wrong(f"{told}; the expiry of orders and certificates is judged by it: {SET_CLOCK} on the machine that is wrong")
+    return told
+
+
+def _kernel_knows() -> bool:
+    """Whether the kernel has been told, by NTP or whatever else, that its clock is right."""
+    status = ctypes.create_string_buffer(512)  # struct timex, all zero: asks, and changes nothing
+    return bool(0 <= ctypes.CDLL(None).adjtimex(status) < TIME_ERROR)
+
+
+def _access_rules(config: AgentConfig, found: Visit) -> str:
+    """What this node should not be able to do, it was not. A broker that only this machine reaches may do without rules."""
+    if not found.answered:
+        raise _Wrong(f"not found out: the connection ended before the broker had answered: {found.why or 'no answer'}; {AGAIN}")
+    if not found.trespasses:
+        told = "this node can neither speak nor hear as another, nor take another's id"
+        return told if found.protocol == "5" else f"{told}, as far as MQTT {found.protocol} tells"
+    told = f"the broker has no access rules, or too few: this node can {'; '.join(found.trespasses)}"
+    if config.broker.proxy is None and _is_loopback(config.broker.host):
+        return f"{told}. It is on loopback: enough for a trial on one machine, not for a fleet"
+    raise _Wrong(f"{told}; {RULES}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 CHECKS: dict[str, Callable[[AgentConfig], str]] = {
-    "state directory": _state, "device": _device, "models": _models, "judges": _judges, "file servers": _file_servers, "trainer": _trainer,
-    "trust": _trust, "certificate": _certificate, "link": _link,
+    "state directory": _state, "device": _device, "4 bits": _four_bits, "models": _models, "judges": _judges, "file servers": _file_servers,
+    "trainer": _trainer, "trust": _trust, "certificate": _certificate,
 }  # fmt: skip
-"""What is tried, in this order."""
+"""What is tried on the node, in this order."""
+BROKER_CHECKS: dict[str, Callable[[AgentConfig, Visit], str]] = {"link": _link, "clock": _clock, "access rules": _access_rules}
+"""What a visit to the broker shows; the last one only where it was reached."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edge_agent.config import FileServer
 from edge_agent.errors import EdgeAgentError
 from edge_agent.messages import File, FileRequest
+from edge_agent.proxy import with_way
 from edge_agent.tls import client_context
 
 if TYPE_CHECKING:
@@ -128,13 +129,14 @@ class Courier:
         import httpx  # takes megabytes of an agent that has no file for it
 
         why: str | None = "a defect, with its traceback on standard error"
+        server = self._servers[alias]
         try:
-            asyncio.run(_with_client(alias, self._servers[alias], carry))
+            asyncio.run(_with_client(alias, server, carry))
             why = None
         except asyncio.TimeoutError:
-            why = f"{PIECE_S:.0f} s were not enough for {PIECE_BYTES:,} bytes"
+            why = with_way(f"{PIECE_S:.0f} s were not enough for {PIECE_BYTES:,} bytes", server.proxy)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, EdgeAgentError, Misbehaved) as error:
-            why = str(error)[:400] or type(error).__name__
+            why = with_way(str(error)[:400] or type(error).__name__, server.proxy)
         finally:
             self._events.put(Carried(alias, sha256, why, request))
 
@@ -164,13 +166,13 @@ async def _with_client(alias: str, server: FileServer, carry: Callable[[httpx.As
 
 
 def open_client(alias: str, server: FileServer) -> httpx.AsyncClient:
-    """Return a client of a file server that goes nowhere else. Raises ConfigInvalid where its certificates or token cannot be read."""
+    """Return a client of a file server that goes nowhere else. Raises ConfigInvalid for a file that cannot be read."""
     import httpx
 
-    token = server.token
+    token, proxy = server.token, server.proxy
     return httpx.AsyncClient(
         base_url=server.url, verify=client_context(server.tls, f"file_servers.{alias}.tls"), timeout=server.timeout_s,
-        follow_redirects=False, trust_env=False,
+        follow_redirects=False, trust_env=False, proxy=httpx.Proxy(proxy.url, auth=proxy.login) if proxy else None,
         headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
     )  # fmt: skip
 

@@ -22,8 +22,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_agent.config import Broker
+from edge_agent.config import Broker, Proxy
 from edge_agent.errors import ConfigInvalid
+from edge_agent.proxy import open_tunnel, with_way
 from edge_agent.tls import client_context
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Link:
         self._subscribed = False
         self._limit: int = broker.packet_limit
         self._password = broker.password
+        _ = broker.proxy and broker.proxy.login  # read anew with every connection
         if broker.tls is not None:
             client_context(broker.tls, "broker.tls")
         self._expiry_looked_at = -DAY_S
@@ -126,6 +128,11 @@ class Link:
     @property
     def connected(self) -> bool:
         return self._subscribed
+
+    @property
+    def client(self) -> paho.Client | None:
+        """That of the present connection."""
+        return self._client
 
     @property
     def payload_limit(self) -> int:
@@ -172,7 +179,7 @@ class Link:
                 self._version = "3.1.1"
                 why = self._connect()
             if not self._closing.is_set():
-                self._events.put(Disconnected(why))
+                self._events.put(Disconnected(with_way(why, self._broker.proxy)))
                 if why == TAKEN_OVER:
                     log.error("id_taken_over client=%s", self._client_id)
                 # A connection that is lost at once again and again is as bad as none: two clients may fight for one id.
@@ -223,6 +230,14 @@ def _mask_pongs(websocket: Any) -> None:
     websocket._create_frame = lambda opcode, data, do_masking=1: frame(opcode, data)
 
 
+def _reach_through(client: Any, proxy: Proxy, host: str, port: int) -> None:
+    """Have paho begin its connections at a proxy. TLS and WebSocket come on top as ever, with the name of the broker.
+
+    Its own proxies need a package that nobody keeps any more.
+    """
+    client._create_socket_connection = lambda: open_tunnel(proxy, host, port, CONNECT_TIMEOUT_S)
+
+
 class _Connection:
     """One client from its CONNECT to its end, and what it has heard. Its callbacks run in the link's thread."""
 
@@ -247,6 +262,8 @@ class _Connection:
         )  # fmt: skip
         if broker.websocket_path is not None:
             client.ws_set_options(broker.websocket_path)
+        if broker.proxy is not None:
+            _reach_through(client, broker.proxy, broker.host, broker.port)
         client.max_inflight_messages_set(MAX_IN_FLIGHT)
         client.connect_timeout = CONNECT_TIMEOUT_S
         # With this set, `publish` leaves the socket to the link's thread.

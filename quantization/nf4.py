@@ -41,28 +41,36 @@ def choose_kernel(device: str) -> Kernel:
 
     Raises JobSchema where the environment names no kernel.
     """
+    return choose_with_reason(device)[0]
+
+
+def choose_with_reason(device: str) -> tuple[Kernel, str]:
+    """Return the kernel for a device, and why it is that one."""
     forced = os.environ.get(KERNEL_VARIABLE)
     if forced is None:
-        return "bitsandbytes" if _runs(device) else "torch"
+        why_not = _why_not(device)
+        return ("bitsandbytes", "they agree with plain PyTorch") if why_not is None else ("torch", why_not)
     if forced not in get_args(Kernel):
         raise JobSchema(KERNEL_VARIABLE, f"{forced!r} is no kernel; give bitsandbytes or torch, or unset it")
-    return forced  # type: ignore[return-value]
+    return forced, f"{KERNEL_VARIABLE} says so"  # type: ignore[return-value]
 
 
 @cache
-def _runs(device: str) -> bool:
-    """Whether the kernels of bitsandbytes run. On a GPU a process of its own tries: one that is not built for it ends the process."""
+def _why_not(device: str) -> str | None:
+    """Why the kernels of bitsandbytes are not taken. On a GPU a process of its own tries: one that is not built for it ends the process."""
     if device == "cpu":
-        return kernels_agree(device)
-    trial = f"import sys; from quantization.nf4 import kernels_agree; sys.exit(not kernels_agree({device!r}))"
+        return disagreement(device)
+    trial = f"import sys; from quantization.nf4 import disagreement; sys.exit(disagreement({device!r}))"
     try:
-        return subprocess.run([sys.executable, "-c", trial], capture_output=True, timeout=TRIAL_S, check=False).returncode == 0  # noqa: S603
+        done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, timeout=TRIAL_S, check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
-        return False
+        return f"a trial of bitsandbytes took longer than {TRIAL_S:.0f} s"
+    last = done.stderr.strip().rpartition("\n")[2][-300:]  # what it was ended with, text or error
+    return f"a trial of bitsandbytes ended with {done.returncode}: {last}" if done.returncode else None
 
 
-def kernels_agree(device: str) -> bool:
-    """Whether bitsandbytes quantises, multiplies and forms gradients as plain PyTorch does, to the rounding of the products."""
+def disagreement(device: str) -> str | None:
+    """Return why bitsandbytes does not quantise, multiply and form gradients as plain PyTorch does, to the rounding of the products."""
     generator, kernels = torch.Generator().manual_seed(0), get_args(Kernel)
     weight_OI, input_BI = (torch.randn(n, 256, generator=generator).to(device) for n in (64, 8))
     try:
@@ -75,9 +83,11 @@ def kernels_agree(device: str) -> bool:
             input_BI = input_BI.detach().requires_grad_()
             output_BO = layer(input_BI)
             found += [output_BO.detach(), *torch.autograd.grad(output_BO.square().sum(), input_BI)]
-    except (RuntimeError, OSError, AttributeError):
-        return False
-    return all(float((a - b).norm()) < 1e-2 * float(b.norm()) for a, b in zip(found[:4], found[2:], strict=True))
+    except (RuntimeError, OSError, AttributeError) as error:
+        return f"bitsandbytes fails: {(str(error).strip().splitlines() or [type(error).__name__])[0][:300]}"
+    if all(float((a - b).norm()) < 1e-2 * float(b.norm()) for a, b in zip(found[:4], found[2:], strict=True)):
+        return None
+    return "bitsandbytes computes something else than plain PyTorch"
 
 
 def quantize(weight_OI: torch.Tensor, dtype: torch.dtype, kernel: Kernel) -> Params4bit:

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Size, Tls, read_config
+from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Proxy, Size, Tls, read_config
 from edge_agent.errors import ConfigInvalid
 from edge_agent.mqtt import Link
 
@@ -65,11 +65,13 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         'cache_limit = "0"\n[broker]\nhost = "broker"\nport = 8883\nprotocol = "3.1.1"\nusername = "u"\npassword_file = "p"\n'
         'packet_limit = "64KiB"\nkeepalive_s = 60\nwebsocket_path = "/mqtt"\n'
         '[broker.tls]\nca_file = "ca"\ncertificate_file = "crt"\nkey_file = "key"\n'
+        '[broker.proxy]\nurl = "socks5://[::1]:1080"\nusername = "LAB\\\\u"\npassword_file = "pp"\n'
         "[timers]\nqueue_s = 1\nstaging_s = 2.5\nstall_s = 3\nstop_s = 4\n"
     )
     config = read_config(_write(tmp_path, text), AgentConfig)
     tls = Tls(tmp_path / "ca", tmp_path / "crt", tmp_path / "key")
-    assert config.broker == Broker("broker", 8883, "3.1.1", "u", tmp_path / "p", Size(64 * 1024), 60, tls, "/mqtt")
+    proxy = Proxy(url="socks5://[::1]:1080", username="LAB\\u", password_file=tmp_path / "pp")
+    assert config.broker == Broker("broker", 8883, "3.1.1", "u", tmp_path / "p", Size(64 * 1024), 60, tls, "/mqtt", proxy)
     assert (config.timers.queue_s, config.timers.staging_s, config.timers.stall_s, config.timers.stop_s) == (1.0, 2.5, 3.0, 4.0)
     assert (config.queue, config.dataset_limit, config.store_limit, config.max_attempts, config.threads) == (2, 2**20, 2 * 10**9, 3, 1)
     assert config.cache_limit == 0

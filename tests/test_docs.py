@@ -39,6 +39,7 @@ from edge_agent.coordinator.store import CoordinatorPhase, JobView
 from edge_agent.dataset import FORMS, Record
 from edge_agent.dataset_check import Check, Finding, Spread
 from edge_agent.demo.tour import DemoReport
+from edge_agent.doctor import BROKER_CHECKS, CHECKS
 from edge_agent.errors import EdgeAgentError
 from edge_agent.job import Job, NlftOptions
 from edge_agent.json_items import MAX_FILE_BYTES, MAX_RECORD_BYTES, MAX_RECORDS
@@ -274,6 +275,11 @@ def test_device_profiles_documented_have_the_values_of_their_files() -> None:
     assert set(sources) == {name for name, fields in profiles.items() if fields["memory_bytes"]}
     for name, row in sources.items():
         assert {field.strip("`"): text for field, text in row.items() if field != "Profile"}.items() <= profiles[name]["source"].items()
+
+
+def test_checks_documented_are_those_of_the_code() -> None:
+    """docs/fleet.md says of every check of `edge-agent doctor` what it tries, in their order."""
+    assert list(_rows("fleet.md", "Commands", "Check")) == ["configuration", *CHECKS, *BROKER_CHECKS]
 
 
 def test_energy_sources_documented_are_those_of_the_code() -> None:

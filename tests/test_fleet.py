@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fleet import QUICK, Fleet, wait_for
 from orders import NODE, make_offer, make_order
 
+from edge_agent.config import AgentConfig, read_config
+from edge_agent.doctor import BROKER_CHECKS, CHECKS, at_the_broker
 from edge_agent.job_building import build_job
 from edge_agent.messages import Cancel, Drain, File, FileRequest, Forget, Offer, Order, Report, Resume, encode, new_id
 from edge_agent.signing import seal
@@ -360,15 +362,19 @@ def test_doctor_tells_what_is_wrong(fleet: Fleet, cli: Cli, tmp_path: Path) -> N
     healthy = cli("doctor", "--config", fleet.config("agent"), "--json")
     assert healthy.code == 0, healthy.out
     assert all(check["passed"] for check in healthy.json)
+    texts = {check["name"]: check["text"] for check in healthy.json}
+    assert list(texts) == ["configuration", *CHECKS, *BROKER_CHECKS]
+    assert re.match(r"the kernels of bitsandbytes on .*: they agree with plain PyTorch|plain PyTorch, .*", texts["4 bits"])
+    assert "speak as any other node" in texts["access rules"]
     wrong = fleet.directory / "wrong.toml"
     (fleet.directory / "wrong.password").write_text("nothing of the kind\n")
     (fleet.directory / "wrong.password").chmod(0o600)
     wrong.write_text(fleet.config("agent").read_text().replace("agent.password", "wrong.password"))
-    sick = cli("doctor", "--config", wrong, "--json")
-    assert sick.code == 1
-    failed = [check for check in sick.json if not check["passed"]]
-    assert [check["name"] for check in failed] == ["link"]
-    assert re.search("[Nn]ot authori", failed[0]["text"])
+    told = {check.name: check for check in at_the_broker(read_config(wrong, AgentConfig))}
+    assert not told["link"].passed
+    assert re.search("[Nn]ot authori", told["link"].text)
+    sick = cli("doctor", "--config", fleet.directory / "missing.toml", "--json")
+    assert (sick.code, [check["name"] for check in sick.json]) == (1, ["configuration"])
 
 
 def test_secrets_and_data_stay_out_of_logs_and_topics(fleet: Fleet) -> None:

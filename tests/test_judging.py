@@ -195,7 +195,7 @@ def test_judges_are_configured_and_their_keys_private(tmp_path: Path, key_file: 
     with pytest.raises(JudgeMissing, match=r"'other' is not among .* \(stub\)"):
         find_endpoint(Judging("endpoint", "other"), judges)
     key_file.write_text("")
-    with pytest.raises(ConfigInvalid, match="it holds no key"):
+    with pytest.raises(ConfigInvalid, match="it must hold one line"):
         find_endpoint(judging, judges)
     key_file.chmod(0o640)
     with pytest.raises(ConfigInvalid, match="others can read it"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,20 +17,24 @@ from edge_agent.job import Lora
 from edge_agent.training.head import weighted_loss
 from edge_agent.training.packing import answer_hidden, pack
 from profiles.device import device_profile
+from quantization import nf4
 from quantization.adapter import attach_adapter, load_adapter, save_adapter
 from quantization.load import load_model
 from quantization.model_files import find_model
 from quantization.nf4 import (
     KERNEL_VARIABLE,
+    Kernel,
     TorchLinear,
     choose_kernel,
+    choose_with_reason,
     dequantize,
     dequantize_rows,
+    disagreement,
     kernel_of,
-    kernels_agree,
     quantize,
     use_kernel,
 )
+from quantization.smoke import try_out
 
 torch.set_num_threads(1)
 SHAPES = [(640, 1728), (97, 128), (1000, 896), (33, 66), (5, 8192)]
@@ -105,7 +110,7 @@ def test_rows_that_share_a_block_are_not_left_to_bitsandbytes(width: int) -> Non
 def test_trial_decides_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of bitsandbytes are taken where a trial of them goes well, and the environment may decide otherwise."""
     monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
-    assert kernels_agree("cpu")
+    assert disagreement("cpu") is None
     assert choose_kernel("cpu") == "bitsandbytes"
     monkeypatch.setenv(KERNEL_VARIABLE, "torch")
     assert choose_kernel("cpu") == "torch"
@@ -122,7 +127,21 @@ def test_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trial_that_dies_leaves_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that tries a GPU for which nothing was built ends in an error, and this one goes on."""
     monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
-    assert choose_kernel("cuda") == "torch"
+    kernel, why = choose_with_reason("cuda")
+    assert kernel == "torch"
+    assert re.match("a trial of bitsandbytes ended with 1: .*(CUDA|NVIDIA)", why)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kernel", get_args(Kernel))
+def test_matrix_is_tried_out_on_every_kernel(kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `edge-agent doctor` has computed is right on both; where a layer gives another gradient, that is told."""
+    monkeypatch.setenv(KERNEL_VARIABLE, kernel)
+    tried = try_out("cpu", dtype)
+    assert (tried["kernel"], tried["why"], tried["wrong"]) == (kernel, f"{KERNEL_VARIABLE} says so", "")
+    wrong = staticmethod(lambda ctx, grad_BO: (grad_BO @ dequantize(ctx.weight, grad_BO.dtype) * 1.1, None))
+    monkeypatch.setattr(nf4._Product, "backward", wrong)
+    assert try_out("cpu", dtype)["wrong"] == ("the gradient is off by 0.1" if kernel == "torch" else "")
 
 
 def _adapted(tiny_model: Path, kernel: str, monkeypatch: pytest.MonkeyPatch, adapter: Path | None = None) -> Any:

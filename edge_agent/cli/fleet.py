@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -64,10 +65,14 @@ def coordinator(config: CoordinatorConfigOption = COORDINATOR_CONFIG) -> None:
 
 
 def doctor(config: AgentConfigOption = AGENT_CONFIG, as_json: JsonOption = False) -> None:
-    """Check a node's configuration, state, device, models, file servers and its way to the coordinator and back, and say what to do."""
+    """Check all that a node needs, from its device, in 4 bits, to the coordinator and back, its clock and the broker's access rules.
+
+    Each check does the thing. Where one fails it says what to do.
+    """
     with explained(as_json):
         from edge_agent.doctor import examine
 
+        logging.getLogger("edge_agent.mqtt").setLevel(logging.CRITICAL)  # that one connection ends another is what it looks for
         checks = examine(config)
         if as_json:
             print_json(checks)

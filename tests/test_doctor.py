@@ -1,0 +1,271 @@
+"""`edge-agent doctor` at the broker tells what a node could do there that it should not, and a clock that is wrong, and leaves no trace."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import msgspec
+import pytest
+from fleet import MOSQUITTO, free_port, wait_for
+from orders import NODE
+from test_access import FLEET, OTHER, STOLEN, Place
+
+from edge_agent import doctor
+from edge_agent.config import AgentConfig, Broker, Proxy, Size
+from edge_agent.doctor import BROKER_CHECKS, CHECKS, _Wrong, at_the_broker
+from edge_agent.messages import Ack, Hello, decode, encode, new_id
+from edge_agent.mqtt import Connected, Link, Received
+from edge_agent.topics import coordinator_subscriptions, down, node_subscriptions, split, up
+from edge_agent.visit import Visit, visit
+
+SPEAKS, ORDERS = "speak as any other node", "speak to any other node as its coordinator"
+HEARS, TAKES = "hear what other nodes say or are told", "take the id of any other client, and with it what waits for that"
+Edit = tuple[str, str]
+
+
+class EditedPlace(Place):
+    """A broker with the sample files, in which a few words are others."""
+
+    def __init__(self, directory: Path, *edits: Edit) -> None:
+        super().__init__(directory)
+        self._edits = edits
+
+    @contextmanager
+    def running(self) -> Iterator[EditedPlace]:
+        """Started once, to write the files, and again with other words in them."""
+        process = self.start()
+        process.kill()
+        process.wait()
+        for file in (self.directory / "mosquitto.conf", self.directory / "acl"):
+            text = file.read_text()
+            for old, new in self._edits:
+                text = text.replace(old, new)
+            file.write_text(text)
+        assert MOSQUITTO
+        log = self.directory / "edited.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen([MOSQUITTO, "-c", str(self.directory / "mosquitto.conf")], stdout=out, stderr=out)
+        try:
+            wait_for("the broker", lambda: "running" in log.read_text())
+            yield self
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A broker with the sample files as they are."""
+    with EditedPlace(tmp_path_factory.mktemp("doctor")).running() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def open_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A broker without rules, as that of a trial."""
+    assert MOSQUITTO, "mosquitto is not installed; .ci/run installs it"
+    port, directory = free_port(), tmp_path_factory.mktemp("open")
+    (directory / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser root\n")
+    log = directory / "broker.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen([MOSQUITTO, "-c", str(directory / "mosquitto.conf")], stdout=out, stderr=out)
+    wait_for("the broker", lambda: "running" in log.read_text())
+    yield port
+    process.terminate()
+    process.wait(10)
+
+
+def _open_config(port: int, protocol: Any = "auto") -> AgentConfig:
+    return AgentConfig(NODE, Path("state"), Size(2**30), {}, FLEET, broker=Broker(port=port, protocol=protocol))
+
+
+@contextmanager
+def _linked(broker: Broker, client_id: str, topics: list[str]) -> Iterator[tuple[Link, SimpleQueue[Any]]]:
+    events: SimpleQueue[Any] = SimpleQueue()
+    link = Link(broker, client_id, topics, events, lambda: None)
+    link.start()
+    try:
+        assert isinstance(events.get(timeout=20), Connected)
+        yield link, events
+    finally:
+        link.close()
+
+
+@contextmanager
+def _coordinator(broker: Broker, behind_s: float = 0.0) -> Iterator[None]:
+    """One that acknowledges every hello, by a clock that may be wrong."""
+    with _linked(broker, f"coordinator/{new_id()}", coordinator_subscriptions(FLEET)) as (link, events):
+
+        def answer() -> None:
+            while isinstance(message := events.get(), Received):
+                link.acknowledge(message)
+                if split(message.topic)[1][-1] != "hello":
+                    continue
+                ack = decode(encode(Ack(), "test"), Ack)
+                wrong = msgspec.structs.replace(ack, time=ack.time - timedelta(seconds=behind_s))
+                hello = decode(message.payload, Hello).id
+                link.publish(down(FLEET, split(message.topic)[0], "ack", hello), msgspec.json.encode(wrong), qos=1)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield
+        events.put(None)
+        thread.join(30)
+
+
+def _texts(config: AgentConfig) -> dict[str, tuple[bool, str]]:
+    return {check.name: (check.passed, check.text) for check in at_the_broker(config)}
+
+
+def test_sample_configuration_lets_a_node_do_what_is_its_own(place: Place) -> None:
+    """The way to the coordinator and back, a clock that is right, and nothing else."""
+    with _coordinator(place.broker("coordinator.main")):
+        told = _texts(place.config(NODE))
+    assert [passed for passed, _ in told.values()] == [True] * 3, told
+    assert "the coordinator answered in" in told["link"][1]
+    assert "the coordinator's (± " in told["clock"][1]
+    assert told["access rules"][1] == "this node can neither speak nor hear as another, nor take another's id"
+
+
+@pytest.mark.parametrize(
+    ("edits", "trespasses"),
+    [
+        ((("pattern write edge1/lab/%u/up/#", "pattern write edge1/lab/+/up/#"),), [SPEAKS]),
+        ((("pattern write edge1/lab/%u/up/#", "pattern write edge1/lab/#"),), [SPEAKS, ORDERS]),
+        ((("pattern read edge1/lab/%u/down/#", "pattern read edge1/lab/#"),), [HEARS]),
+        ((("use_username_as_clientid true", "use_username_as_clientid false"),), [TAKES]),
+        ((("acl_file", "#"), ("use_username_as_clientid true", "use_username_as_clientid false")), [SPEAKS, ORDERS, HEARS, TAKES]),
+    ],
+)
+def test_rule_that_is_missing_is_told(edits: tuple[Edit, ...], trespasses: list[str], tmp_path: Path) -> None:
+    """Each by itself: what is said as another, what is heard of others (one that has said something), and whose id is taken."""
+    with EditedPlace(tmp_path, *edits).running() as loose:
+        with _linked(loose.broker(OTHER), OTHER, node_subscriptions(FLEET, OTHER)) as (other, _):
+            other.publish(up(FLEET, OTHER, "state"), b"{}", qos=1, retain=True)
+        with _coordinator(loose.broker("coordinator.main")):
+            found = visit(loose.config(NODE))
+        assert found.trespasses == trespasses
+        elsewhere = msgspec.structs.replace(loose.config(NODE), broker=Broker("broker.example.org"))
+        with pytest.raises(_Wrong, match=r"no access rules, or too few: this node can .*; give it the rules of deploy/") as raised:
+            BROKER_CHECKS["access rules"](elsewhere, found)
+        assert all(trespass in str(raised.value) for trespass in trespasses)
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_broker_without_rules(protocol: str, open_port: int) -> None:
+    """On loopback it is told, and no failure; anywhere else, behind a proxy too, it is one. MQTT 3.1.1 shows it by what comes back."""
+    config = _open_config(open_port, protocol)
+    with _coordinator(config.broker):
+        told = _texts(config)
+    assert [passed for passed, _ in told.values()] == [True] * 3, told
+    assert all(trespass in told["access rules"][1] for trespass in (SPEAKS, ORDERS, HEARS, TAKES))
+    found = Visit("broker:1883", protocol, answered=True, trespasses=[HEARS])
+    for broker in (Broker("192.0.2.1"), Broker("::ffff:192.0.2.1"), Broker("broker"), Broker(proxy=Proxy(url="http://proxy:3128"))):
+        with pytest.raises(_Wrong, match=HEARS):
+            BROKER_CHECKS["access rules"](msgspec.structs.replace(config, broker=broker), found)
+    for host in ("127.0.0.1", "127.0.1.1", "::1", "localhost"):
+        assert "not for a fleet" in BROKER_CHECKS["access rules"](msgspec.structs.replace(config, broker=Broker(host)), found)
+
+
+def test_visit_leaves_a_running_agent_as_it_was(place: Place) -> None:
+    """Under the sample configuration the visit has its id: it comes back to its own subscriptions, and to what came meanwhile, once."""
+    topics = node_subscriptions(FLEET, NODE)
+    boss = _linked(place.broker("coordinator.main"), "coordinator/lab/main", coordinator_subscriptions(FLEET))
+    with boss as (speaker, _), _linked(place.broker(NODE), NODE, topics) as (_, events):
+        found = visit(place.config(NODE))
+        assert (found.trespasses, found.refused, found.answer_s) == ([], None, None)
+        wait_for("its next connection", lambda: isinstance(events.get(timeout=30), Connected))
+        for node, number in ((OTHER, 1), (NODE, 2), (NODE, 3)):
+            speaker.publish(down(FLEET, node, "ack", f"n{number}"), b"", qos=1)
+        heard = [events.get(timeout=20).topic for _ in range(2)]
+        assert heard == [down(FLEET, NODE, "ack", f"n{number}") for number in (2, 3)]
+
+
+def test_visit_leaves_nothingat_the_broker(open_port: int) -> None:
+    """Who comes under its id later finds no subscription and no message."""
+    config = _open_config(open_port)
+    with _coordinator(config.broker):
+        visit(config)
+        for client_id in (f"doctor/{NODE}", f"doctor/{NODE}/second"):
+            with _linked(config.broker, client_id, ["edge1/nothing"]) as (link, events):
+                link.publish(up(FLEET, NODE, "state"), b"{}", qos=1)
+                link.publish("edge1/nothing", b"the end", qos=1)
+                assert events.get(timeout=20).topic == "edge1/nothing"
+
+
+def test_node_that_is_shut_out_is_told_so(place: Place) -> None:
+    """The connection stands, and what it says is refused."""
+    told = _texts(place.config(STOLEN, STOLEN))
+    assert told["link"][0] is False
+    assert "refuses what this node says (Not authorized)" in told["link"][1]
+
+
+def test_broker_that_is_not_there() -> None:
+    """One failure, with the place and the reason; nothing is told of rules that nobody has seen."""
+    port = free_port()
+    told = _texts(_open_config(port))
+    assert told["link"] == (
+        False,
+        f"127.0.0.1:{port}: ConnectionRefusedError: [Errno 111] Connection refused; check [broker] and that the broker runs",
+    )
+    assert "access rules" not in told
+
+
+@pytest.mark.parametrize(
+    ("behind_s", "says"), [(60.0, "60.* s ahead of the coordinator's"), (-60.0, "(60|59).* s behind the coordinator's")]
+)
+def test_clock_is_held_against_the_coordinator_s(behind_s: float, says: str, open_port: int) -> None:
+    """By its acknowledgement, as precisely as its way allows."""
+    config = _open_config(open_port)
+    with _coordinator(config.broker, behind_s):
+        passed, text = _texts(config)["clock"]
+    assert not passed
+    assert re.search(f"{says}.*timedatectl", text)
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "answer_s", "synchronised", "passes"),
+    [(0.1, 0.2, False, True), (-4.9, 0.1, True, True), (7.0, 1.0, True, False), (7.0, 8.0, True, True), (None, None, True, True),
+     (None, None, False, False)],
+)  # fmt: skip
+def test_clock_and_what_the_kernel_knows(
+    ahead_s: float | None, answer_s: float | None, synchronised: bool, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator's clock counts; a slow answer excuses what it may explain; without one the kernel must know."""
+    monkeypatch.setattr(doctor, "_kernel_knows", lambda: synchronised)
+    found, config = Visit("broker:1883", "5", answer_s=answer_s, clock_ahead_s=ahead_s), _open_config(1883)
+    if not passes:
+        with pytest.raises(_Wrong, match="timedatectl"):
+            BROKER_CHECKS["clock"](config, found)
+        return
+    assert ("takes it for synchronised" in BROKER_CHECKS["clock"](config, found)) is synchronised
+
+
+def test_what_the_kernel_says_of_its_clock() -> None:
+    """The same as systemd says, which asks it too, where there is one."""
+    shown = subprocess.run(["timedatectl", "show", "--property=NTPSynchronized", "--value"], capture_output=True, text=True, check=False)
+    if shown.returncode:
+        assert doctor._kernel_knows() in (True, False)
+        pytest.skip(f"NO SYSTEMD: {shown.stderr.strip()}, so the kernel's word was held against nothing")
+    assert doctor._kernel_knows() is (shown.stdout.strip() == "yes")
+
+
+def test_4_bits_that_cannot_be_computed_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends with an error is told by its last line, one that takes for ever by its time."""
+    config = msgspec.structs.replace(_open_config(1), device="cpu")
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    with pytest.raises(_Wrong, match=r"on cpu ends with 1: ImportError: libcudart.so.12: cannot open .*; install builds of PyTorch"):
+        CHECKS["4 bits"](config)
+    monkeypatch.setattr(doctor, "SMOKE_S", 0.01)
+    with pytest.raises(_Wrong, match="was not computed with on cpu in 0 s"):
+        CHECKS["4 bits"](config)
