@@ -53,7 +53,7 @@ from edge_agent.messages import (
     read_order,
 )
 from edge_agent.mqtt import _Connection
-from edge_agent.signing import PublicKey
+from edge_agent.signing import PublicKey, seal
 from edge_agent.topics import down, up
 
 ROOT = Path(__file__).parent.parent
@@ -184,7 +184,7 @@ class Place:
         for name, side in self.sides.items():
             for row in side.daemon._store.open_jobs() if name == "open" else ():
                 if row.id != STAGING:
-                    _say(side, down(FLEET, NODE, "job", row.id, "cancel"), Cancel())
+                    _say(side, down(FLEET, NODE, "job", row.id, "cancel"), seal(Cancel(FLEET, NODE, row.id), None))
         return wrong
 
     def restart(self) -> list[str]:
@@ -215,6 +215,9 @@ class Place:
             before = self.jobs[name]
             if name != "open" and (new := set(now) - set(before)):
                 wrong.append(f"{name} has jobs {new}")
+            if name == "signed":  # nothing that is damaged is signed
+                wrong += [f"signed: {job} was deleted" for job in set(before) - set(now)]
+                wrong += [f"signed: {job} was canceled" for job in now if now[job].outcome == "canceled" != before[job].outcome]
             if name == "coordinator":
                 wrong += self._examine_coordinator(now, before)
                 continue
@@ -252,10 +255,10 @@ def _load_node(side: Side, key: Ed25519PrivateKey | None) -> None:
     for job in (SETTLED, DELETED, DONE):
         _say(side, down(FLEET, NODE, "job", job, "offer"), make_offer(make_order(job), key))
         if job != DONE:
-            _say(side, down(FLEET, NODE, "job", job, "cancel"), Cancel())
+            _say(side, down(FLEET, NODE, "job", job, "cancel"), seal(Cancel(FLEET, NODE, job), key))
             for message in agent._store.waiting():
-                _say(side, down(FLEET, NODE, "ack", message), Ack())
-    _say(side, down(FLEET, NODE, "command", "forget"), Forget(DELETED))
+                _say(side, down(FLEET, NODE, "ack", message), seal(Ack(FLEET, NODE, message), key))
+    _say(side, down(FLEET, NODE, "command", "forget"), seal(Forget(FLEET, NODE, DELETED), key))
     report = hashlib.sha256(b"{}").hexdigest()
     agent._jobs._files.put(b"{}", report)
     agent._store.end(DONE, JobResult(make_order(DONE).job.digest, "succeeded", artifacts=(Artifact("result.json", report, 2),)))
@@ -268,7 +271,7 @@ def _load_coordinator(side: Side) -> None:
     for job in (STAGING, DONE, SETTLED, DELETED, NEW, OTHERS):
         order = make_order(job, node=OTHER if job == OTHERS else NODE)
         service._store.add_job(order, make_offer(order).order)
-    for data, kind in ((NodeState("ready", 7, 2), "state"), (INFO, "info")):
+    for data, kind in ((NodeState("ready", 7, 2, 0), "state"), (INFO, "info")):
         _say(side, up(FLEET, NODE, kind), data)
     service._tick(time.monotonic())
     for job, seq in ((STAGING, 1), (DONE, 1), (SETTLED, 1), (DELETED, 1)):

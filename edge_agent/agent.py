@@ -20,17 +20,20 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 from edge_agent import logs
+from edge_agent.admission import Rejected, open_envelope
 from edge_agent.config import AGENT_CONFIG, AgentConfig, FileServer, Trust, read_config
 from edge_agent.delivery import Outbox, Uplink
-from edge_agent.errors import EdgeAgentError, MessageInvalid
+from edge_agent.errors import ConfigInvalid, EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
 from edge_agent.https import Carried, Fetched
 from edge_agent.jobs import Jobs
 from edge_agent.messages import (
+    A,
     Ack,
     Cancel,
     CoordinatorState,
     Drain,
+    Envelope,
     FileRequest,
     Forget,
     Heartbeat,
@@ -168,6 +171,10 @@ class Agent:
                 self._outbox.send_again()
         except MessageInvalid as error:
             log.warning("message_invalid topic=%s error=%s", message.topic, error)
+        except Rejected as error:
+            log.warning("envelope_refused topic=%s reason=%s text=%r", message.topic, error.reason, str(error))
+        except ConfigInvalid as error:
+            log.error("trust_unreadable topic=%s text=%r", message.topic, str(error))
         self._link.acknowledge(message)
 
     def _receive_down(self, parts: Sequence[str], payload: bytes) -> None:
@@ -175,14 +182,14 @@ class Agent:
             case ["job", job, "offer"] if is_ulid(job):
                 self._jobs.offer(job, payload)
             case ["job", job, "cancel"] if is_ulid(job):
-                decode(payload, Cancel)
+                self._opened(payload, Cancel, job=job)
                 self._jobs.cancel(job)
             case ["job", job, "watch"]:
                 ttl_s = decode(payload, Watch).data.ttl_s
                 if self._jobs.trainer is not None and self._jobs.trainer.job == job:
                     self._watched_until = time.monotonic() + ttl_s
             case ["ack", message]:
-                decode(payload, Ack)
+                self._opened(payload, Ack, message=message)
                 self._outbox.acknowledged(message)
             case ["file", sha256, "request"]:
                 self._jobs.send_blocks(sha256, decode(payload, FileRequest).data)
@@ -199,18 +206,22 @@ class Agent:
                 decode(payload, Report)
                 self._jobs.report()
             case "drain":
-                decode(payload, Drain)
-                self._drain(True)
+                self._drain(True, self._opened(payload, Drain).number)
             case "resume":
-                decode(payload, Resume)
-                self._drain(False)
+                self._drain(False, self._opened(payload, Resume).number)
             case "forget":
-                self._jobs.forget(decode(payload, Forget).data.job)
+                self._jobs.forget(self._opened(payload, Forget).job)
             case _:
                 log.warning("command_unknown name=%s", name)
 
-    def _drain(self, wanted: bool) -> None:
-        self._store.draining = wanted
+    def _opened(self, payload: bytes, kind: type[A], **topic: str) -> A:
+        """Return what is in the envelope of a message. Raises Rejected, MessageInvalid, ConfigInvalid."""
+        return open_envelope(decode(payload, Envelope).data, kind, self._config, **topic)
+
+    def _drain(self, wanted: bool, number: int) -> None:
+        """Take no new jobs, or take them again, by the newest word on that."""
+        if not self._store.set_draining(wanted, number):
+            raise Rejected("replayed", f"it is command {number:,}, and command {self._store.command:,} has been done")
         self._uplink.keep(self._present(), "state")
 
     # what the node tells of itself
@@ -222,7 +233,7 @@ class Agent:
         return Birth(up(self._config.fleet, self._config.node, "state"), encode(self._state("lost"), source, boot=self._store.boot))
 
     def _state(self, state: Literal["ready", "draining", "offline", "lost"]) -> NodeState:
-        return NodeState(state, self._store.boot, self._connections)
+        return NodeState(state, self._store.boot, self._connections, self._store.command)
 
     def _present(self) -> NodeState:
         return self._state("draining" if self._store.draining else "ready")
@@ -281,7 +292,7 @@ def _check_server(alias: str, server: FileServer) -> None:
 
 
 def _check_trusted(trust: Trust) -> None:
-    """Raise ConfigInvalid where no order could ever be taken."""
+    """Raise ConfigInvalid where nothing that is signed could ever be taken."""
     from edge_agent.signing import read_trusted
 
     read_trusted(trust.keys_file)

@@ -16,12 +16,13 @@ import httpx
 import msgspec
 import psutil
 
+from edge_agent.admission import Rejected, open_envelope
 from edge_agent.config import AgentConfig, FileServer, read_config
 from edge_agent.enrolment import SOON_DAYS, days_left
-from edge_agent.errors import EdgeAgentError, human_bytes
+from edge_agent.errors import EdgeAgentError, MessageInvalid, human_bytes
 from edge_agent.https import open_client
 from edge_agent.lockdown import describe, judge_ports
-from edge_agent.messages import Hello, encode, new_id
+from edge_agent.messages import Ack, Envelope, Hello, decode, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
 from edge_agent.signing import read_trusted
 from edge_agent.topics import down, up
@@ -171,7 +172,8 @@ def _link(config: AgentConfig) -> str:
                     reached = f"{where} in MQTT {protocol}"
                     started = time.monotonic()
                     link.publish(up(config.fleet, config.node, "hello"), encode(Hello(), "doctor", message_id=message), qos=1)
-                case Received(topic) if topic == answer:
+                case Received(topic, payload) if topic == answer:
+                    _check_answer(config, message, payload)
                     return f"{reached}; the coordinator answered in {1000 * (time.monotonic() - started):.0f} ms"
                 case Disconnected(why):
                     raise _Wrong(f"{where}: {why}; check [broker] and that the broker runs")
@@ -182,6 +184,13 @@ def _link(config: AgentConfig) -> str:
     if reached:
         raise _Wrong(f"{reached}, but no coordinator of fleet {config.fleet!r} answered; start it, or check the broker's access rules")
     raise _Wrong(f"{where}: no answer in {ANSWER_S:.0f} s; check host, port and firewall")
+
+
+def _check_answer(config: AgentConfig, message: str, payload: bytes) -> None:
+    try:
+        open_envelope(decode(payload, Envelope).data, Ack, config, message=message)
+    except (Rejected, MessageInvalid) as error:
+        raise _Wrong(f"the coordinator's answer is not taken: {error}") from None
 
 
 CHECKS: dict[str, Callable[[AgentConfig], str]] = {

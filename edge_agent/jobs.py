@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.admission import Rejected, check_contents, check_order, open_order
+from edge_agent.admission import Rejected, check_contents, check_order, open_envelope
 from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.delivery import Uplink
 from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, ModelMissing
@@ -84,11 +84,14 @@ class Jobs:
         self._files.sweep({sha256 for row in self._store.open_jobs() for sha256 in _contents(row)})
 
     def offer(self, job: str, payload: bytes) -> None:
-        """Take an offer, or say why not. Taken, it is in the store when this returns; a rejection that is lost follows the next offer."""
+        """Take an offer, or say why not. Taken, it is in the store when this returns; a rejection that is lost follows the next offer.
+
+        Raises ConfigInvalid where this node cannot know whom to trust.
+        """
         order, row = None, self._store.job(job)
         try:
             offer = decode(payload, Offer).data
-            order = open_order(offer.order, job, self._config)
+            order = open_envelope(offer.order, Order, self._config, id=job)
             if row is not None and row.digest != order.job.digest:
                 raise Rejected("conflict", "a job with this id and another document is here; submit it under a new id")
             if row is not None:
@@ -101,9 +104,8 @@ class Jobs:
             check_contents(offer, order)
             for sha256, contents in offer.contents.items():
                 self._files.put(contents, sha256)
-        except ConfigInvalid as error:
-            log.error("trust_unreadable job=%s text=%r", job, str(error))
-            return
+        except ConfigInvalid:  # the file of trusted keys is broken: neither taken nor rejected, the offer comes again
+            raise
         except (Rejected, EdgeAgentError) as error:
             self._reject(job, row, order, error.reason if isinstance(error, Rejected) else known_reason(error.code), str(error))
             return

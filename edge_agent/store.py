@@ -144,6 +144,8 @@ class Store:
         self._fleet, self._node, self._source = fleet, node, f"edge1/{fleet}/{node}"
         self._db = open_database(path, VERSIONS, replace_damaged=True)
         self.boot: int = self._db.execute(COUNT_BOOT, (int(time.time()),)).fetchone()[0]
+        self.command = self._flag("command")
+        """Number of the last word on whether new jobs are refused. Other threads may read it."""
 
     def close(self) -> None:
         self._db.close()
@@ -151,12 +153,21 @@ class Store:
     @property
     def draining(self) -> bool:
         """Whether new jobs are refused; kept over restarts."""
-        row = self._db.execute(GET_FLAG, ("draining",)).fetchone()
-        return bool(row and row[0])
+        return bool(self._flag("draining"))
 
-    @draining.setter
-    def draining(self, value: bool) -> None:
-        self._db.execute(SET_FLAG, ("draining", int(value)))
+    def set_draining(self, value: bool, command: int) -> bool:
+        """Keep whether new jobs are refused, by the word of a number; False where that is an older one, or another of this number."""
+        if (command, value) != (self.command, self.draining) and command <= self.command:
+            return False
+        with transaction(self._db):
+            self._db.execute(SET_FLAG, ("draining", int(value)))
+            self._db.execute(SET_FLAG, ("command", command))
+        self.command = command
+        return True
+
+    def _flag(self, name: str) -> int:
+        row = self._db.execute(GET_FLAG, (name,)).fetchone()
+        return int(row[0]) if row else 0
 
     def job(self, job: str) -> JobRow | None:
         row = self._db.execute(GET_JOB, (job,)).fetchone()

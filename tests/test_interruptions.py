@@ -26,6 +26,7 @@ from websockets.sync.server import ServerConnection, serve
 from edge_agent.config import Broker
 from edge_agent.messages import Cancel, encode, new_id
 from edge_agent.mqtt import Link
+from edge_agent.signing import seal
 from edge_agent.topics import down
 
 OUTAGE_S = 30.0
@@ -174,7 +175,7 @@ def test_orders_of_the_past_are_ignored(fleet: Fleet) -> None:
     fleet.start_broker()  # it remembers no session
     wait_for("the ear", fleet.ear.is_connected)
     job = new_id()
-    fleet.speak(down("default", NODE, "job", job, "cancel"), encode(Cancel(), "test"), retain=True)
+    fleet.speak(down("default", NODE, "job", job, "cancel"), encode(seal(Cancel("default", NODE, job), None), "test"), retain=True)
     fleet.start_agent()
     wait_for("the retained order", lambda: f"retained_ignored topic=edge1/default/{NODE}/down/job/{job}/cancel" in fleet.log("agent"))
     wait_for("the node", lambda: fleet.client.nodes()[0].heartbeat is not None)

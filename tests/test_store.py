@@ -301,17 +301,31 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "agent.sqlite"
     with closing(_open(path)) as store:
         assert not store.draining
-        store.draining = True
+        assert store.set_draining(True, 3)
         job = _at(store, "running")
         store.ask_cancel(job)
         kept = _row(store, job), _waiting(store)
         assert kept[0].cancel
     with closing(_open(path)) as store:
         assert (_row(store, job), _waiting(store)) == kept
-        assert store.draining
-        store.draining = False
+        assert (store.draining, store.command) == (True, 3)
+        assert store.set_draining(False, 4)
     with closing(_open(path)) as store:
         assert not store.draining
+
+
+def test_newest_word_on_draining_holds(store: Store) -> None:
+    """An older one changes nothing, whenever it comes; the same again is no other word."""
+    for drain, number, taken in (
+        (True, 2, True),
+        (True, 2, True),
+        (False, 2, False),
+        (False, 1, False),
+        (False, 5, True),
+        (True, 4, False),
+    ):
+        assert store.set_draining(drain, number) == taken
+    assert (store.draining, store.command) == (False, 5)
 
 
 @pytest.mark.parametrize("number", [lambda path: _boot(_open(path)), lambda path: _epoch(path)], ids=["agent", "coordinator"])

@@ -64,6 +64,10 @@ CREATE TABLE nodes (
     drain INTEGER                        -- whether it is to take no new jobs; null: nobody has said
 );
 """,
+    """
+ALTER TABLE nodes ADD COLUMN drain_command INTEGER NOT NULL DEFAULT 0;  -- the number under which it is told so
+ALTER TABLE nodes ADD COLUMN told INTEGER NOT NULL DEFAULT 0;           -- and that which it says to have done last
+""",
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
@@ -85,17 +89,21 @@ ASK_FORGET = "UPDATE jobs SET forget = 1, changed = ? WHERE id = ?"
 FORGOTTEN_JOBS = f"{JOBS} WHERE forget ORDER BY created, jobs.rowid"
 DELETE_JOB = "DELETE FROM jobs WHERE id = ?"
 DELETE_HISTORY = "DELETE FROM history WHERE job = ?"
-SET_DRAIN = "UPDATE nodes SET drain = ? WHERE id = ?"
+SET_DRAIN = "UPDATE nodes SET drain = ?, drain_command = max(drain_command, min(told, ?)) + 1 WHERE id = ?"
 KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
 INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ? ORDER BY time, message"
 GET_NODE = "SELECT * FROM nodes WHERE id = ?"
 ALL_NODES = "SELECT * FROM nodes ORDER BY id"
-SET_STATE = """INSERT INTO nodes (id, state, boot, conn, seen) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, seen = iif(?, excluded.seen, seen)"""
+SET_STATE = """INSERT INTO nodes (id, state, boot, conn, told, seen) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, told = excluded.told,
+seen = iif(?, excluded.seen, seen)"""
 SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, info) VALUES (?, 'init', 0, 0, ?, ?)
 ON CONFLICT (id) DO UPDATE SET info = excluded.info"""
 SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ?, seen = ? WHERE id = ?"
+
+MOST_TOLD = 2**52
+"""What a node says of the last command that it has done is not signed: no higher number is believed, so there is always one above it."""
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
 
@@ -158,6 +166,10 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     info: NodeInfo | None
     heartbeat: Heartbeat | None
     drain: bool | None
+    drain_command: int
+    """The number under which it is told so."""
+    told: int
+    """That of the last one that it has done, as it says."""
 
     @property
     def present(self) -> bool:
@@ -278,12 +290,13 @@ class CoordinatorStore:
         known = self.node(node)
         if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
             return False
-        self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, time.time(), not retained and state.state != "lost"))
+        spoke = not retained and state.state != "lost"
+        self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, state.command, time.time(), spoke))
         return True
 
-    def set_drain(self, node: str, drain: bool | None) -> None:
-        """Keep whether a node is to take no new jobs."""
-        self._db.execute(SET_DRAIN, (drain, node))
+    def set_drain(self, node: str, drain: bool) -> None:
+        """Keep whether a node is to take no new jobs, under a number above all that it has been told before."""
+        self._db.execute(SET_DRAIN, (drain, MOST_TOLD, node))
 
     def set_info(self, node: str, info: NodeInfo) -> None:
         self._db.execute(SET_INFO, (node, time.time(), msgspec.json.encode(info)))
