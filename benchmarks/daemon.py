@@ -214,7 +214,7 @@ class StandIn:
             return
         decoded: Message[Any] = decode(bytes(message.payload), kind)
         if kind is not NodeState:
-            self.publish(seal(Ack(FLEET, NODE, decoded.id), None), "ack", decoded.id)
+            self.publish(seal(Ack(FLEET, NODE, decoded.id, datetime.datetime.now(datetime.timezone.utc), 0), None), "ack", decoded.id)
         self._heard.put(Heard(at, parts[2] if parts[1] == "job" else None, decoded.data))
 
     def publish(self, data: object, *parts: object) -> None:

@@ -76,11 +76,18 @@ class Delivery(msgspec.Struct, frozen=True):
 # valid
 
 
+FIRST = datetime.datetime(2099, 12, 1, tzinfo=datetime.timezone.utc)
+"""When orders are issued, by the clock of the coordinator."""
+
+
+def make_ack(message: str) -> Ack:
+    return Ack(FLEET, NODE, message, FIRST, 0)
+
+
 def make_order(job: str, **changes: Any) -> Order:
-    first = datetime.datetime(2099, 12, 1, tzinfo=datetime.timezone.utc)
     document = {"model": "tiny", "dataset": Dataset(SHA256), "budget_bytes": 2**30}
     document |= {name: changes.pop(name) for name in list(changes) if name in Job.__struct_fields__ and name != "dataset"}
-    fields = {"id": job, "fleet": FLEET, "node": NODE, "issued": first, "expires": first + datetime.timedelta(days=30)}
+    fields = {"id": job, "fleet": FLEET, "node": NODE, "issued": FIRST, "expires": FIRST + datetime.timedelta(days=30)}
     return Order(**fields | {"job": Job(**document), "dataset": File(SHA256, len(DATA))} | changes)  # type: ignore[arg-type]
 
 
@@ -137,7 +144,7 @@ def _controls() -> Iterator[tuple[tuple[str, ...], Addressed]]:
     yield ("command", "drain"), Drain(FLEET, NODE, 7)
     yield ("command", "resume"), Resume(FLEET, NODE, 8)
     yield ("command", "resume"), Resume(FLEET, NODE, 0)
-    yield ("ack", DONE), Ack(FLEET, NODE, DONE)
+    yield ("ack", DONE), make_ack(DONE)
     yield ("job", DONE, "cancel"), Drain(FLEET, NODE, 9)
     yield ("job", STAGING, "cancel"), Cancel(FLEET, NODE, DONE)
     yield ("job", STAGING, "cancel"), Cancel(FLEET, OTHER, STAGING)
@@ -158,7 +165,7 @@ def _refused_controls() -> Iterator[tuple[tuple[str, ...], Envelope]]:
         yield parts, msgspec.structs.replace(unsigned, signatures=seal_bytes(unsigned.payload, Order, KEY).signatures)
     for name, kind in (("drain", Drain), ("resume", Resume)):
         yield ("command", name), seal(kind(FLEET, NODE, 10), None)
-    yield ("ack", DONE), seal(Ack(FLEET, NODE, DONE), None)
+    yield ("ack", DONE), seal(make_ack(DONE), None)
 
 
 def seeds() -> list[Delivery]:

@@ -31,6 +31,7 @@ from fuzz_messages import (
     SETTLED,
     STAGING,
     Receiver,
+    make_ack,
     make_large,
     make_offer,
     make_order,
@@ -42,7 +43,6 @@ from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, RestLimits
 from edge_agent.coordinator.service import Service
 from edge_agent.logs import JsonFormatter, tame
 from edge_agent.messages import (
-    Ack,
     Artifact,
     Cancel,
     Forget,
@@ -158,8 +158,12 @@ class Place:
         self.jobs = self._jobs()
 
     def start(self) -> dict[str, Side]:
-        """Start the daemons on what is there."""
-        return {name: Side(self._daemon(name)) for name in self._receivers}
+        """Start the daemons on what is there, and tell the nodes the time."""
+        sides: dict[str, Side] = {name: Side(self._daemon(name)) for name in self._receivers}
+        for name, side in sides.items():
+            if name != "coordinator":
+                _tell_time(side, KEY if name == "signed" else None)
+        return sides
 
     def _daemon(self, name: Receiver) -> Agent | Service:
         if name == "coordinator":
@@ -250,6 +254,12 @@ def _say(side: Side, topic: str, data: object, **numbers: Any) -> None:
     side.hear(topic.encode(), encode(data, "fuzz", **numbers))
 
 
+def _tell_time(side: Side, key: Ed25519PrivateKey | None) -> None:
+    agent: Any = side.daemon
+    agent._greet(time.monotonic())
+    _say(side, down(FLEET, NODE, "ack", agent._hello), seal(make_ack(agent._hello), key))
+
+
 def _load_node(side: Side, key: Ed25519PrivateKey | None) -> None:
     agent: Any = side.daemon
     for job in (SETTLED, DELETED, DONE):
@@ -257,7 +267,7 @@ def _load_node(side: Side, key: Ed25519PrivateKey | None) -> None:
         if job != DONE:
             _say(side, down(FLEET, NODE, "job", job, "cancel"), seal(Cancel(FLEET, NODE, job), key))
             for message in agent._store.waiting():
-                _say(side, down(FLEET, NODE, "ack", message), seal(Ack(FLEET, NODE, message), key))
+                _say(side, down(FLEET, NODE, "ack", message), seal(make_ack(message), key))
     _say(side, down(FLEET, NODE, "command", "forget"), seal(Forget(FLEET, NODE, DELETED), key))
     report = hashlib.sha256(b"{}").hexdigest()
     agent._jobs._files.put(b"{}", report)

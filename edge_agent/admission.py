@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from edge_agent.config import AgentConfig, Trust
 from edge_agent.errors import JudgeMissing, human_bytes
@@ -13,6 +13,9 @@ from quantization.estimate import Lengths, make_estimate
 from quantization.ladder import Rows
 from quantization.model_files import find_model
 from quantization.shape import read_shape
+
+CLOCK_S = 3600.0
+"""How far the clock of a coordinator may be set back until what it has issued before counts for nothing."""
 
 
 class Rejected(Exception):
@@ -53,13 +56,15 @@ def _check_signature(envelope: Envelope, trust: Trust | None) -> None:
 def check_order(order: Order, config: AgentConfig, device: DeviceProfile, waiting: int, draining: bool, now: datetime) -> None:
     """Raise Rejected, or the EdgeAgentError that a run of this job would raise, where the node does not take the order.
 
+    `now` is the time by the coordinator's clock, by which it has issued the order, whatever the node's own says.
     Does not cover what only a tokenizer can tell: the plan is a lower bound, with records of one token.
     """
     job = order.job
     if (order.expires - order.issued).total_seconds() > LONGEST_ORDER_S:
         raise Rejected("expired", f"an order is valid for {LONGEST_ORDER_S:,.0f} s at most; submit the job with a shorter --expires-s")
-    if order.expires < now:
-        raise Rejected("expired", f"the order expired at {order.expires.isoformat()}; submit the job again, and check this node's clock")
+    if not order.issued - timedelta(seconds=CLOCK_S) <= now <= order.expires:
+        begin, end, told = (t.isoformat(timespec="seconds") for t in (order.issued, order.expires, now))
+        raise Rejected("expired", f"the order is valid from {begin} to {end}, the coordinator's clock says {told}; submit the job again")
     if draining:
         raise Rejected("draining", "the node takes no new jobs; `resume` it, or choose another")
     if waiting >= config.queue:

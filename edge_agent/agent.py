@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,6 +49,7 @@ from edge_agent.messages import (
     decode,
     encode,
     is_ulid,
+    new_id,
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.rest import Rest
@@ -64,7 +66,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 HEARTBEAT_IDLE_S, HEARTBEAT_BUSY_S, HEARTBEAT_JITTER = 60.0, 30.0, 0.2
-HELLO_S = 300.0
+HELLO_S, ANSWER_S = 300.0, 30.0
+"""Between two hellos; and until a hello is sent again whose answer, which tells the time, has not come."""
+CLOCKS_DIFFER_S = 60.0
 PROGRESS_S, WATCHED_PROGRESS_S = 10.0, 0.5
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -87,11 +91,12 @@ class Agent:
         self._device = detect_profile(config.device)
         self._sensors = Sensors(self._device, int(config.budget), config.state_directory)
         self._link = Link(config.broker, config.node, node_subscriptions(config.fleet, config.node), self._events, self._birth)
-        self._uplink = Uplink(self._link, config.fleet, config.node, self._store.boot)
+        self._uplink = Uplink(self._link, config.fleet, config.node, self._store)
         self._outbox = Outbox(self._store, self._link)
         rest = Rest(config.rest, self._sensors.device.temperature_c)
         self._jobs = Jobs(config, self._device, self._store, self._uplink, self._events, rest)
         self._connections = 0
+        self._hello, self._hello_sent, self._behind_s = "", 0.0, 0.0
         self._heartbeat_at = self._hello_at = self._progress_at = self._watched_until = 0.0
         self._told_event: object = None
 
@@ -153,8 +158,8 @@ class Agent:
         self._tell_progress(now)
         if now >= self._heartbeat_at:
             self._heartbeat(now)
-        if now >= self._hello_at and self._uplink.ask(Hello(), "hello"):
-            self._hello_at = now + HELLO_S
+        if now >= self._hello_at:
+            self._greet(now)
 
     # what comes in
 
@@ -189,7 +194,9 @@ class Agent:
                 if self._jobs.trainer is not None and self._jobs.trainer.job == job:
                     self._watched_until = time.monotonic() + ttl_s
             case ["ack", message]:
-                self._opened(payload, Ack, message=message)
+                ack = self._opened(payload, Ack, message=message)
+                if message == self._hello:
+                    self._greeted(ack)
                 self._outbox.acknowledged(message)
             case ["file", sha256, "request"]:
                 self._jobs.send_blocks(sha256, decode(payload, FileRequest).data)
@@ -239,13 +246,33 @@ class Agent:
         return self._state("draining" if self._store.draining else "ready")
 
     def _introduce(self) -> None:
-        """A new connection: say who is here, and send again what nobody has acknowledged."""
+        """A new connection: ask for the time, which offers need, say who is here, and send again what nobody has acknowledged."""
+        self._greet(time.monotonic())
         self._uplink.keep(self._present(), "state")
         self._uplink.keep(self._info, "info")
-        self._heartbeat_at = self._hello_at = self._progress_at = 0.0
+        self._heartbeat_at = self._progress_at = 0.0
         self._told_event = None
         self._outbox.send_again()
         self._jobs.link_is_new()
+
+    def _greet(self, now: float) -> None:
+        """Ask the coordinator whether it is there, for its time, and which start of this node it knows."""
+        self._hello, self._hello_sent, self._hello_at = new_id(), now, now + ANSWER_S
+        self._uplink.ask(Hello(), "hello", message_id=self._hello)
+
+    def _greeted(self, ack: Ack) -> None:
+        """A coordinator has answered the last hello: take its time, unless it was held up, and number this start above those it knows."""
+        if (now := time.monotonic()) - self._hello_sent <= ANSWER_S:
+            self._hello_at = now + HELLO_S
+            self._jobs.coordinator_time.set(ack.time)
+            behind_s = (ack.time - datetime.now(timezone.utc)).total_seconds()
+            if abs(behind_s - self._behind_s) > CLOCKS_DIFFER_S:
+                log.warning("clock_differs behind_s=%d", behind_s)
+                self._behind_s = behind_s
+        if ack.boot > self._store.boot:
+            self._store.raise_boot(ack.boot)
+            log.warning("boot_raised boot=%d", self._store.boot)
+            self._link.reconnect()
 
     @property
     def _info(self) -> NodeInfo:

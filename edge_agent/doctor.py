@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -32,6 +33,7 @@ from quantization.model_files import find_model
 ANSWER_S = 10.0
 SPARE_DISK_BYTES = 2**30
 NOT_FOUND = 404
+CLOCKS_DIFFER_S = 300.0
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -173,8 +175,9 @@ def _link(config: AgentConfig) -> str:
                     started = time.monotonic()
                     link.publish(up(config.fleet, config.node, "hello"), encode(Hello(), "doctor", message_id=message), qos=1)
                 case Received(topic, payload) if topic == answer:
+                    answered_ms = 1000 * (time.monotonic() - started)
                     _check_answer(config, message, payload)
-                    return f"{reached}; the coordinator answered in {1000 * (time.monotonic() - started):.0f} ms"
+                    return f"{reached}; the coordinator answered in {answered_ms:.0f} ms"
                 case Disconnected(why):
                     raise _Wrong(f"{where}: {why}; check [broker] and that the broker runs")
     except Empty:
@@ -188,9 +191,12 @@ def _link(config: AgentConfig) -> str:
 
 def _check_answer(config: AgentConfig, message: str, payload: bytes) -> None:
     try:
-        open_envelope(decode(payload, Envelope).data, Ack, config, message=message)
+        ack = open_envelope(decode(payload, Envelope).data, Ack, config, message=message)
     except (Rejected, MessageInvalid) as error:
         raise _Wrong(f"the coordinator's answer is not taken: {error}") from None
+    behind_s = (ack.time - datetime.now(timezone.utc)).total_seconds()
+    if abs(behind_s) > CLOCKS_DIFFER_S:
+        raise _Wrong(f"the clock is {abs(behind_s):,.0f} s {'behind' if behind_s > 0 else 'ahead of'} the coordinator's; set both by NTP")
 
 
 CHECKS: dict[str, Callable[[AgentConfig], str]] = {

@@ -7,7 +7,6 @@ import shutil
 import sqlite3
 import time
 from contextlib import suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.admission import Rejected, check_contents, check_order, open_envelope
+from edge_agent.clocks import ToldTime
 from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.delivery import Uplink
 from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, ModelMissing
@@ -23,7 +23,6 @@ from edge_agent.https import Carried, Courier
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.messages import (
-    LONGEST_ORDER_S,
     Artifact,
     ArtifactName,
     File,
@@ -73,6 +72,7 @@ class Jobs:
         self._orphan_since: float | None = None
         self._ticked_at = self._spent_at = time.monotonic()
         self.trainer: Trainer | None = None
+        self.coordinator_time = ToldTime()
 
     # what the agent calls
 
@@ -86,6 +86,7 @@ class Jobs:
     def offer(self, job: str, payload: bytes) -> None:
         """Take an offer, or say why not. Taken, it is in the store when this returns; a rejection that is lost follows the next offer.
 
+        Whether a new one has expired is known when the coordinator has told its time; before that it is left to come again.
         Raises ConfigInvalid where this node cannot know whom to trust.
         """
         order, row = None, self._store.job(job)
@@ -100,7 +101,10 @@ class Jobs:
             if (status := self._store.closed(job)) is not None:
                 self._uplink.ask(status, "job", job, "status")
                 return
-            check_order(order, self._config, self._device, self.waiting(), self._store.draining, datetime.now(timezone.utc))
+            if (now := self.coordinator_time.now()) is None:
+                log.info("offer_waits job=%s", job)
+                return
+            check_order(order, self._config, self._device, self.waiting(), self._store.draining, now)
             check_contents(offer, order)
             for sha256, contents in offer.contents.items():
                 self._files.put(contents, sha256)
@@ -120,7 +124,7 @@ class Jobs:
             return
         status = JobStatus(order.job.digest if order else None, "ended", "rejected", reason, text[:1024])
         if order is not None and row is None:
-            self._store.close_job(job, status, _until(order))
+            self._store.close_job(job, status)
         self._uplink.ask(status, "job", job, "status")
         log.info("job_rejected job=%s reason=%s text=%r", job, reason, text)
 
@@ -130,7 +134,7 @@ class Jobs:
         if row is None:
             text = "it was canceled before its offer came"
             if self._store.closed(job) is None:
-                self._store.close_job(job, JobStatus(None, "ended", "rejected", "canceled", text), _until(None))
+                self._store.close_job(job, JobStatus(None, "ended", "rejected", "canceled", text))
             self._uplink.ask(JobResult(None, "canceled", "canceled", text), "job", job, "result")
         elif row.phase == "ended":
             self._store.tell_again(row)
@@ -158,12 +162,12 @@ class Jobs:
             log.info("job_forgotten job=%s", job)
         # The row goes last: where the disk fails before, all this is done again.
         status = JobStatus(row.digest if row else None, "ended", "rejected", "replayed", "this job was here, and has been deleted")
-        self._store.forget(job, status, _until(read_order(row.payload) if row else None))
+        self._store.forget(job, status)
         self._uplink.ask(Forgotten(), "job", job, "forgotten")
 
     def _forget_settled(self) -> None:
-        """Delete what one job has left whose time is over; a clock that was set back only keeps it longer."""
-        if (job := self._store.settled_before(time.time() - self._config.retention_s)) is not None:
+        """Delete what one job has left whose time is over."""
+        if (job := self._store.settled_for(self._config.retention_s)) is not None:
             self.forget(job)
 
     def receive_block(self, sha256: str, number: int, block: bytes) -> None:
@@ -194,6 +198,7 @@ class Jobs:
         if self.trainer is not None and now - self._ticked_at > SUSPENDED_S:
             self.trainer.heard = now  # this process was suspended: what the trainer said meanwhile is still to be read
         self._ticked_at = now
+        self._store.clock.tick()
         for row in self._store.open_jobs():
             if row.phase in ("accepted", "staging"):
                 self._stage(row)
@@ -243,7 +248,7 @@ class Jobs:
             row = self._store.move(row.id, "staging")
         order = read_order(row.payload)
         missing = [f for f in order.files if not self._files.has(f.sha256)]
-        if missing and time.time() - row.arrived > self._config.timers.staging_s:
+        if missing and self._store.clock.now() - row.arrived > self._config.timers.staging_s:
             self._end(row, "timed_out", "timeout_staging", f"its files did not come within {self._config.timers.staging_s:,.0f} s")
             return
         try:
@@ -289,7 +294,7 @@ class Jobs:
         if row.cancel:
             self._end(row, "canceled", "canceled", "it was canceled while its trainer ran; the directory keeps its checkpoint")
             return
-        if row.attempt == 0 and time.time() - row.arrived > self._config.timers.queue_s:
+        if row.attempt == 0 and self._store.clock.now() - row.arrived > self._config.timers.queue_s:
             self._end(row, "timed_out", "expired", f"it waited longer than {self._config.timers.queue_s:,.0f} s")
             return
         lock = lock_file(self._config.state_directory / "trainer.lock")
@@ -455,11 +460,6 @@ def _log_lockdown(told: TrainerEvent) -> None:
         log.info("trainer_locked_down job=%s text=%r", told.job, event.text)
     else:
         log.warning("trainer_not_locked_down job=%s text=%r", told.job, event.text)
-
-
-def _until(order: Order | None) -> float:
-    """Return the time in seconds since 1970 up to which an order is surely worth nothing any more, whatever its clock and ours."""
-    return max(time.time(), order.expires.timestamp() if order else 0.0) + LONGEST_ORDER_S
 
 
 def _contents(row: JobRow) -> set[str]:

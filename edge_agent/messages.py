@@ -33,7 +33,7 @@ BLOCK_BYTES = 64 * 1024
 WINDOW_BLOCKS = 8
 """Blocks that a receiver asks for at once."""
 ORDER_S, LONGEST_ORDER_S = 7 * 24 * 3600.0, 30 * 24 * 3600.0
-"""From issue to expiry of an order, if nobody says otherwise and at most. A node remembers the jobs that it has deleted as long."""
+"""From issue to expiry of an order, if nobody says otherwise and at most."""
 
 Phase = Literal["accepted", "staging", "ready", "running", "paused", "finalizing", "ended"]
 Outcome = Literal["succeeded", "failed", "rejected", "canceled", "timed_out"]
@@ -124,7 +124,7 @@ class Order(Addressed, frozen=True, kw_only=True):
     id: Ulid
     issued: Annotated[datetime, Meta(tz=True)]
     expires: Annotated[datetime, Meta(tz=True)]
-    """A node that first sees the order after this rejects it."""
+    """A node that first sees the order after this, by the clock of the coordinator, rejects it."""
     job: Job
     """`model` is a name of `NodeInfo.models`."""
     model_fingerprint: Sha256 | None = None
@@ -168,6 +168,10 @@ class Ack(Addressed, frozen=True):
     """A message of the node has been stored: the node need not keep it any more."""
 
     message: Ulid
+    time: Annotated[datetime, Meta(tz=True)]
+    """By the clock of the coordinator, which says by it when orders expire."""
+    boot: Count
+    """Of the newest start of the node that the coordinator has heard of; 0: of none. A node with a lower one must raise its own."""
 
 
 class Signature(Strict, frozen=True):

@@ -289,7 +289,7 @@ class Fleet:
         """Acknowledge all that the node has said of a job, as the coordinator does for its own jobs."""
         for kind in ("status", "result"):
             for message in {m["id"] for m in self.heard("job", job, kind)}:
-                self.control(Ack("default", NODE, message), "ack", message)
+                self.control(Ack("default", NODE, message, datetime.datetime.now(datetime.timezone.utc), 0), "ack", message)
 
     def heard(self, *parts: str) -> list[Any]:
         """Messages of the node whose topic ends with these parts, decoded."""

@@ -10,13 +10,13 @@ import msgspec
 import pytest
 from conftest import ROOT
 
-from edge_agent.messages import Ack, Addressed, Cancel, Drain, Envelope, Forget, JobResult, JobStatus, NodeState, Order, encode
+from edge_agent.messages import Addressed, Cancel, Drain, Envelope, Forget, JobResult, JobStatus, NodeState, Order, encode
 from edge_agent.signing import seal, seal_bytes
 from edge_agent.topics import down, up
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from fuzz import Trial
-from fuzz_messages import DELETED, DONE, FLEET, KEY, NODE, OTHER, SETTLED, STAGING, STRANGER, Delivery, make_order
+from fuzz_messages import DELETED, DONE, FLEET, KEY, NODE, OTHER, SETTLED, STAGING, STRANGER, Delivery, make_ack, make_order
 
 Parts = tuple[str, ...]
 
@@ -65,7 +65,7 @@ CONTROLS: dict[str, Callable[[Trial], tuple[Parts, Addressed]]] = {
     "cancel": lambda _: (("job", STAGING, "cancel"), Cancel(FLEET, NODE, STAGING)),
     "forget": lambda _: (("command", "forget"), Forget(FLEET, NODE, SETTLED)),
     "drain": lambda _: (("command", "drain"), Drain(FLEET, NODE, 7)),
-    "ack": lambda trial: (("ack", _of_result(trial)), Ack(FLEET, NODE, _of_result(trial))),
+    "ack": lambda trial: (("ack", _of_result(trial)), make_ack(_of_result(trial))),
 }
 FORGED: dict[str, tuple[Callable[[Addressed], Envelope], str]] = {
     "unsigned": (lambda p: seal(p, None), "signature"),
@@ -95,7 +95,7 @@ def test_what_is_not_signed_for_this_node_is_not_done(control: str, forged: str,
 
 @pytest.mark.parametrize(
     ("parts", "payload"),
-    [(("job", STAGING, "cancel"), Cancel(FLEET, NODE, DONE)), (("ack", DONE), Ack(FLEET, NODE, SETTLED))],
+    [(("job", STAGING, "cancel"), Cancel(FLEET, NODE, DONE)), (("ack", DONE), make_ack(SETTLED))],
     ids=["cancel", "ack"],
 )
 def test_what_is_signed_for_one_job_is_not_done_to_another(parts: Parts, payload: Addressed, trial: Trial) -> None:
@@ -114,7 +114,7 @@ def test_what_is_signed_is_done_once(fresh: Trial) -> None:
     assert store.job(STAGING).outcome == "canceled"
     for message in store.waiting():
         if DONE in store.message(message).topic:
-            _say(fresh, seal(Ack(FLEET, NODE, message), KEY), "ack", message)
+            _say(fresh, seal(make_ack(message), KEY), "ack", message)
     done = store.job(DONE)
     assert done.settled is not None
     assert store.job(SETTLED) is None

@@ -218,13 +218,29 @@ def test_jobs_of_a_silent_node_are_lost(kept: CoordinatorStore, tmp_path: Path) 
     kept.set_state("n", NodeState("ready", 5, 1, 0), retained=False)
     assert [_lost(kept, job) for job in (waiting, taken)] == [False, False]
     with closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as db, db:
-        db.execute("UPDATE nodes SET seen = seen - 3601")
+        db.execute("UPDATE nodes SET heard = heard - 3601")
     kept.set_state("n", NodeState("lost", 5, 1, 0), retained=False)
     kept.set_state("n", NodeState("ready", 5, 2, 0), retained=True)
     assert [_lost(kept, job) for job in (waiting, taken)] == [False, True]
     assert [view.id for view in kept.open_jobs() if view.lost] == [taken]
     kept.set_heartbeat("n", HEARTBEAT)
     assert not _lost(kept, taken)
+
+
+def test_node_is_silent_only_while_the_coordinator_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a clock that jumps nor a coordinator that was away has the jobs of a node lost."""
+    path = tmp_path / "coordinator.sqlite"
+    with closing(CoordinatorStore(path, 3600)) as store:
+        job = _add(store)
+        store.set_state("n", NodeState("ready", 5, 1, 0), retained=False)
+        _apply(store, job, _status("accepted", 1))
+        monkeypatch.setattr("edge_agent.coordinator.store.time.time", lambda: 4.1e9)
+        assert not _lost(store, job)
+    now = 7.0
+    with closing(CoordinatorStore(path, 3600, lambda: now)) as store:
+        assert not _lost(store, job)
+        now += 3601
+        assert _lost(store, job)
 
 
 def _lost(store: CoordinatorStore, job: str) -> bool:

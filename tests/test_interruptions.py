@@ -285,7 +285,7 @@ def test_a_lost_job_is_canceled_at_once_and_ends_at_its_node_when_that_is_back(f
     fleet.stop("agent", signal.SIGKILL)
     fleet.stop("coordinator")
     with closing(sqlite3.connect(fleet.directory / "coordinator" / "coordinator.sqlite")) as db, db:
-        db.execute("UPDATE nodes SET seen = seen - 90000")
+        db.execute("UPDATE nodes SET heard = heard - 90000")
     fleet.start_coordinator()
     config = ("--config", fleet.config("coordinator"))
     assert "running lost" in cli("jobs", *config).out

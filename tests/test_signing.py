@@ -150,6 +150,15 @@ def test_order_is_valid_for_a_time_that_the_node_remembers(tmp_path: Path) -> No
     assert rejected.value.reason == "expired"
 
 
+@pytest.mark.parametrize(("hours", "taken"), [(-2, False), (0, True), (0.9, True), (1.1, False)])
+def test_order_is_judged_by_the_clock_of_the_coordinator(hours: float, taken: bool, tmp_path: Path) -> None:
+    """Which has issued it, for an hour here: it must not have expired by it, nor have been issued before it was set back by hours."""
+    order = msgspec.structs.replace(_order(), model_fingerprint="0" * 64)  # the last thing that is looked at
+    with pytest.raises(Rejected) as rejected:
+        check_order(order, _config(tmp_path, KEY), device_profile("cpu"), 0, False, order.issued + timedelta(hours=hours))
+    assert rejected.value.reason == ("model_mismatch" if taken else "expired")
+
+
 def test_signature_is_for_one_kind_of_payload(tmp_path: Path) -> None:
     """A cancel and a `forget` of a job are the same but for their type, which is signed."""
     config = _config(tmp_path, KEY)

@@ -179,7 +179,9 @@ class Service:
 
     def _acknowledge(self, node: str, message: str) -> None:
         """Tell a node that a message of its is stored."""
-        self._send(node, self._seal(Ack(self._config.fleet, node, message)), "ack", message)
+        known = self._store.node(node)
+        ack = Ack(self._config.fleet, node, message, datetime.now(timezone.utc), known.boot if known else 0)
+        self._send(node, self._seal(ack), "ack", message)
 
     def _receive(self, message: Received) -> None:
         """Act on a message, then acknowledge it to the broker."""
@@ -280,6 +282,7 @@ class Service:
 
     def _tick(self, now: float) -> None:
         self._link.supervise()
+        self._store.clock.tick()
         if not self._link.connected:
             return
         self._commands.tick(now)
