@@ -257,7 +257,8 @@ def _say(side: Side, topic: str, data: object, **numbers: Any) -> None:
 def _tell_time(side: Side, key: Ed25519PrivateKey | None) -> None:
     agent: Any = side.daemon
     agent._greet(time.monotonic())
-    _say(side, down(FLEET, NODE, "ack", agent._hello), seal(make_ack(agent._hello), key))
+    [hello] = agent._hellos
+    _say(side, down(FLEET, NODE, "ack", hello), seal(make_ack(hello), key))
 
 
 def _load_node(side: Side, key: Ed25519PrivateKey | None) -> None:

@@ -96,7 +96,8 @@ class Agent:
         rest = Rest(config.rest, self._sensors.device.temperature_c)
         self._jobs = Jobs(config, self._device, self._store, self._uplink, self._events, rest)
         self._connections = 0
-        self._hello, self._hello_sent, self._behind_s = "", 0.0, 0.0
+        self._hellos: dict[str, float] = {}
+        self._behind_s = 0.0
         self._heartbeat_at = self._hello_at = self._progress_at = self._watched_until = 0.0
         self._told_event: object = None
 
@@ -195,8 +196,8 @@ class Agent:
                     self._watched_until = time.monotonic() + ttl_s
             case ["ack", message]:
                 ack = self._opened(payload, Ack, message=message)
-                if message == self._hello:
-                    self._greeted(ack)
+                if message in self._hellos:
+                    self._greeted(ack, self._hellos[message])
                 self._outbox.acknowledged(message)
             case ["file", sha256, "request"]:
                 self._jobs.send_blocks(sha256, decode(payload, FileRequest).data)
@@ -257,14 +258,15 @@ class Agent:
 
     def _greet(self, now: float) -> None:
         """Ask the coordinator whether it is there, for its time, and which start of this node it knows."""
-        self._hello, self._hello_sent, self._hello_at = new_id(), now, now + ANSWER_S
-        self._uplink.ask(Hello(), "hello", message_id=self._hello)
+        hello, self._hello_at = new_id(), now + ANSWER_S
+        self._hellos = {earlier: sent for earlier, sent in self._hellos.items() if now - sent <= ANSWER_S} | {hello: now}
+        self._uplink.ask(Hello(), "hello", message_id=hello)
 
-    def _greeted(self, ack: Ack) -> None:
-        """A coordinator has answered the last hello: take its time, unless it was held up, and number this start above those it knows."""
-        if (now := time.monotonic()) - self._hello_sent <= ANSWER_S:
+    def _greeted(self, ack: Ack, sent: float) -> None:
+        """A coordinator has answered a hello: take its time, unless it was held up, and number this start above those it knows."""
+        if (now := time.monotonic()) - sent <= ANSWER_S:
             self._hello_at = now + HELLO_S
-            self._jobs.coordinator_time.set(ack.time)
+            self._jobs.take_time(ack.time)
             behind_s = (ack.time - datetime.now(timezone.utc)).total_seconds()
             if abs(behind_s - self._behind_s) > CLOCKS_DIFFER_S:
                 log.warning("clock_differs behind_s=%d", behind_s)

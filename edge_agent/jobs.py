@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -72,7 +73,8 @@ class Jobs:
         self._orphan_since: float | None = None
         self._ticked_at = self._spent_at = time.monotonic()
         self.trainer: Trainer | None = None
-        self.coordinator_time = ToldTime()
+        self._told_time = ToldTime()
+        self._untimed: dict[str, bytes] = {}
 
     # what the agent calls
 
@@ -86,7 +88,7 @@ class Jobs:
     def offer(self, job: str, payload: bytes) -> None:
         """Take an offer, or say why not. Taken, it is in the store when this returns; a rejection that is lost follows the next offer.
 
-        Whether a new one has expired is known when the coordinator has told its time; before that it is left to come again.
+        Whether a new one has expired is known when the coordinator has told its time; until then it waits.
         Raises ConfigInvalid where this node cannot know whom to trust.
         """
         order, row = None, self._store.job(job)
@@ -101,8 +103,10 @@ class Jobs:
             if (status := self._store.closed(job)) is not None:
                 self._uplink.ask(status, "job", job, "status")
                 return
-            if (now := self.coordinator_time.now()) is None:
+            if (now := self._told_time.now()) is None:
                 log.info("offer_waits job=%s", job)
+                if len(self._untimed) < self._config.queue:  # others come again
+                    self._untimed[job] = payload
                 return
             check_order(order, self._config, self._device, self.waiting(), self._store.draining, now)
             check_contents(offer, order)
@@ -115,6 +119,13 @@ class Jobs:
             return
         self._store.accept(job, order.job.digest, offer.order.payload, order.priority)
         log.info("job_accepted job=%s model=%s priority=%d", job, order.job.model, order.priority)
+
+    def take_time(self, told: datetime) -> None:
+        """The coordinator has told its time: judge orders by it, also those that wait for it."""
+        self._told_time.set(told)
+        for job, payload in list(self._untimed.items()):
+            self.offer(job, payload)
+            del self._untimed[job]
 
     def _reject(self, job: str, row: JobRow | None, order: Order | None, reason: Reason, text: str) -> None:
         """Say that an offer is not taken. Of one that can be read this answer is kept, so that nobody can send it again later."""

@@ -62,19 +62,20 @@ def test_hello_comes_first(trial: Trial) -> None:
     assert _connect(trial)[:2] == ["hello", "state"]
 
 
-def test_node_without_the_time_leaves_new_orders_to_come_again(trial: Trial) -> None:
-    """It neither takes nor rejects one; what it has, it knows. With the coordinator's time, orders are judged by that, not by its own."""
-    agent = _side(trial, "signed").daemon
-    agent._jobs.coordinator_time = ToldTime()
-    before = agent._store.jobs()
+def test_new_orders_wait_for_the_time(trial: Trial) -> None:
+    """They are neither taken nor rejected before it is told, and judged by it then, not by the node's own."""
+    agent, now = _side(trial, "signed").daemon, datetime.now(timezone.utc)
+    agent._jobs._told_time = ToldTime()
+    before, waiting = agent._store.jobs(), f"{NEW[:-1]}7"
     assert _offer(trial) == "offer_waits"
+    assert _offer(trial, waiting, id=waiting, issued=now, expires=now + timedelta(days=1)) == "offer_waits"
     assert (agent._store.jobs(), agent._store.closed(NEW)) == (before, None)
     _connect(trial)
-    now = datetime.now(timezone.utc)
+    assert agent._store.job(waiting).phase == "accepted"
+    assert agent._store.closed(NEW).reason == "expired"  # it is of 2099
     late, early = (now - timedelta(days=2), now - timedelta(days=1)), (now + timedelta(days=1), now + timedelta(days=2))
     for job, (issued, expires) in ((f"{NEW[:-1]}8", late), (f"{NEW[:-1]}9", early)):
         assert _offer(trial, job, id=job, issued=issued, expires=expires) == "job_rejected:expired"
-    assert _offer(trial, issued=now, expires=now + timedelta(days=1)) == "job_accepted"
 
 
 def test_difference_of_the_clocks_is_told_once(trial: Trial, caplog: pytest.LogCaptureFixture) -> None:
@@ -93,13 +94,16 @@ def test_answer_that_was_held_up_tells_no_time(trial: Trial) -> None:
         payload = encode(seal(make_ack(hello), KEY), "test").decode("latin-1")
         trial.deliver(Delivery("signed", down(FLEET, NODE, "ack", hello), payload))
 
-    agent._jobs.coordinator_time = ToldTime()
+    agent._jobs._told_time = ToldTime()
     agent._greet(time.monotonic() - ANSWER_S - 1)
-    held_up = agent._hello
+    *_, held_up = agent._hellos
     answer(held_up)
     agent._greet(time.monotonic())
     answer(held_up)
-    assert agent._jobs.coordinator_time.now() is None
+    assert agent._jobs._told_time.now() is None
+    *_, last = agent._hellos
+    answer(last)
+    assert agent._jobs._told_time.now() >= FIRST
 
 
 def test_node_whose_number_was_lost_is_known_again(trial: Trial) -> None:
