@@ -214,7 +214,7 @@ class StandIn:
             return
         decoded: Message[Any] = decode(bytes(message.payload), kind)
         if kind is not NodeState:
-            self.publish(Ack(), "ack", decoded.id)
+            self.publish(seal(Ack(FLEET, NODE, decoded.id, datetime.datetime.now(datetime.timezone.utc), 0), None), "ack", decoded.id)
         self._heard.put(Heard(at, parts[2] if parts[1] == "job" else None, decoded.data))
 
     def publish(self, data: object, *parts: object) -> None:
@@ -324,10 +324,10 @@ def measure_offer(stand_in: StandIn, number: int, values: Values) -> None:
     until_then = now + datetime.timedelta(hours=1)
     order = Order(id=job, fleet=FLEET, node=NODE, issued=now, expires=until_then, job=document, dataset=file)
     published = time.monotonic()
-    stand_in.publish(Offer(seal(msgspec.json.encode(order), None), {file.sha256: RECORDS}), "job", job, "offer")
+    stand_in.publish(Offer(seal(order, None), {file.sha256: RECORDS}), "job", job, "offer")
     pid = until("the trainer", lambda: trainer_of(job), POLL_S)
     values.add("trainer_ms", 1000 * (time.monotonic() - published))
-    stand_in.publish(Cancel(), "job", job, "cancel")
+    stand_in.publish(seal(Cancel(FLEET, NODE, job), None), "job", job, "cancel")
     running = stand_in.await_message(
         "the status", lambda heard: heard.job == job and isinstance(heard.data, JobStatus) and heard.data.phase == "running"
     )

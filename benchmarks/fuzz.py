@@ -7,10 +7,10 @@ their envelopes. `--keep` adds what reached something new to the corpus, tests/c
 
 After every message: no exception, it was acknowledged, it took less than `LONGEST_S`, no log line is longer than `LONGEST_LINE`, and an
 audit hook has seen no file written outside of the state directories, no process started, no connection made. After every batch: the
-signed node has no job that it had not before, the open one only orders for it, the coordinator has not lost or changed a job that has
-ended or is another node's, all that is stored can be read, and what a node has on disk belongs to its jobs. After every round the
-daemons start again on what is there; at the end this process holds no more memory than after the warm-up. Exits with 1 where anything of
-that does not hold.
+signed node has the jobs that it had before, and none of them was stopped; the open one has only orders for it; the coordinator has not
+lost or changed a job that has ended or is another node's; all that is stored can be read; and what a node has on disk belongs to its
+jobs. After every round the daemons start again on what is there; at the end this process holds no more memory than after the warm-up.
+Exits with 1 where anything of that does not hold.
 
 Does not cover the MQTT packets themselves, which paho and the broker parse, nor the HTTP API. The state is in memory where there is
 /dev/shm: a million messages would wear a disk.

@@ -20,10 +20,12 @@ from edge_agent.asyncapi import channel_of
 from edge_agent.job import Dataset, Job, Judging
 from edge_agent.messages import (
     Ack,
+    Addressed,
     Artifact,
     Cancel,
     CoordinatorState,
     Drain,
+    Envelope,
     File,
     FileRequest,
     Forget,
@@ -45,7 +47,7 @@ from edge_agent.messages import (
     encode,
 )
 from edge_agent.report import Event, Measured, mcnemar, wilson
-from edge_agent.signing import PublicKey, seal
+from edge_agent.signing import PublicKey, seal, seal_bytes
 from edge_agent.topics import coordinator_state, down, up
 from profiles.sensors import Reading, Resources
 
@@ -74,16 +76,23 @@ class Delivery(msgspec.Struct, frozen=True):
 # valid
 
 
+FIRST = datetime.datetime(2099, 12, 1, tzinfo=datetime.timezone.utc)
+"""When orders are issued, by the clock of the coordinator."""
+
+
+def make_ack(message: str) -> Ack:
+    return Ack(FLEET, NODE, message, FIRST, 0)
+
+
 def make_order(job: str, **changes: Any) -> Order:
-    first = datetime.datetime(2099, 12, 1, tzinfo=datetime.timezone.utc)
     document = {"model": "tiny", "dataset": Dataset(SHA256), "budget_bytes": 2**30}
     document |= {name: changes.pop(name) for name in list(changes) if name in Job.__struct_fields__ and name != "dataset"}
-    fields = {"id": job, "fleet": FLEET, "node": NODE, "issued": first, "expires": first + datetime.timedelta(days=30)}
+    fields = {"id": job, "fleet": FLEET, "node": NODE, "issued": FIRST, "expires": FIRST + datetime.timedelta(days=30)}
     return Order(**fields | {"job": Job(**document), "dataset": File(SHA256, len(DATA))} | changes)  # type: ignore[arg-type]
 
 
 def make_offer(order: Order, key: Ed25519PrivateKey | None = None, contents: bytes | None = DATA) -> Offer:
-    return Offer(seal(msgspec.json.encode(order), key), {} if contents is None else {hashlib.sha256(contents).hexdigest(): contents})
+    return Offer(seal(order, key), {} if contents is None else {hashlib.sha256(contents).hexdigest(): contents})
 
 
 def make_large(job: str) -> Order:
@@ -125,7 +134,38 @@ def _refused_offers() -> Iterator[Offer]:
     yield msgspec.structs.replace(
         make_offer(make_order(NEW)), order=msgspec.structs.replace(make_offer(make_order(NEW)).order, payload_type="text/plain")
     )
-    yield msgspec.structs.replace(make_offer(make_order(NEW)), order=seal(b"no order", None))
+    yield msgspec.structs.replace(make_offer(make_order(NEW)), order=seal_bytes(b"no order", Order, None))
+
+
+def _controls() -> Iterator[tuple[tuple[str, ...], Addressed]]:
+    """Yield what a node is told besides offers, by topic; where it is signed it stops and deletes nothing."""
+    yield from ((("job", job, "cancel"), Cancel(FLEET, NODE, job)) for job in (DONE, NEW))
+    yield ("command", "forget"), Forget(FLEET, NODE, STAGING)  # it has not ended
+    yield ("command", "drain"), Drain(FLEET, NODE, 7)
+    yield ("command", "resume"), Resume(FLEET, NODE, 8)
+    yield ("command", "resume"), Resume(FLEET, NODE, 0)
+    yield ("ack", DONE), make_ack(DONE)
+    yield ("job", DONE, "cancel"), Drain(FLEET, NODE, 9)
+    yield ("job", STAGING, "cancel"), Cancel(FLEET, NODE, DONE)
+    yield ("job", STAGING, "cancel"), Cancel(FLEET, OTHER, STAGING)
+    yield ("command", "drain"), Drain("another", NODE, 9)
+
+
+def _harmful() -> Iterator[tuple[tuple[str, ...], Envelope]]:
+    """Yield what stops a job and deletes one, without a signature."""
+    yield ("job", STAGING, "cancel"), seal(Cancel(FLEET, NODE, STAGING), None)
+    yield ("command", "forget"), seal(Forget(FLEET, NODE, SETTLED), None)
+
+
+def _refused_controls() -> Iterator[tuple[tuple[str, ...], Envelope]]:
+    """Yield what a node that asks for signatures does not do: unsigned, signed by another, with the signature of something else."""
+    for parts, unsigned in _harmful():
+        yield parts, unsigned
+        yield parts, msgspec.structs.replace(unsigned, signatures=seal_bytes(unsigned.payload, Order, STRANGER).signatures)
+        yield parts, msgspec.structs.replace(unsigned, signatures=seal_bytes(unsigned.payload, Order, KEY).signatures)
+    for name, kind in (("drain", Drain), ("resume", Resume)):
+        yield ("command", name), seal(kind(FLEET, NODE, 10), None)
+    yield ("ack", DONE), seal(make_ack(DONE), None)
 
 
 def seeds() -> list[Delivery]:
@@ -143,18 +183,17 @@ def seeds() -> list[Delivery]:
         else:
             offers += [(NEW, offer) for offer in (*_refused_offers(), make_offer(make_order(NEW)))]
         said += [(to, down(FLEET, NODE, "job", job, "offer"), offer) for job, offer in offers]
-        said += [(to, down(FLEET, NODE, "job", job, "cancel"), Cancel()) for job in (STAGING, DONE, NEW)]
+        said += [(to, down(FLEET, NODE, *parts), seal(payload, key)) for parts, payload in _controls()]
+        said += [(to, down(FLEET, NODE, *parts), envelope) for parts, envelope in (_harmful() if key is None else _refused_controls())]
         said += [(to, down(FLEET, NODE, *parts), data) for parts, data in (
-            (("job", STAGING, "watch"), Watch(10.0)), (("ack", DONE), Ack()), (("command", "report"), Report()),
-            (("command", "drain"), Drain()), (("command", "resume"), Resume()), (("command", "forget"), Forget(SETTLED)),
-            (("command", "forget"), Forget(STAGING)),
+            (("job", STAGING, "watch"), Watch(10.0)), (("command", "report"), Report()),
             (("file", hashlib.sha256(b"{}").hexdigest(), "request"), REQUEST), (("file", LARGE_SHA256, "request"), REQUEST),
             (("file", LARGE_SHA256, "block", 0), LARGE_DATA[:BLOCK_BYTES]), (("file", LARGE_SHA256, "block", 1), LARGE_DATA[BLOCK_BYTES:]),
         )]  # fmt: skip
         said.append((to, coordinator_state(FLEET, "main"), CoordinatorState(True, 3)))
     digest = make_order(STAGING).job.digest
     said += [("coordinator", up(FLEET, NODE, *parts), data) for parts, data in (
-        (("hello",), Hello()), (("state",), NodeState("ready", 7, 3)), (("state",), NodeState("lost", 7, 2)), (("info",), INFO),
+        (("hello",), Hello()), (("state",), NodeState("ready", 7, 3, 1)), (("state",), NodeState("lost", 7, 2, 0)), (("info",), INFO),
         (("heartbeat",), Heartbeat(RESOURCES, 0, STAGING)), (("job", STAGING, "status"), JobStatus(digest, "running")),
         (("job", STAGING, "status"), JobStatus(digest, "ended", "rejected", "busy", "16 jobs wait already")),
         (("job", SETTLED, "status"), JobStatus(digest, "running")), (("job", OTHERS, "status"), JobStatus(digest, "running")),
@@ -226,7 +265,7 @@ class Damage:
         text = base64.b64decode(order["payload"]).replace(NEW.encode(), job)
         order["payload"] = base64.b64encode(text).decode()
         if order["signatures"] and order["signatures"][0]["keyid"] == PublicKey(KEY.public_key()).fingerprint:
-            order["signatures"] = msgspec.to_builtins(seal(text, KEY).signatures)
+            order["signatures"] = msgspec.to_builtins(seal_bytes(text, Order, KEY).signatures)
         return topic.replace(NEW.encode(), job), json.dumps(message).encode()
 
     def _topic(self, topic: bytes) -> bytes:
@@ -273,11 +312,11 @@ class Damage:
         if rng.random() < 0.8:  # not known yet
             message["id"] = self._ulid()
             message["seq"], message["boot"] = rng.choice(((2, 7), (3, 7), (rng.randrange(50), rng.randrange(20))))
-        envelope = message["data"].get("order")
+        envelope = message["data"].get("order") or ("payload" in message["data"] and message["data"])
         if envelope and rng.random() < 0.6:
-            order = base64.b64decode(envelope["payload"])
-            order = self._changed(json.loads(order)) if order.startswith(b"{") else self._bytes(order)
-            envelope["payload"] = base64.b64encode(order).decode()
+            inner = base64.b64decode(envelope["payload"])
+            inner = self._changed(json.loads(inner)) if inner.startswith(b"{") else self._bytes(inner)
+            envelope["payload"] = base64.b64encode(inner).decode()
             return json.dumps(message).encode()
         return self._changed(message)
 

@@ -31,6 +31,7 @@ from fuzz_messages import (
     SETTLED,
     STAGING,
     Receiver,
+    make_ack,
     make_large,
     make_offer,
     make_order,
@@ -42,7 +43,6 @@ from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, RestLimits
 from edge_agent.coordinator.service import Service
 from edge_agent.logs import JsonFormatter, tame
 from edge_agent.messages import (
-    Ack,
     Artifact,
     Cancel,
     Forget,
@@ -53,7 +53,7 @@ from edge_agent.messages import (
     read_order,
 )
 from edge_agent.mqtt import _Connection
-from edge_agent.signing import PublicKey
+from edge_agent.signing import PublicKey, seal
 from edge_agent.topics import down, up
 
 ROOT = Path(__file__).parent.parent
@@ -158,8 +158,12 @@ class Place:
         self.jobs = self._jobs()
 
     def start(self) -> dict[str, Side]:
-        """Start the daemons on what is there."""
-        return {name: Side(self._daemon(name)) for name in self._receivers}
+        """Start the daemons on what is there, and tell the nodes the time."""
+        sides: dict[str, Side] = {name: Side(self._daemon(name)) for name in self._receivers}
+        for name, side in sides.items():
+            if name != "coordinator":
+                _tell_time(side, KEY if name == "signed" else None)
+        return sides
 
     def _daemon(self, name: Receiver) -> Agent | Service:
         if name == "coordinator":
@@ -184,7 +188,7 @@ class Place:
         for name, side in self.sides.items():
             for row in side.daemon._store.open_jobs() if name == "open" else ():
                 if row.id != STAGING:
-                    _say(side, down(FLEET, NODE, "job", row.id, "cancel"), Cancel())
+                    _say(side, down(FLEET, NODE, "job", row.id, "cancel"), seal(Cancel(FLEET, NODE, row.id), None))
         return wrong
 
     def restart(self) -> list[str]:
@@ -215,6 +219,9 @@ class Place:
             before = self.jobs[name]
             if name != "open" and (new := set(now) - set(before)):
                 wrong.append(f"{name} has jobs {new}")
+            if name == "signed":  # nothing that is damaged is signed
+                wrong += [f"signed: {job} was deleted" for job in set(before) - set(now)]
+                wrong += [f"signed: {job} was canceled" for job in now if now[job].outcome == "canceled" != before[job].outcome]
             if name == "coordinator":
                 wrong += self._examine_coordinator(now, before)
                 continue
@@ -247,15 +254,22 @@ def _say(side: Side, topic: str, data: object, **numbers: Any) -> None:
     side.hear(topic.encode(), encode(data, "fuzz", **numbers))
 
 
+def _tell_time(side: Side, key: Ed25519PrivateKey | None) -> None:
+    agent: Any = side.daemon
+    agent._greet(time.monotonic())
+    [hello] = agent._hellos
+    _say(side, down(FLEET, NODE, "ack", hello), seal(make_ack(hello), key))
+
+
 def _load_node(side: Side, key: Ed25519PrivateKey | None) -> None:
     agent: Any = side.daemon
     for job in (SETTLED, DELETED, DONE):
         _say(side, down(FLEET, NODE, "job", job, "offer"), make_offer(make_order(job), key))
         if job != DONE:
-            _say(side, down(FLEET, NODE, "job", job, "cancel"), Cancel())
+            _say(side, down(FLEET, NODE, "job", job, "cancel"), seal(Cancel(FLEET, NODE, job), key))
             for message in agent._store.waiting():
-                _say(side, down(FLEET, NODE, "ack", message), Ack())
-    _say(side, down(FLEET, NODE, "command", "forget"), Forget(DELETED))
+                _say(side, down(FLEET, NODE, "ack", message), seal(make_ack(message), key))
+    _say(side, down(FLEET, NODE, "command", "forget"), seal(Forget(FLEET, NODE, DELETED), key))
     report = hashlib.sha256(b"{}").hexdigest()
     agent._jobs._files.put(b"{}", report)
     agent._store.end(DONE, JobResult(make_order(DONE).job.digest, "succeeded", artifacts=(Artifact("result.json", report, 2),)))
@@ -268,7 +282,7 @@ def _load_coordinator(side: Side) -> None:
     for job in (STAGING, DONE, SETTLED, DELETED, NEW, OTHERS):
         order = make_order(job, node=OTHER if job == OTHERS else NODE)
         service._store.add_job(order, make_offer(order).order)
-    for data, kind in ((NodeState("ready", 7, 2), "state"), (INFO, "info")):
+    for data, kind in ((NodeState("ready", 7, 2, 0), "state"), (INFO, "info")):
         _say(side, up(FLEET, NODE, kind), data)
     service._tick(time.monotonic())
     for job, seq in ((STAGING, 1), (DONE, 1), (SETTLED, 1), (DELETED, 1)):

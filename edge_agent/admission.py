@@ -1,12 +1,12 @@
-"""Whether a node takes an offer: who has signed it, for whom, and arithmetic on what is declared. Without torch, before any side effect."""
+"""Whether a node does what it is told: who has signed it, and for whom; of offers also arithmetic on what is declared. Without torch."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from edge_agent.config import AgentConfig, Trust
 from edge_agent.errors import JudgeMissing, human_bytes
-from edge_agent.messages import LONGEST_ORDER_S, MAX_INLINE_BYTES, PAYLOAD_TYPE, Envelope, Offer, Order, Reason, read_order
+from edge_agent.messages import LONGEST_ORDER_S, MAX_INLINE_BYTES, PAYLOAD_TYPES, A, Envelope, Offer, Order, Reason, read_payload
 from profiles.calibration import calibrated
 from profiles.device import DeviceProfile
 from quantization.estimate import Lengths, make_estimate
@@ -14,31 +14,32 @@ from quantization.ladder import Rows
 from quantization.model_files import find_model
 from quantization.shape import read_shape
 
+CLOCK_S = 3600.0
+"""How far the clock of a coordinator may be set back until what it has issued before counts for nothing."""
+
 
 class Rejected(Exception):
-    """An offer is not taken; `reason` is its code on the wire."""
+    """What was sent is not done; `reason` is its code on the wire."""
 
     def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(text)
         self.reason = reason
 
 
-def open_order(envelope: Envelope, job: str, config: AgentConfig) -> Order:
-    """Return the order of an envelope that a trusted key has signed, if this node asks for that, and that is for this node and job.
+def open_envelope(envelope: Envelope, kind: type[A], config: AgentConfig, **topic: str) -> A:
+    """Return the payload of an envelope that a trusted key has signed, if this node asks for that, and that is for this node.
 
-    The keys are read anew each time, so that they can be changed while the agent runs. Raises Rejected, MessageInvalid, ConfigInvalid.
+    `topic` holds fields of it that the topic names too. The keys are read anew each time, so that they can be changed while the agent
+    runs. Raises Rejected, MessageInvalid, ConfigInvalid.
     """
-    if envelope.payload_type != PAYLOAD_TYPE:
-        raise Rejected("job_schema", f"the payload is {envelope.payload_type!r}, only {PAYLOAD_TYPE!r} is taken")
+    if envelope.payload_type != PAYLOAD_TYPES[kind]:
+        raise Rejected("job_schema", f"the payload is {envelope.payload_type!r}, only {PAYLOAD_TYPES[kind]!r} is taken here")
     _check_signature(envelope, config.trust)
-    order = read_order(envelope.payload)
-    wanted, found = (config.fleet, config.node, job), (order.fleet, order.node, order.id)
-    for name, own, named in zip(("fleet", "node", "job"), wanted, found, strict=True):
-        if own != named:
-            raise Rejected("audience", f"the order is for {name} {named!r}, it was sent to {own!r}")
-    if (order.expires - order.issued).total_seconds() > LONGEST_ORDER_S:
-        raise Rejected("expired", f"an order is valid for {LONGEST_ORDER_S:,.0f} s at most; submit the job with a shorter --expires-s")
-    return order
+    payload = read_payload(envelope.payload, kind)
+    for name, own in {"fleet": config.fleet, "node": config.node, **topic}.items():
+        if (named := getattr(payload, name)) != own:
+            raise Rejected("audience", f"what is signed is for {name} {named!r}, it was sent to {own!r}")
+    return payload
 
 
 def _check_signature(envelope: Envelope, trust: Trust | None) -> None:
@@ -55,11 +56,15 @@ def _check_signature(envelope: Envelope, trust: Trust | None) -> None:
 def check_order(order: Order, config: AgentConfig, device: DeviceProfile, waiting: int, draining: bool, now: datetime) -> None:
     """Raise Rejected, or the EdgeAgentError that a run of this job would raise, where the node does not take the order.
 
+    `now` is the time by the coordinator's clock, by which it has issued the order, whatever the node's own says.
     Does not cover what only a tokenizer can tell: the plan is a lower bound, with records of one token.
     """
     job = order.job
-    if order.expires < now:
-        raise Rejected("expired", f"the order expired at {order.expires.isoformat()}; submit the job again, and check this node's clock")
+    if (order.expires - order.issued).total_seconds() > LONGEST_ORDER_S:
+        raise Rejected("expired", f"an order is valid for {LONGEST_ORDER_S:,.0f} s at most; submit the job with a shorter --expires-s")
+    if not order.issued - timedelta(seconds=CLOCK_S) <= now <= order.expires:
+        begin, end, told = (t.isoformat(timespec="seconds") for t in (order.issued, order.expires, now))
+        raise Rejected("expired", f"the order is valid from {begin} to {end}, the coordinator's clock says {told}; submit the job again")
     if draining:
         raise Rejected("draining", "the node takes no new jobs; `resume` it, or choose another")
     if waiting >= config.queue:

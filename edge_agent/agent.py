@@ -14,23 +14,27 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
 from edge_agent import logs
+from edge_agent.admission import Rejected, open_envelope
 from edge_agent.config import AGENT_CONFIG, AgentConfig, FileServer, Trust, read_config
 from edge_agent.delivery import Outbox, Uplink
-from edge_agent.errors import EdgeAgentError, MessageInvalid
+from edge_agent.errors import ConfigInvalid, EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
 from edge_agent.https import Carried, Fetched
 from edge_agent.jobs import Jobs
 from edge_agent.messages import (
+    A,
     Ack,
     Cancel,
     CoordinatorState,
     Drain,
+    Envelope,
     FileRequest,
     Forget,
     Heartbeat,
@@ -45,6 +49,7 @@ from edge_agent.messages import (
     decode,
     encode,
     is_ulid,
+    new_id,
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.rest import Rest
@@ -61,7 +66,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 HEARTBEAT_IDLE_S, HEARTBEAT_BUSY_S, HEARTBEAT_JITTER = 60.0, 30.0, 0.2
-HELLO_S = 300.0
+HELLO_S, ANSWER_S = 300.0, 30.0
+"""Between two hellos; and until a hello is sent again whose answer, which tells the time, has not come."""
+CLOCKS_DIFFER_S = 60.0
 PROGRESS_S, WATCHED_PROGRESS_S = 10.0, 0.5
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -84,11 +91,13 @@ class Agent:
         self._device = detect_profile(config.device)
         self._sensors = Sensors(self._device, int(config.budget), config.state_directory)
         self._link = Link(config.broker, config.node, node_subscriptions(config.fleet, config.node), self._events, self._birth)
-        self._uplink = Uplink(self._link, config.fleet, config.node, self._store.boot)
+        self._uplink = Uplink(self._link, config.fleet, config.node, self._store)
         self._outbox = Outbox(self._store, self._link)
         rest = Rest(config.rest, self._sensors.device.temperature_c)
         self._jobs = Jobs(config, self._device, self._store, self._uplink, self._events, rest)
         self._connections = 0
+        self._hellos: dict[str, float] = {}
+        self._behind_s = 0.0
         self._heartbeat_at = self._hello_at = self._progress_at = self._watched_until = 0.0
         self._told_event: object = None
 
@@ -150,8 +159,8 @@ class Agent:
         self._tell_progress(now)
         if now >= self._heartbeat_at:
             self._heartbeat(now)
-        if now >= self._hello_at and self._uplink.ask(Hello(), "hello"):
-            self._hello_at = now + HELLO_S
+        if now >= self._hello_at:
+            self._greet(now)
 
     # what comes in
 
@@ -170,6 +179,10 @@ class Agent:
                 self._outbox.send_again()
         except MessageInvalid as error:
             log.warning("message_invalid topic=%s error=%s", message.topic, error)
+        except Rejected as error:
+            log.warning("envelope_refused topic=%s reason=%s text=%r", message.topic, error.reason, str(error))
+        except ConfigInvalid as error:
+            log.error("trust_unreadable topic=%s text=%r", message.topic, str(error))
         self._link.acknowledge(message)
 
     def _receive_down(self, parts: Sequence[str], payload: bytes) -> None:
@@ -177,14 +190,16 @@ class Agent:
             case ["job", job, "offer"] if is_ulid(job):
                 self._jobs.offer(job, payload)
             case ["job", job, "cancel"] if is_ulid(job):
-                decode(payload, Cancel)
+                self._opened(payload, Cancel, job=job)
                 self._jobs.cancel(job)
             case ["job", job, "watch"]:
                 ttl_s = decode(payload, Watch).data.ttl_s
                 if self._jobs.trainer is not None and self._jobs.trainer.job == job:
                     self._watched_until = time.monotonic() + ttl_s
             case ["ack", message]:
-                decode(payload, Ack)
+                ack = self._opened(payload, Ack, message=message)
+                if message in self._hellos:
+                    self._greeted(ack, self._hellos[message])
                 self._outbox.acknowledged(message)
             case ["file", sha256, "request"]:
                 self._jobs.send_blocks(sha256, decode(payload, FileRequest).data)
@@ -201,18 +216,22 @@ class Agent:
                 decode(payload, Report)
                 self._jobs.report()
             case "drain":
-                decode(payload, Drain)
-                self._drain(True)
+                self._drain(True, self._opened(payload, Drain).number)
             case "resume":
-                decode(payload, Resume)
-                self._drain(False)
+                self._drain(False, self._opened(payload, Resume).number)
             case "forget":
-                self._jobs.forget(decode(payload, Forget).data.job)
+                self._jobs.forget(self._opened(payload, Forget).job)
             case _:
                 log.warning("command_unknown name=%s", name)
 
-    def _drain(self, wanted: bool) -> None:
-        self._store.draining = wanted
+    def _opened(self, payload: bytes, kind: type[A], **topic: str) -> A:
+        """Return what is in the envelope of a message. Raises Rejected, MessageInvalid, ConfigInvalid."""
+        return open_envelope(decode(payload, Envelope).data, kind, self._config, **topic)
+
+    def _drain(self, wanted: bool, number: int) -> None:
+        """Take no new jobs, or take them again, by the newest word on that."""
+        if not self._store.set_draining(wanted, number):
+            raise Rejected("replayed", f"it is command {number:,}, and command {self._store.command:,} has been done")
         self._uplink.keep(self._present(), "state")
 
     # what the node tells of itself
@@ -224,19 +243,40 @@ class Agent:
         return Birth(up(self._config.fleet, self._config.node, "state"), encode(self._state("lost"), source, boot=self._store.boot))
 
     def _state(self, state: Literal["ready", "draining", "offline", "lost"]) -> NodeState:
-        return NodeState(state, self._store.boot, self._connections)
+        return NodeState(state, self._store.boot, self._connections, self._store.command)
 
     def _present(self) -> NodeState:
         return self._state("draining" if self._store.draining else "ready")
 
     def _introduce(self) -> None:
-        """A new connection: say who is here, and send again what nobody has acknowledged."""
+        """A new connection: ask for the time, which offers need, say who is here, and send again what nobody has acknowledged."""
+        self._greet(time.monotonic())
         self._uplink.keep(self._present(), "state")
         self._uplink.keep(self._info, "info")
-        self._heartbeat_at = self._hello_at = self._progress_at = 0.0
+        self._heartbeat_at = self._progress_at = 0.0
         self._told_event = None
         self._outbox.send_again()
         self._jobs.link_is_new()
+
+    def _greet(self, now: float) -> None:
+        """Ask the coordinator whether it is there, for its time, and which start of this node it knows."""
+        hello, self._hello_at = new_id(), now + ANSWER_S
+        self._hellos = {earlier: sent for earlier, sent in self._hellos.items() if now - sent <= ANSWER_S} | {hello: now}
+        self._uplink.ask(Hello(), "hello", message_id=hello)
+
+    def _greeted(self, ack: Ack, sent: float) -> None:
+        """A coordinator has answered a hello: take its time, unless it was held up, and number this start above those it knows."""
+        if (now := time.monotonic()) - sent <= ANSWER_S:
+            self._hello_at = now + HELLO_S
+            self._jobs.take_time(ack.time)
+            behind_s = (ack.time - datetime.now(timezone.utc)).total_seconds()
+            if abs(behind_s - self._behind_s) > CLOCKS_DIFFER_S:
+                log.warning("clock_differs behind_s=%d", behind_s)
+                self._behind_s = behind_s
+        if ack.boot > self._store.boot:
+            self._store.raise_boot(ack.boot)
+            log.warning("boot_raised boot=%d", self._store.boot)
+            self._link.reconnect()
 
     @property
     def _info(self) -> NodeInfo:
@@ -283,7 +323,7 @@ def _check_server(alias: str, server: FileServer) -> None:
 
 
 def _check_trusted(trust: Trust) -> None:
-    """Raise ConfigInvalid where no order could ever be taken."""
+    """Raise ConfigInvalid where nothing that is signed could ever be taken."""
     from edge_agent.signing import read_trusted
 
     read_trusted(trust.keys_file)

@@ -12,12 +12,15 @@ import msgspec
 
 from edge_agent.messages import (
     MAX_MESSAGE_BYTES,
+    PAYLOAD_TYPES,
     TYPES,
     ULID_PATTERN,
     Ack,
+    Addressed,
     Cancel,
     CoordinatorState,
     Drain,
+    Envelope,
     FileRequest,
     Forget,
     Forgotten,
@@ -30,6 +33,7 @@ from edge_agent.messages import (
     NodeInfo,
     NodeState,
     Offer,
+    Order,
     Report,
     Resume,
     Watch,
@@ -59,6 +63,8 @@ class Channel:
     """Type of the data; None: a block of a file, without an envelope."""
     qos: Literal[0, 1]
     retain: bool = False
+    payload: type[Addressed] | None = None
+    """Of the envelope in it."""
 
     @property
     def action(self) -> Literal["send", "receive"]:
@@ -91,14 +97,14 @@ CHANNELS = {
     "jobForgotten": Channel(_up("job", "{job}", "forgotten"), Forgotten, 1),
     "upFileRequest": Channel(_up("file", "{sha256}", "request"), FileRequest, 0),
     "upFileBlock": Channel(_up("file", "{sha256}", "block", "{number}"), None, 0),
-    "jobOffer": Channel(_down("job", "{job}", "offer"), Offer, 1),
-    "jobCancel": Channel(_down("job", "{job}", "cancel"), Cancel, 1),
+    "jobOffer": Channel(_down("job", "{job}", "offer"), Offer, 1, payload=Order),
+    "jobCancel": Channel(_down("job", "{job}", "cancel"), Envelope, 1, payload=Cancel),
     "jobWatch": Channel(_down("job", "{job}", "watch"), Watch, 0),
-    "ack": Channel(_down("ack", "{message}"), Ack, 1),
+    "ack": Channel(_down("ack", "{message}"), Envelope, 1, payload=Ack),
     "commandReport": Channel(_down("command", "report"), Report, 1),
-    "commandDrain": Channel(_down("command", "drain"), Drain, 1),
-    "commandResume": Channel(_down("command", "resume"), Resume, 1),
-    "commandForget": Channel(_down("command", "forget"), Forget, 1),
+    "commandDrain": Channel(_down("command", "drain"), Envelope, 1, payload=Drain),
+    "commandResume": Channel(_down("command", "resume"), Envelope, 1, payload=Resume),
+    "commandForget": Channel(_down("command", "forget"), Envelope, 1, payload=Forget),
     "downFileRequest": Channel(_down("file", "{sha256}", "request"), FileRequest, 0),
     "downFileBlock": Channel(_down("file", "{sha256}", "block", "{number}"), None, 0),
 }
@@ -133,7 +139,9 @@ def schema_of(topic: str) -> Schema | None:
 
 def document() -> Schema:
     """Return the AsyncAPI document. Operations are those of a node."""
-    payloads, schemas = _schemas(TYPES, "#/components/schemas/{name}")
+    reference = "#/components/schemas/{name}"
+    payloads, schemas = _schemas(TYPES, reference)
+    schemas |= _without_discriminators(msgspec.json.schema_components(PAYLOAD_TYPES, ref_template=reference)[1])
     messages: Schema = {
         kind.__name__: {"name": name, "summary": kind.__doc__, "contentType": "application/json", "payload": payloads[kind]}
         for kind, name in TYPES.items()
@@ -163,8 +171,11 @@ def document() -> Schema:
 
 def _channel(channel: Channel) -> Schema:
     parameters = re.findall(r"\{(\w+)\}", channel.address)
+    payload = channel.payload
+    sealed = {"description": f"Its envelope holds {payload.__name__}, as `{PAYLOAD_TYPES[payload]}`."} if payload else {}
     return {
         "address": channel.address,
+        **sealed,
         "messages": {channel.message: {"$ref": f"#/components/messages/{channel.message}"}},
         "parameters": {name: {"$ref": f"#/components/parameters/{name}"} for name in parameters},
     }

@@ -221,7 +221,7 @@ class Https(Strict, frozen=True, kw_only=True):
 
 
 class Trust(Strict, frozen=True):
-    """Who may give this node orders."""
+    """Who may give this node orders: to take, stop and delete jobs, to take no more, to keep messages no longer."""
 
     keys_file: Path
     """Public keys as in OpenSSH's `authorized_keys`, Ed25519 only; read anew with every order."""

@@ -17,22 +17,22 @@ RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
 class Uplink:
     """The topics that a node writes, and the envelope around everything but blocks."""
 
-    def __init__(self, link: Link, fleet: str, node: str, boot: int) -> None:
-        self._link, self._fleet, self._node, self._boot = link, fleet, node, boot
+    def __init__(self, link: Link, fleet: str, node: str, store: Store) -> None:
+        self._link, self._fleet, self._node, self._store = link, fleet, node, store
 
     def topic(self, *parts: object) -> str:
         return up(self._fleet, self._node, *parts)
 
-    def message(self, data: object) -> bytes:
-        return encode(data, f"edge1/{self._fleet}/{self._node}", boot=self._boot)
+    def message(self, data: object, message_id: str | None = None) -> bytes:
+        return encode(data, f"edge1/{self._fleet}/{self._node}", boot=self._store.boot, message_id=message_id)
 
     def send(self, data: object, *parts: object) -> bool:
         """Send a message that may be lost; False where it was not sent at all."""
         return self._link.publish(self.topic(*parts), self.message(data))
 
-    def ask(self, data: object, *parts: object) -> bool:
+    def ask(self, data: object, *parts: object, message_id: str | None = None) -> bool:
         """Send a message that the broker hands on at least once, if the link holds."""
-        return self._link.publish(self.topic(*parts), self.message(data), qos=1)
+        return self._link.publish(self.topic(*parts), self.message(data, message_id), qos=1)
 
     def keep(self, data: object, *parts: object) -> bool:
         """Send a message that the broker keeps for whoever comes later."""

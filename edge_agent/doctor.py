@@ -202,6 +202,8 @@ def _link(config: AgentConfig, found: Visit) -> str:
     reached = f"{found.where} in MQTT {found.protocol}"
     if found.refused is not None:
         raise _Wrong(f"{reached}, which refuses what this node says ({found.refused}); {RULES}")
+    if found.distrusted is not None:
+        raise _Wrong(f"{reached}, but the coordinator's answer is not taken: {found.distrusted}; check [trust] and the coordinator's key")
     if found.answer_s is None and found.why is not None:
         raise _Wrong(f"{reached}, but the connection ended before the coordinator answered: {found.why}; {AGAIN}")
     if found.answer_s is None:
@@ -220,7 +222,7 @@ def _clock(config: AgentConfig, found: Visit) -> str:
     apart, within = abs(found.clock_ahead_s), found.answer_s / 2
     told = f"{apart:.1f} s {'ahead of' if found.clock_ahead_s > 0 else 'behind'} the coordinator's (± {within:.1f} s); {kernel}"
     if apart > CLOCK_S + within:
-        raise _Wrong(f"{told}; the expiry of orders and certificates is judged by it: {SET_CLOCK} on the machine that is wrong")
+        raise _Wrong(f"{told}; certificates and quiet hours go by it: {SET_CLOCK} on the machine that is wrong")
     return told
 
 

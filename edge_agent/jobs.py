@@ -7,14 +7,15 @@ import shutil
 import sqlite3
 import time
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import msgspec
 
-from edge_agent.admission import Rejected, check_contents, check_order, open_order
+from edge_agent.admission import Rejected, check_contents, check_order, open_envelope
+from edge_agent.clocks import ToldTime
 from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.delivery import Uplink
 from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, ModelMissing
@@ -23,7 +24,6 @@ from edge_agent.https import Carried, Courier
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.messages import (
-    LONGEST_ORDER_S,
     Artifact,
     ArtifactName,
     File,
@@ -73,6 +73,8 @@ class Jobs:
         self._orphan_since: float | None = None
         self._ticked_at = self._spent_at = time.monotonic()
         self.trainer: Trainer | None = None
+        self._told_time = ToldTime()
+        self._untimed: dict[str, bytes] = {}
 
     # what the agent calls
 
@@ -84,11 +86,15 @@ class Jobs:
         self._files.sweep({sha256 for row in self._store.open_jobs() for sha256 in _contents(row)})
 
     def offer(self, job: str, payload: bytes) -> None:
-        """Take an offer, or say why not. Taken, it is in the store when this returns; a rejection that is lost follows the next offer."""
+        """Take an offer, or say why not. Taken, it is in the store when this returns; a rejection that is lost follows the next offer.
+
+        Whether a new one has expired is known when the coordinator has told its time; until then it waits.
+        Raises ConfigInvalid where this node cannot know whom to trust.
+        """
         order, row = None, self._store.job(job)
         try:
             offer = decode(payload, Offer).data
-            order = open_order(offer.order, job, self._config)
+            order = open_envelope(offer.order, Order, self._config, id=job)
             if row is not None and row.digest != order.job.digest:
                 raise Rejected("conflict", "a job with this id and another document is here; submit it under a new id")
             if row is not None:
@@ -97,18 +103,29 @@ class Jobs:
             if (status := self._store.closed(job)) is not None:
                 self._uplink.ask(status, "job", job, "status")
                 return
-            check_order(order, self._config, self._device, self.waiting(), self._store.draining, datetime.now(timezone.utc))
+            if (now := self._told_time.now()) is None:
+                log.info("offer_waits job=%s", job)
+                if len(self._untimed) < self._config.queue:  # others come again
+                    self._untimed[job] = payload
+                return
+            check_order(order, self._config, self._device, self.waiting(), self._store.draining, now)
             check_contents(offer, order)
             for sha256, contents in offer.contents.items():
                 self._files.put(contents, sha256)
-        except ConfigInvalid as error:
-            log.error("trust_unreadable job=%s text=%r", job, str(error))
-            return
+        except ConfigInvalid:  # the file of trusted keys is broken: neither taken nor rejected, the offer comes again
+            raise
         except (Rejected, EdgeAgentError) as error:
             self._reject(job, row, order, error.reason if isinstance(error, Rejected) else known_reason(error.code), str(error))
             return
         self._store.accept(job, order.job.digest, offer.order.payload, order.priority)
         log.info("job_accepted job=%s model=%s priority=%d", job, order.job.model, order.priority)
+
+    def take_time(self, told: datetime) -> None:
+        """The coordinator has told its time: judge orders by it, also those that wait for it."""
+        self._told_time.set(told)
+        for job, payload in list(self._untimed.items()):
+            self.offer(job, payload)
+            del self._untimed[job]
 
     def _reject(self, job: str, row: JobRow | None, order: Order | None, reason: Reason, text: str) -> None:
         """Say that an offer is not taken. Of one that can be read this answer is kept, so that nobody can send it again later."""
@@ -118,7 +135,7 @@ class Jobs:
             return
         status = JobStatus(order.job.digest if order else None, "ended", "rejected", reason, text[:1024])
         if order is not None and row is None:
-            self._store.close_job(job, status, _until(order))
+            self._store.close_job(job, status)
         self._uplink.ask(status, "job", job, "status")
         log.info("job_rejected job=%s reason=%s text=%r", job, reason, text)
 
@@ -128,7 +145,7 @@ class Jobs:
         if row is None:
             text = "it was canceled before its offer came"
             if self._store.closed(job) is None:
-                self._store.close_job(job, JobStatus(None, "ended", "rejected", "canceled", text), _until(None))
+                self._store.close_job(job, JobStatus(None, "ended", "rejected", "canceled", text))
             self._uplink.ask(JobResult(None, "canceled", "canceled", text), "job", job, "result")
         elif row.phase == "ended":
             self._store.tell_again(row)
@@ -156,12 +173,12 @@ class Jobs:
             log.info("job_forgotten job=%s", job)
         # The row goes last: where the disk fails before, all this is done again.
         status = JobStatus(row.digest if row else None, "ended", "rejected", "replayed", "this job was here, and has been deleted")
-        self._store.forget(job, status, _until(read_order(row.payload) if row else None))
+        self._store.forget(job, status)
         self._uplink.ask(Forgotten(), "job", job, "forgotten")
 
     def _forget_settled(self) -> None:
-        """Delete what one job has left whose time is over; a clock that was set back only keeps it longer."""
-        if (job := self._store.settled_before(time.time() - self._config.retention_s)) is not None:
+        """Delete what one job has left whose time is over."""
+        if (job := self._store.settled_for(self._config.retention_s)) is not None:
             self.forget(job)
 
     def receive_block(self, sha256: str, number: int, block: bytes) -> None:
@@ -192,6 +209,7 @@ class Jobs:
         if self.trainer is not None and now - self._ticked_at > SUSPENDED_S:
             self.trainer.heard = now  # this process was suspended: what the trainer said meanwhile is still to be read
         self._ticked_at = now
+        self._store.clock.tick()
         for row in self._store.open_jobs():
             if row.phase in ("accepted", "staging"):
                 self._stage(row)
@@ -241,7 +259,7 @@ class Jobs:
             row = self._store.move(row.id, "staging")
         order = read_order(row.payload)
         missing = [f for f in order.files if not self._files.has(f.sha256)]
-        if missing and time.time() - row.arrived > self._config.timers.staging_s:
+        if missing and self._store.clock.now() - row.arrived > self._config.timers.staging_s:
             self._end(row, "timed_out", "timeout_staging", f"its files did not come within {self._config.timers.staging_s:,.0f} s")
             return
         try:
@@ -287,7 +305,7 @@ class Jobs:
         if row.cancel:
             self._end(row, "canceled", "canceled", "it was canceled while its trainer ran; the directory keeps its checkpoint")
             return
-        if row.attempt == 0 and time.time() - row.arrived > self._config.timers.queue_s:
+        if row.attempt == 0 and self._store.clock.now() - row.arrived > self._config.timers.queue_s:
             self._end(row, "timed_out", "expired", f"it waited longer than {self._config.timers.queue_s:,.0f} s")
             return
         lock = lock_file(self._config.state_directory / "trainer.lock")
@@ -453,11 +471,6 @@ def _log_lockdown(told: TrainerEvent) -> None:
         log.info("trainer_locked_down job=%s text=%r", told.job, event.text)
     else:
         log.warning("trainer_not_locked_down job=%s text=%r", told.job, event.text)
-
-
-def _until(order: Order | None) -> float:
-    """Return the time in seconds since 1970 up to which an order is surely worth nothing any more, whatever its clock and ours."""
-    return max(time.time(), order.expires.timestamp() if order else 0.0) + LONGEST_ORDER_S
 
 
 def _contents(row: JobRow) -> set[str]:

@@ -25,8 +25,6 @@ Ulid = Annotated[str, Meta(pattern=ULID_PATTERN, max_length=26)]
 Text = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
-PAYLOAD_TYPE = "application/vnd.edge1.order+json"
-"""Of the envelope of an order."""
 MAX_MESSAGE_BYTES = 256 * 1024
 """A longer message is refused unread."""
 MAX_INLINE_BYTES = 64 * 1024
@@ -35,7 +33,7 @@ BLOCK_BYTES = 64 * 1024
 WINDOW_BLOCKS = 8
 """Blocks that a receiver asks for at once."""
 ORDER_S, LONGEST_ORDER_S = 7 * 24 * 3600.0, 30 * 24 * 3600.0
-"""From issue to expiry of an order, if nobody says otherwise and at most. A node remembers the jobs that it has deleted as long."""
+"""From issue to expiry of an order, if nobody says otherwise and at most."""
 
 Phase = Literal["accepted", "staging", "ready", "running", "paused", "finalizing", "ended"]
 Outcome = Literal["succeeded", "failed", "rejected", "canceled", "timed_out"]
@@ -69,6 +67,8 @@ class NodeState(Strict, frozen=True):
     """Number of the agent's start: grows with every one."""
     conn: Count
     """Number of the connection since that start; a will of an earlier one is stale."""
+    command: Count
+    """Number of the last `Drain` or `Resume` that the node has done; 0: none."""
 
 
 class NodeLimits(Strict, frozen=True):
@@ -111,15 +111,20 @@ class File(Strict, frozen=True):
     size_bytes: Count
 
 
-class Order(Strict, frozen=True, kw_only=True):
-    """A job for one node: all that it does there, for whom and until when. It is what a signature stands for."""
+class Addressed(Strict, frozen=True):
+    """What a signature stands for. It names its node, and no other does what it says."""
 
-    id: Ulid
     fleet: Name
     node: Name
+
+
+class Order(Addressed, frozen=True, kw_only=True):
+    """A job for one node: all that it does there, for whom and until when."""
+
+    id: Ulid
     issued: Annotated[datetime, Meta(tz=True)]
     expires: Annotated[datetime, Meta(tz=True)]
-    """A node that first sees the order after this rejects it."""
+    """A node that first sees the order after this, by the clock of the coordinator, rejects it."""
     job: Job
     """`model` is a name of `NodeInfo.models`."""
     model_fingerprint: Sha256 | None = None
@@ -133,6 +138,42 @@ class Order(Strict, frozen=True, kw_only=True):
         return [f for f in (self.dataset, self.evaluation) if f is not None]
 
 
+class Cancel(Addressed, frozen=True):
+    """End a job. The answer is its result: `canceled`, or the outcome that was faster."""
+
+    job: Ulid
+
+
+class Forget(Addressed, frozen=True):
+    """Delete everything of an ended job. The answer is `Forgotten`."""
+
+    job: Ulid
+
+
+class Drain(Addressed, frozen=True):
+    """Take no new jobs; finish those accepted. The answer is the node's state."""
+
+    number: Count
+    """Grows with every `Drain` and `Resume` for the node, so an older one is stale."""
+
+
+class Resume(Addressed, frozen=True):
+    """Take jobs again. The answer is the node's state."""
+
+    number: Count
+    """As that of `Drain`."""
+
+
+class Ack(Addressed, frozen=True):
+    """A message of the node has been stored: the node need not keep it any more."""
+
+    message: Ulid
+    time: Annotated[datetime, Meta(tz=True)]
+    """By the clock of the coordinator, which says by it when orders expire."""
+    boot: Count
+    """Of the newest start of the node that the coordinator has heard of; 0: of none. A node with a lower one must raise its own."""
+
+
 class Signature(Strict, frozen=True):
     """Ed25519 over DSSE's encoding of type and payload."""
 
@@ -142,7 +183,7 @@ class Signature(Strict, frozen=True):
 
 
 class Envelope(Strict, frozen=True):
-    """A DSSE envelope (protocol 1.0.2) with an `Order` as JSON in it. An order without signature has no signatures."""
+    """A DSSE envelope (protocol 1.0.2) around JSON. `payloadType` says what that is. What is not signed has no signatures."""
 
     payload: bytes
     payload_type: Annotated[str, Meta(max_length=128)] = msgspec.field(name="payloadType")
@@ -157,36 +198,14 @@ class Offer(Strict, frozen=True):
     """Files of the order that are small enough, by their sha256; the node asks for the blocks of others."""
 
 
-class Cancel(Strict, frozen=True):
-    """Asks for the end of a job. The answer is its result: `canceled`, or the outcome that was faster."""
-
-
 class Watch(Strict, frozen=True):
     """Somebody looks: progress at up to 2 per second for this long."""
 
     ttl_s: Annotated[float, Meta(gt=0, le=600)]
 
 
-class Ack(Strict, frozen=True):
-    """The message named by the topic has been stored."""
-
-
 class Report(Strict, frozen=True):
     """Asks for the current status of all jobs that have not been acknowledged as ended."""
-
-
-class Drain(Strict, frozen=True):
-    """Take no new jobs; finish those accepted."""
-
-
-class Resume(Strict, frozen=True):
-    """Take jobs again."""
-
-
-class Forget(Strict, frozen=True):
-    """Delete everything of an ended job."""
-
-    job: Ulid
 
 
 class Forgotten(Strict, frozen=True):
@@ -258,15 +277,19 @@ class FileRequest(Strict, frozen=True):
 
 TYPES: dict[type, str] = {
     CoordinatorState: "edge1.coordinator.state", Hello: "edge1.hello", NodeState: "edge1.node.state", NodeInfo: "edge1.node.info",
-    Heartbeat: "edge1.node.heartbeat", Offer: "edge1.job.offer", Cancel: "edge1.job.cancel", Watch: "edge1.job.watch",
-    JobStatus: "edge1.job.status", JobProgress: "edge1.job.progress", JobResult: "edge1.job.result", Ack: "edge1.ack",
-    Report: "edge1.command.report", Drain: "edge1.command.drain", Resume: "edge1.command.resume", Forget: "edge1.command.forget",
+    Heartbeat: "edge1.node.heartbeat", Offer: "edge1.job.offer", Envelope: "edge1.envelope", Watch: "edge1.job.watch",
+    JobStatus: "edge1.job.status", JobProgress: "edge1.job.progress", JobResult: "edge1.job.result", Report: "edge1.command.report",
     Forgotten: "edge1.job.forgotten",
     FileRequest: "edge1.file.request",
 }  # fmt: skip
 """The `type` attribute of each kind of data."""
+PAYLOAD_TYPES: dict[type[Addressed], str] = {
+    kind: f"application/vnd.edge1.{kind.__name__.lower()}+json" for kind in (Order, Cancel, Forget, Drain, Resume, Ack)
+}
+"""The `payloadType` of each kind of payload. It is signed, so none passes for another."""
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Addressed)
 
 
 class Message(Strict, Generic[T], frozen=True, kw_only=True, omit_defaults=True):
@@ -296,15 +319,21 @@ def new_id() -> str:
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
-def read_order(payload: bytes) -> Order:
+def read_payload(payload: bytes, kind: type[A]) -> A:
     """Read the payload of an envelope strictly. Raises MessageInvalid with the path of what is wrong."""
     try:
-        return _ORDERS.decode(payload)
+        read: A = _PAYLOADS[kind].decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MessageInvalid(str(error)) from None
+    return read
 
 
-_ORDERS = msgspec.json.Decoder(Order)
+def read_order(payload: bytes) -> Order:
+    """Read the order of a job, as `read_payload` does."""
+    return read_payload(payload, Order)
+
+
+_PAYLOADS: dict[type, Any] = {kind: msgspec.json.Decoder(kind) for kind in PAYLOAD_TYPES}
 
 
 def encode(

@@ -154,6 +154,11 @@ class Link:
         if message.qos:
             message.client.ack(message.number, message.qos)
 
+    def reconnect(self) -> None:
+        """End the connection in order; the next one has a new last will."""
+        if (client := self._client) is not None:
+            client.disconnect()
+
     def close(self, last: tuple[str, bytes] | None = None, timeout_s: float = 3.0) -> None:
         """End the connection in order, after a last retained message where there is one."""
         client = self._client

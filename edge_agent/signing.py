@@ -1,4 +1,4 @@
-"""Signed orders: a DSSE envelope (github.com/secure-systems-lab/dsse, protocol 1.0.2) with Ed25519, and the keys that a node trusts.
+"""Signatures: a DSSE envelope (github.com/secure-systems-lab/dsse, protocol 1.0.2) with Ed25519, and the keys that a node trusts.
 
 Keys are in OpenSSH's formats: `edge-agent keys` and `ssh-keygen -t ed25519` make the same files, and the trusted ones are lines as in
 `authorized_keys`.
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
@@ -27,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from edge_agent.config import check_private
 from edge_agent.errors import ConfigInvalid
-from edge_agent.messages import PAYLOAD_TYPE, Envelope, Signature
+from edge_agent.messages import PAYLOAD_TYPES, Addressed, Envelope, Signature
 
 MAX_KEYS_FILE_BYTES = 64 * 1024
 
@@ -55,17 +56,22 @@ class PublicKey:
         return f"{self.key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()} {self.comment}".strip()
 
 
-def seal(payload: bytes, key: Ed25519PrivateKey | None) -> Envelope:
+def seal(payload: Addressed, key: Ed25519PrivateKey | None) -> Envelope:
     """Put a payload into an envelope, signed if there is a key."""
+    return seal_bytes(msgspec.json.encode(payload), type(payload), key)
+
+
+def seal_bytes(payload: bytes, kind: type[Addressed], key: Ed25519PrivateKey | None) -> Envelope:
+    """Likewise with what is said to be a payload of a kind."""
+    envelope = Envelope(payload, PAYLOAD_TYPES[kind])
     if key is None:
-        return Envelope(payload, PAYLOAD_TYPE, ())
-    return Envelope(payload, PAYLOAD_TYPE, (Signature(key.sign(_signed(payload)), PublicKey(key.public_key()).fingerprint),))
+        return envelope
+    signature = Signature(key.sign(_signed(envelope)), PublicKey(key.public_key()).fingerprint)
+    return msgspec.structs.replace(envelope, signatures=(signature,))
 
 
 def verify(envelope: Envelope, trusted: Iterable[PublicKey]) -> PublicKey:
     """Return the trusted key that has signed the payload, which may be read only then. Raises SignatureInvalid."""
-    if envelope.payload_type != PAYLOAD_TYPE:
-        raise SignatureInvalid(f"its payload is {envelope.payload_type!r}, only {PAYLOAD_TYPE!r} is taken")
     if not envelope.signatures:
         raise SignatureInvalid("it is not signed; give the coordinator a `signing_key_file`")
     trusted = list(trusted)
@@ -73,7 +79,7 @@ def verify(envelope: Envelope, trusted: Iterable[PublicKey]) -> PublicKey:
     for signature in envelope.signatures:
         for known in trusted:
             try:
-                known.key.verify(signature.sig, _signed(envelope.payload))
+                known.key.verify(signature.sig, _signed(envelope))
             except InvalidSignature:
                 continue
             return known
@@ -81,9 +87,10 @@ def verify(envelope: Envelope, trusted: Iterable[PublicKey]) -> PublicKey:
     raise SignatureInvalid(f"none of the {len(trusted)} keys that this node trusts has signed it; it names {named}")
 
 
-def _signed(payload: bytes) -> bytes:
+def _signed(envelope: Envelope) -> bytes:
     """The bytes under a signature: DSSE's pre-authentication encoding of type and payload."""
-    return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload)
+    kind, payload = envelope.payload_type.encode(), envelope.payload
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
 def make_key(path: Path, comment: str) -> PublicKey:

@@ -6,14 +6,18 @@ transaction, on disk before the call returns (WAL, synchronous=FULL).
 
 from __future__ import annotations
 
+import sqlite3
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from edge_agent.clocks import RunningTime
 from edge_agent.database import open_database, transaction
-from edge_agent.messages import JobResult, JobStatus, Outcome, Phase, Reason, encode, new_id
+from edge_agent.messages import LONGEST_ORDER_S, JobResult, JobStatus, Outcome, Phase, Reason, encode, new_id
 from edge_agent.topics import up
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
@@ -31,6 +35,10 @@ HAS_TRAINER: frozenset[Phase] = frozenset({"running", "paused"})
 
 MOST_CLOSED = 10_000
 """Jobs that are remembered as closed; the oldest go first, so that nobody can fill the disk with them."""
+CLOSED_S = 2 * LONGEST_ORDER_S
+"""How long they are remembered, by the time that the agent runs: their orders have expired by then, also where clocks differ by days."""
+LARGEST = 2**53 - 1
+"""Of what goes over the wire."""
 
 VERSIONS = (
     """
@@ -68,10 +76,15 @@ CREATE TABLE outbox (
 ALTER TABLE jobs ADD COLUMN ran_s REAL NOT NULL DEFAULT 0;     -- what all its trainers have run, without what they waited
 ALTER TABLE jobs ADD COLUMN cooled_s REAL NOT NULL DEFAULT 0;  -- what they have waited for the device to cool
 """,
+    """
+-- From here on `arrived`, `settled` and `until` are seconds that the agent has run, over all its starts.
+UPDATE jobs SET arrived = 0, settled = iif(settled IS NULL, NULL, 0);
+UPDATE closed SET until = 5184000;
+""",
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
-# Begins at the clock: also an agent whose disk was wiped is newer than its last will.
-COUNT_BOOT = """INSERT INTO meta VALUES ('boot', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
+# Begins at the clock: an agent whose disk was wiped is newer than its last will. Where the clock was wrong, the coordinator says so.
+COUNT_BOOT = """INSERT INTO meta VALUES ('boot', ?) ON CONFLICT (name) DO UPDATE SET value = min(max(value + 1, excluded.value), ?)
 RETURNING value"""
 SET_FLAG = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 GET_FLAG = "SELECT value FROM meta WHERE name = ?"
@@ -140,23 +153,42 @@ class Waiting:
 class Store:
     """The agent's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
 
-    def __init__(self, path: Path, fleet: str, node: str) -> None:
+    def __init__(self, path: Path, fleet: str, node: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._fleet, self._node, self._source = fleet, node, f"edge1/{fleet}/{node}"
         self._db = open_database(path, VERSIONS, replace_damaged=True)
-        self.boot: int = self._db.execute(COUNT_BOOT, (int(time.time()),)).fetchone()[0]
+        self.clock = RunningTime(self._db, clock)
+        self.boot: int = self._db.execute(COUNT_BOOT, (int(time.time()), LARGEST)).fetchone()[0]
+        self.command = self._flag("command")
+        """Number of the last word on whether new jobs are refused. Other threads may read it."""
 
     def close(self) -> None:
+        with suppress(sqlite3.Error):  # of a disk that is full
+            self.clock.keep()
         self._db.close()
+
+    def raise_boot(self, known: int) -> None:
+        """Make the number of this start higher than one that is known of an earlier one, whose database was lost."""
+        self.boot = min(known + 1, LARGEST)
+        self._db.execute(SET_FLAG, ("boot", self.boot))
 
     @property
     def draining(self) -> bool:
         """Whether new jobs are refused; kept over restarts."""
-        row = self._db.execute(GET_FLAG, ("draining",)).fetchone()
-        return bool(row and row[0])
+        return bool(self._flag("draining"))
 
-    @draining.setter
-    def draining(self, value: bool) -> None:
-        self._db.execute(SET_FLAG, ("draining", int(value)))
+    def set_draining(self, value: bool, command: int) -> bool:
+        """Keep whether new jobs are refused, by the word of a number; False where that is an older one, or another of this number."""
+        if (command, value) != (self.command, self.draining) and command <= self.command:
+            return False
+        with transaction(self._db):
+            self._db.execute(SET_FLAG, ("draining", int(value)))
+            self._db.execute(SET_FLAG, ("command", command))
+        self.command = command
+        return True
+
+    def _flag(self, name: str) -> int:
+        row = self._db.execute(GET_FLAG, (name,)).fetchone()
+        return int(row[0]) if row else 0
 
     def job(self, job: str) -> JobRow | None:
         row = self._db.execute(GET_JOB, (job,)).fetchone()
@@ -177,7 +209,7 @@ class Store:
     def accept(self, job: str, digest: str, payload: bytes, priority: int) -> None:
         """Keep a new job and the message that it was accepted. A job that is there already changes nothing."""
         with transaction(self._db):
-            if self._db.execute(INSERT_JOB, (job, digest, payload, priority, time.time())).rowcount:
+            if self._db.execute(INSERT_JOB, (job, digest, payload, priority, self.clock.keep())).rowcount:
                 self._tell(job, JobStatus(digest, "accepted"))
 
     def move(
@@ -230,21 +262,22 @@ class Store:
         row = self._db.execute(LAST_TRAINER).fetchone()
         return (row[0], row[1]) if row else None
 
-    def forget(self, job: str, status: JobStatus, until: float) -> None:
+    def forget(self, job: str, status: JobStatus) -> None:
         """Delete a job that has ended, or is unknown, with what was still to be said of it, and close it."""
         with transaction(self._db):
             self._db.execute(DELETE_JOB, (job,))
             self._db.execute(DELETE_MESSAGES, (job,))
-            self._close(job, status, until)
+            self._close(job, status)
 
-    def close_job(self, job: str, status: JobStatus, until: float) -> None:
-        """Remember until a time in seconds since 1970 that a job must not come, and what is said to its offer."""
+    def close_job(self, job: str, status: JobStatus) -> None:
+        """Remember that a job must not come, and what is said to its offer, until that has expired."""
         with transaction(self._db):
-            self._close(job, status, until)
+            self._close(job, status)
 
-    def _close(self, job: str, status: JobStatus, until: float) -> None:
-        self._db.execute(CLOSE, (job, until, msgspec.json.encode(status)))
-        self._db.execute(OPEN_AGAIN, (time.time(), MOST_CLOSED))
+    def _close(self, job: str, status: JobStatus) -> None:
+        now = self.clock.keep()
+        self._db.execute(CLOSE, (job, now + CLOSED_S, msgspec.json.encode(status)))
+        self._db.execute(OPEN_AGAIN, (now, MOST_CLOSED))
 
     def closed(self, job: str) -> JobStatus | None:
         """Return what is said to the offer of a job that must not come."""
@@ -265,12 +298,12 @@ class Store:
         with transaction(self._db):
             row = self._db.execute(DELETE_MESSAGE, (message,)).fetchone()
             if row is not None:
-                self._db.execute(SETTLE, (time.time(), row[0]))
+                self._db.execute(SETTLE, (self.clock.keep(), row[0]))
         return row is not None
 
-    def settled_before(self, when: float) -> str | None:
-        """Return the ended job whose end was acknowledged first, if that was before a time in seconds since 1970."""
-        row = self._db.execute(SETTLED_BEFORE, (when,)).fetchone()
+    def settled_for(self, age_s: float) -> str | None:
+        """Return the ended job whose end was acknowledged first, if the agent has run longer than that since then."""
+        row = self._db.execute(SETTLED_BEFORE, (self.clock.now() - age_s,)).fetchone()
         return row[0] if row else None
 
     def _checked(self, job: str, phase: Phase) -> JobRow:

@@ -1,7 +1,7 @@
 """A visit to the broker as this node: the way to the coordinator and back, its clock, and what the broker lets this node do as another.
 
 Each is found out by doing it. The other node is invented for the visit, and what is said as that node and to it is heard and forgotten:
-a `hello`, which a coordinator acknowledges and does not keep, and an acknowledgement of nothing. Of what others say nothing is read.
+a `hello`, which a coordinator acknowledges and does not keep, and one that no node would take. Of what others say nothing is read.
 
 A broker that gives every client of a user one id has the visit take the connection of a running agent, until that comes again half a second
 later at the soonest. So all requests go out together, and what the visit subscribes to beside its own topics is given up right away.
@@ -20,8 +20,10 @@ from typing import Any
 
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edge_agent.admission import Rejected, open_envelope
 from edge_agent.config import AgentConfig
-from edge_agent.messages import Ack, Hello, decode, encode, new_id
+from edge_agent.errors import MessageInvalid
+from edge_agent.messages import Ack, Envelope, Hello, decode, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
 from edge_agent.topics import COORDINATOR, down, split, up
 
@@ -45,6 +47,8 @@ class Visit:
     """What the broker answers where it does not take what this node says as itself."""
     answer_s: float | None = None
     """Until the coordinator's acknowledgement; None where none came."""
+    distrusted: str | None = None
+    """What is wrong with that acknowledgement, where it was not taken: nobody trusted has signed it."""
     clock_ahead_s: float | None = None
     """This clock before the coordinator's, to half of `answer_s`."""
     trespasses: list[str] = field(default_factory=list)
@@ -155,7 +159,7 @@ def _try_everything(config: AgentConfig, found: Visit, guest: _Guest, message: s
     listening = guest.listen([states, up(config.fleet, stranger, "#"), down(config.fleet, stranger, "#")])
     said = {
         as_stranger: guest.say(as_stranger, encode(Hello(), "doctor")),
-        to_stranger: guest.say(to_stranger, encode(Ack(), "doctor")),
+        to_stranger: guest.say(to_stranger, encode(Hello(), "doctor")),
     }
     found.answered = guest.answered(hello, listening, *said.values())
     guest.unlisten([states])
@@ -166,22 +170,34 @@ def _try_everything(config: AgentConfig, found: Visit, guest: _Guest, message: s
     found.why = guest.why
     if answer in guest.heard:
         came, payload = guest.heard[answer]
-        found.answer_s = came - sent
-        found.clock_ahead_s = sent_at + found.answer_s / 2 - decode(payload, Ack).time.timestamp()
-    if not found.answered:
-        return
+        try:
+            told = open_envelope(decode(payload, Envelope).data, Ack, config, message=message).time
+        except (Rejected, MessageInvalid) as error:
+            found.distrusted = str(error)
+        else:
+            found.answer_s = came - sent
+            found.clock_ahead_s = sent_at + found.answer_s / 2 - told.timestamp()
+    if found.answered:
+        found.trespasses = _trespasses(config.node, guest, said)
+        guest.unlisten([up(config.fleet, stranger, "#"), down(config.fleet, stranger, "#")])
+        if _second_stays(config, guest):
+            found.trespasses.append("take the id of any other client, and with it what waits for that")
+
+
+def _trespasses(node: str, guest: _Guest, said: dict[str, int | None]) -> list[str]:
+    """What of all that was said and heard should not have been."""
+    found = []
+    as_stranger, to_stranger = said
     taken = [topic for topic, number in said.items() if guest.refusal(number) is None]
     if guest.protocol == "3.1.1":
         taken = [topic for topic in taken if topic in guest.heard]
     if as_stranger in taken:
-        found.trespasses.append("speak as any other node")
+        found.append("speak as any other node")
     if to_stranger in taken:
-        found.trespasses.append("speak to any other node as its coordinator")
-    if any(split(topic)[0] not in (config.node, COORDINATOR) for topic in guest.heard):
-        found.trespasses.append("hear what other nodes say or are told")
-    guest.unlisten([up(config.fleet, stranger, "#"), down(config.fleet, stranger, "#")])
-    if _second_stays(config, guest):
-        found.trespasses.append("take the id of any other client, and with it what waits for that")
+        found.append("speak to any other node as its coordinator")
+    if any(split(topic)[0] not in (node, COORDINATOR) for topic in guest.heard):
+        found.append("hear what other nodes say or are told")
+    return found
 
 
 def _second_stays(config: AgentConfig, guest: _Guest) -> bool:

@@ -38,8 +38,8 @@ from edge_agent.asyncapi import schema_of
 from edge_agent.coordinator.client import Client
 from edge_agent.coordinator.store import JobView
 from edge_agent.job_building import build_job
-from edge_agent.messages import Ack, encode
-from edge_agent.signing import make_key, read_private_key
+from edge_agent.messages import Ack, Addressed, encode
+from edge_agent.signing import make_key, read_private_key, seal
 from edge_agent.topics import down
 
 DEADLINE_S = 120.0
@@ -276,6 +276,10 @@ class Fleet:
         """Speak as a coordinator would."""
         self.speak(down("default", NODE, *parts), data if isinstance(data, bytes) else encode(data, "test"))
 
+    def control(self, payload: Addressed, *parts: object) -> None:
+        """Likewise, signed where the node asks for that."""
+        self.publish(seal(payload, self.key if self._secure else None), *parts)
+
     def speak(self, topic: str, payload: bytes, retain: bool = False) -> None:
         """Publish anything anywhere; it is not held against the contract."""
         self._spoken.add(payload)
@@ -285,7 +289,7 @@ class Fleet:
         """Acknowledge all that the node has said of a job, as the coordinator does for its own jobs."""
         for kind in ("status", "result"):
             for message in {m["id"] for m in self.heard("job", job, kind)}:
-                self.publish(Ack(), "ack", message)
+                self.control(Ack("default", NODE, message, datetime.datetime.now(datetime.timezone.utc), 0), "ack", message)
 
     def heard(self, *parts: str) -> list[Any]:
         """Messages of the node whose topic ends with these parts, decoded."""

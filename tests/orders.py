@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_agent.job import Job
@@ -24,4 +23,4 @@ def make_order(job: Job, size_bytes: int, **changes: Any) -> Order:
 
 def make_offer(order: Order, data: bytes | None = None, key: Ed25519PrivateKey | None = None) -> Offer:
     """Return an order in its envelope, signed if there is a key, beside the dataset if that is given."""
-    return Offer(seal(msgspec.json.encode(order), key), {} if data is None else {order.dataset.sha256: data})
+    return Offer(seal(order, key), {} if data is None else {order.dataset.sha256: data})

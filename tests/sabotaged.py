@@ -13,7 +13,7 @@ from edge_agent import jobs
 from edge_agent.coordinator.service import Service
 from edge_agent.delivery import Outbox
 from edge_agent.jobs import Jobs
-from edge_agent.messages import Ack, JobStatus, decode
+from edge_agent.messages import JobStatus, decode
 from edge_agent.mqtt import Received
 from edge_agent.topics import split
 
@@ -39,7 +39,7 @@ def hasty_coordinator() -> None:
     def receive(self: Service, message: Received) -> None:
         node, parts = split(message.topic)
         if parts[-1] == "status":
-            self._send(node, Ack(), "ack", decode(message.payload, JobStatus).id)
+            self._acknowledge(node, decode(message.payload, JobStatus).id)
             self._link.acknowledge(message)
             time.sleep(0.5)
         keep(self, message)

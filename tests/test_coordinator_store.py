@@ -164,7 +164,7 @@ def test_jobs_survive_a_restart_of_the_coordinator(tmp_path: Path) -> None:
         store.ask_cancel(job)
         _apply(store, job, _status("accepted", 1))
         _conclude(store, job, _result("canceled", 2))
-        store.set_state("n", NodeState("ready", 5, 1), retained=False)
+        store.set_state("n", NodeState("ready", 5, 1, 0), retained=False)
         before = store.job(job), store.jobs(9), store.history(job), store.nodes()
     with closing(CoordinatorStore(path, 3600)) as store:
         assert (store.job(job), store.jobs(9), store.history(job), store.nodes()) == before
@@ -175,16 +175,16 @@ def test_jobs_survive_a_restart_of_the_coordinator(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "taken"),
     [
-        (NodeState("lost", 4, 9), False),
-        (NodeState("lost", 5, 1), False),
-        (NodeState("lost", 5, 2), True),
-        (NodeState("draining", 5, 3), True),
-        (NodeState("ready", 6, 1), True),
+        (NodeState("lost", 4, 9, 0), False),
+        (NodeState("lost", 5, 1, 0), False),
+        (NodeState("lost", 5, 2, 0), True),
+        (NodeState("draining", 5, 3, 0), True),
+        (NodeState("ready", 6, 1, 0), True),
     ],
 )
 def test_state_of_an_earlier_connection_is_ignored(state: NodeState, taken: bool, kept: CoordinatorStore) -> None:
     """The last will of a connection that a newer one has replaced says nothing about the node."""
-    assert kept.set_state("n", NodeState("ready", 5, 2), retained=False)
+    assert kept.set_state("n", NodeState("ready", 5, 2, 0), retained=False)
     before = kept.node("n")
     assert kept.set_state("n", state, retained=False) == taken
     after = kept.node("n")
@@ -204,7 +204,7 @@ def test_node_before_its_first_state(kept: CoordinatorStore) -> None:
     node = kept.node("n")
     assert node is not None
     assert (node.state, node.present, node.info) == ("init", False, info)
-    assert kept.set_state("n", NodeState("ready", 1, 1), retained=False)
+    assert kept.set_state("n", NodeState("ready", 1, 1, 0), retained=False)
     kept.set_heartbeat("n", HEARTBEAT)
     node = kept.node("n")
     assert node is not None
@@ -215,16 +215,32 @@ def test_jobs_of_a_silent_node_are_lost(kept: CoordinatorStore, tmp_path: Path) 
     """What the node has taken, until it speaks itself: its will and what a broker has kept are not its word."""
     waiting, taken = _add(kept), _add(kept)
     _apply(kept, taken, _status("accepted", 1))
-    kept.set_state("n", NodeState("ready", 5, 1), retained=False)
+    kept.set_state("n", NodeState("ready", 5, 1, 0), retained=False)
     assert [_lost(kept, job) for job in (waiting, taken)] == [False, False]
     with closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as db, db:
-        db.execute("UPDATE nodes SET seen = seen - 3601")
-    kept.set_state("n", NodeState("lost", 5, 1), retained=False)
-    kept.set_state("n", NodeState("ready", 5, 2), retained=True)
+        db.execute("UPDATE nodes SET heard = heard - 3601")
+    kept.set_state("n", NodeState("lost", 5, 1, 0), retained=False)
+    kept.set_state("n", NodeState("ready", 5, 2, 0), retained=True)
     assert [_lost(kept, job) for job in (waiting, taken)] == [False, True]
     assert [view.id for view in kept.open_jobs() if view.lost] == [taken]
     kept.set_heartbeat("n", HEARTBEAT)
     assert not _lost(kept, taken)
+
+
+def test_node_is_silent_only_while_the_coordinator_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a clock that jumps nor a coordinator that was away has the jobs of a node lost."""
+    path = tmp_path / "coordinator.sqlite"
+    with closing(CoordinatorStore(path, 3600)) as store:
+        job = _add(store)
+        store.set_state("n", NodeState("ready", 5, 1, 0), retained=False)
+        _apply(store, job, _status("accepted", 1))
+        monkeypatch.setattr("edge_agent.coordinator.store.time.time", lambda: 4.1e9)
+        assert not _lost(store, job)
+    now = 7.0
+    with closing(CoordinatorStore(path, 3600, lambda: now)) as store:
+        assert not _lost(store, job)
+        now += 3601
+        assert _lost(store, job)
 
 
 def _lost(store: CoordinatorStore, job: str) -> bool:

@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -20,10 +20,11 @@ from orders import NODE
 from test_access import FLEET, OTHER, STOLEN, Place
 
 from edge_agent import doctor
-from edge_agent.config import AgentConfig, Broker, Proxy, Size
+from edge_agent.config import AgentConfig, Broker, Proxy, Size, Trust
 from edge_agent.doctor import BROKER_CHECKS, CHECKS, _Wrong, at_the_broker
 from edge_agent.messages import Ack, Hello, decode, encode, new_id
 from edge_agent.mqtt import Connected, Link, Received
+from edge_agent.signing import make_key, seal
 from edge_agent.topics import coordinator_subscriptions, down, node_subscriptions, split, up
 from edge_agent.visit import Visit, visit
 
@@ -110,10 +111,9 @@ def _coordinator(broker: Broker, behind_s: float = 0.0) -> Iterator[None]:
                 link.acknowledge(message)
                 if split(message.topic)[1][-1] != "hello":
                     continue
-                ack = decode(encode(Ack(), "test"), Ack)
-                wrong = msgspec.structs.replace(ack, time=ack.time - timedelta(seconds=behind_s))
-                hello = decode(message.payload, Hello).id
-                link.publish(down(FLEET, split(message.topic)[0], "ack", hello), msgspec.json.encode(wrong), qos=1)
+                node, hello = split(message.topic)[0], decode(message.payload, Hello).id
+                ack = Ack(FLEET, node, hello, datetime.now(timezone.utc) - timedelta(seconds=behind_s), 0)
+                link.publish(down(FLEET, node, "ack", hello), encode(seal(ack, None), "test"), qos=1)
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -174,6 +174,18 @@ def test_broker_without_rules(protocol: str, open_port: int) -> None:
             BROKER_CHECKS["access rules"](msgspec.structs.replace(config, broker=broker), found)
     for host in ("127.0.0.1", "127.0.1.1", "::1", "localhost"):
         assert "not for a fleet" in BROKER_CHECKS["access rules"](msgspec.structs.replace(config, broker=Broker(host)), found)
+
+
+def test_answer_that_nobody_trusted_has_signed_is_no_answer(open_port: int, tmp_path: Path) -> None:
+    """Whoever else speaks at the broker is not taken for the coordinator, nor is its clock."""
+    (tmp_path / "keys").write_text(make_key(tmp_path / "signing.key", "the operator").line + "\n")
+    config = msgspec.structs.replace(_open_config(open_port), trust=Trust(tmp_path / "keys"))
+    with _coordinator(config.broker):
+        told = _texts(config)
+    passed, text = told["link"]
+    assert not passed
+    assert "the coordinator's answer is not taken: it is not signed" in text
+    assert "no coordinator answered" in told["clock"][1]
 
 
 def test_visit_leaves_a_running_agent_as_it_was(place: Place) -> None:

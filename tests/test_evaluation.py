@@ -206,7 +206,7 @@ def test_acceptance_travels_to_the_coordinator(ruined: Path, tmp_path: Path, tin
     (tmp_path / "jobs" / job).symlink_to(ruined)
     store = Store(tmp_path / "agent.sqlite", "f", "n")
     link = Link(config.broker, "n", [], SimpleQueue(), lambda: None)
-    jobs = Jobs(config, device_profile("cpu"), store, Uplink(link, "f", "n", 1), SimpleQueue(), Rest(config.rest, lambda: None))
+    jobs = Jobs(config, device_profile("cpu"), store, Uplink(link, "f", "n", store), SimpleQueue(), Rest(config.rest, lambda: None))
     store.accept(job, order.job.digest, envelope.payload, 4)
     for phase in ("staging", "ready", "running", "finalizing"):
         store.move(job, phase)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from edge_agent.config import AgentConfig, read_config
 from edge_agent.doctor import BROKER_CHECKS, CHECKS, at_the_broker
 from edge_agent.job_building import build_job
 from edge_agent.messages import Cancel, Drain, File, FileRequest, Forget, Offer, Order, Report, Resume, encode, new_id
-from edge_agent.signing import seal
+from edge_agent.signing import seal, seal_bytes
 from edge_agent.topics import up
 
 SETTINGS = [part for name, value in QUICK.items() for part in ("--set", f"{name}={json.dumps(value)}")]
@@ -117,7 +117,7 @@ def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:
     conflict = wait_for("the rejection", lambda: [m for m in fleet.heard("job", job, "status") if m["data"]["outcome"] == "rejected"])[0]
     assert conflict["data"]["reason"] == "conflict"
     assert len([m for m in fleet.log("agent").splitlines() if f"trainer_started job={job}" in m]) == 1
-    fleet.publish(Forget(job), "command", "forget")
+    fleet.control(Forget("default", NODE, job), "command", "forget")
     wait_for("the job's directory to go", lambda: not (fleet.directory / "node" / "jobs" / job).exists())
     fleet.publish(offer, "job", job, "offer")
     replayed = wait_for("its rejection", lambda: [m for m in fleet.heard("job", job, "status") if m["data"]["reason"] == "replayed"])[0]
@@ -152,7 +152,7 @@ def test_bad_messages_are_answered_and_others_go_on(fleet: Fleet, tmp_path: Path
         """Signed, with one change in the text of the order."""
         text = offered(job).order.payload.decode()
         assert text.count(old) >= 1
-        return Offer(seal(text.replace(old, new, 1).encode(), key))
+        return Offer(seal_bytes(text.replace(old, new, 1).encode(), Order, key))
 
     def other_type(job: str) -> bytes:
         return encode(offered(job), "test").replace(b'"type":"edge1.job.offer"', b'"type":"edge1.job.cancel"', 1)
@@ -172,8 +172,8 @@ def test_bad_messages_are_answered_and_others_go_on(fleet: Fleet, tmp_path: Path
         "other type": other_type,
         "10 MB": lambda _: b'{"specversion": "1.0", "filler": "' + b"x" * 10_000_000 + b'"}',
         "deep": lambda _: b'{"data":' * 100_000,
-        "deep order": lambda _: Offer(seal(b'{"job":' * 20_000, key)),
-        "no JSON": lambda _: Offer(seal(b"\x80\x04K*.", key)),
+        "deep order": lambda _: Offer(seal_bytes(b'{"job":' * 20_000, Order, key)),
+        "no JSON": lambda _: Offer(seal_bytes(b"\x80\x04K*.", Order, key)),
         "wrong digest": lambda job: msgspec.structs.replace(offered(job), contents={sha256: b"other"}),
         "digest of another": lambda job: ordered(job, dataset=File("0" * 64, 5)),
         "file of another": lambda job: msgspec.structs.replace(offered(job), contents={"0" * 64: b"other"}),
@@ -251,7 +251,7 @@ def test_a_job_is_canceled_wherever_it_is(fleet: Fleet, cli: Cli) -> None:
     fleet.trained(running.id, 2)
     wait_for("the second job at the node", lambda: fleet.client.job(waiting.id).phase == "ready")
     unknown = new_id()
-    fleet.publish(Cancel(), "job", unknown, "cancel")
+    fleet.control(Cancel("default", NODE, unknown), "job", unknown, "cancel")
     wait_for("an answer", lambda: fleet.heard("job", unknown, "result"))
     fleet.publish(_offer(fleet, data, unknown), "job", unknown, "offer")
     for job in (waiting.id, running.id):
@@ -294,7 +294,7 @@ def test_a_forgotten_job_leaves_nothing(fleet: Fleet, cli: Cli) -> None:
 
 
 def test_an_operator_drains_a_node(fleet: Fleet, cli: Cli) -> None:
-    """Until `resume`; a node that comes back without draining is told again."""
+    """Until `resume`; what it was told before, or what nobody has signed, changes nothing then."""
     config = ("--config", fleet.config("coordinator"))
 
     def state() -> str:
@@ -302,11 +302,15 @@ def test_an_operator_drains_a_node(fleet: Fleet, cli: Cli) -> None:
 
     assert cli("drain", NODE, *config).code == 0
     wait_for("draining", lambda: state() == "draining")
-    fleet.publish(Resume(), "command", "resume")
-    wait_for("draining again", lambda: [m["data"]["state"] for m in fleet.heard("state")][-3:] == ["draining", "ready", "draining"])
+    fleet.publish(seal(Resume("default", NODE, 1000), None), "command", "resume")
+    heard = (payload for _, topic, payload in fleet.messages if topic.endswith("/down/command/drain"))
+    drain = next(heard)  # the node has answered it, so it has passed
+    wait_for("the refusal", lambda: "/command/resume reason=signature" in fleet.log("agent"))
     assert cli("resume", NODE, *config).code == 0
     wait_for("ready", lambda: state() == "ready")
-    assert next(node.drain for node in fleet.client.nodes() if node.id == NODE) is None
+    fleet.publish(drain, "command", "drain")
+    wait_for("the refusal", lambda: "/command/drain reason=replayed" in fleet.log("agent"))
+    assert state() == "ready"
     unknown = cli("drain", "nobody", *config, "--json")
     assert (unknown.code, unknown.json["error"]["code"]) == (14, "refused")
 
@@ -314,12 +318,12 @@ def test_an_operator_drains_a_node(fleet: Fleet, cli: Cli) -> None:
 def test_a_draining_node_takes_no_jobs(fleet: Fleet) -> None:
     """`drain` refuses new jobs until `resume`; `report` tells where jobs stand."""
     data = fleet.data("drained", 20, 3)
-    fleet.publish(Drain(), "command", "drain")
+    fleet.control(Drain("default", NODE, 1000), "command", "drain")
     wait_for("draining", lambda: fleet.heard("state")[-1]["data"]["state"] == "draining")
     refused = new_id()
     fleet.publish(_offer(fleet, data, refused), "job", refused, "offer")
     assert wait_for("the answer", lambda: fleet.heard("job", refused, "status"))[0]["data"]["reason"] == "draining"
-    fleet.publish(Resume(), "command", "resume")
+    fleet.control(Resume("default", NODE, 1001), "command", "resume")
     wait_for("ready", lambda: fleet.heard("state")[-1]["data"]["state"] == "ready")
     taken = new_id()
     fleet.publish(_offer(fleet, data, taken, 400), "job", taken, "offer")
@@ -328,7 +332,7 @@ def test_a_draining_node_takes_no_jobs(fleet: Fleet) -> None:
     before = len({m["id"] for m in fleet.heard("job", taken, "status")})
     fleet.publish(Report(), "command", "report")
     wait_for("one more status", lambda: len({m["id"] for m in fleet.heard("job", taken, "status")}) > before)
-    fleet.publish(Cancel(), "job", taken, "cancel")
+    fleet.control(Cancel("default", NODE, taken), "job", taken, "cancel")
     wait_for("the end", lambda: fleet.heard("job", taken, "result"))
 
 

@@ -205,7 +205,7 @@ class Coordinator:
         self._ends: ExitStack | None = None
         self.start()
         self.service.files.put(DATA, dataset)
-        self.service.call(lambda: self.service._store.add_job(self.order, seal(msgspec.json.encode(self.order), None)))
+        self.service.call(lambda: self.service._store.add_job(self.order, seal(self.order, None)))
 
     def start(self) -> None:
         self._ends = ExitStack()

@@ -26,6 +26,7 @@ from websockets.sync.server import ServerConnection, serve
 from edge_agent.config import Broker
 from edge_agent.messages import Cancel, encode, new_id
 from edge_agent.mqtt import Link
+from edge_agent.signing import seal
 from edge_agent.topics import down
 
 OUTAGE_S = 30.0
@@ -174,7 +175,7 @@ def test_orders_of_the_past_are_ignored(fleet: Fleet) -> None:
     fleet.start_broker()  # it remembers no session
     wait_for("the ear", fleet.ear.is_connected)
     job = new_id()
-    fleet.speak(down("default", NODE, "job", job, "cancel"), encode(Cancel(), "test"), retain=True)
+    fleet.speak(down("default", NODE, "job", job, "cancel"), encode(seal(Cancel("default", NODE, job), None), "test"), retain=True)
     fleet.start_agent()
     wait_for("the retained order", lambda: f"retained_ignored topic=edge1/default/{NODE}/down/job/{job}/cancel" in fleet.log("agent"))
     wait_for("the node", lambda: fleet.client.nodes()[0].heartbeat is not None)
@@ -284,7 +285,7 @@ def test_a_lost_job_is_canceled_at_once_and_ends_at_its_node_when_that_is_back(f
     fleet.stop("agent", signal.SIGKILL)
     fleet.stop("coordinator")
     with closing(sqlite3.connect(fleet.directory / "coordinator" / "coordinator.sqlite")) as db, db:
-        db.execute("UPDATE nodes SET seen = seen - 90000")
+        db.execute("UPDATE nodes SET heard = heard - 90000")
     fleet.start_coordinator()
     config = ("--config", fleet.config("coordinator"))
     assert "running lost" in cli("jobs", *config).out

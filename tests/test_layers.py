@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     (
         "edge_agent.errors",
+        "edge_agent.clocks",
         "edge_agent.files",
         "edge_agent.intervals",
         "edge_agent.journal",

@@ -25,14 +25,10 @@ from edge_agent.errors import EdgeAgentError, MessageInvalid, Stopped, exit_code
 from edge_agent.messages import (
     MAX_MESSAGE_BYTES,
     TYPES,
-    Ack,
     Artifact,
-    Cancel,
     CoordinatorState,
-    Drain,
     Envelope,
     FileRequest,
-    Forget,
     Forgotten,
     Heartbeat,
     Hello,
@@ -46,7 +42,6 @@ from edge_agent.messages import (
     Phase,
     Reason,
     Report,
-    Resume,
     Signature,
     StageDone,
     Watch,
@@ -65,13 +60,13 @@ SHA256, JOB = "0123456789abcdef" * 4, "01k5g3v8qy7m2x9d4c6b1n0pzw"
 RESOURCES = Resources(
     Reading(6e9), Reading(8e9), 10**9, 10**10, 6 * 2**30, None, Reading(12.5), Reading(41.0), Reading(None, "no RAPL counter")
 )
+ENVELOPE = Envelope(b"{}", "application/vnd.edge1.order+json", (Signature(bytes(64), "SHA256:abc"),))
 SAMPLES: dict[type, Any] = {
     type(data): data
     for data in (
-        CoordinatorState(True, 3), Hello(), NodeState("ready", 7, 2), Heartbeat(RESOURCES, 0, JOB), Cancel(), Watch(10.0), Ack(), Report(),
+        CoordinatorState(True, 3), Hello(), NodeState("ready", 7, 2, 1), Heartbeat(RESOURCES, 0, JOB), Watch(10.0), Report(),
         NodeInfo("0.1.0", "3.11.7", "a GPU", "cuda", 8 * 2**30, {"tiny": SHA256}, NodeLimits(6 * 2**30, 2**28, 16), {"torch": "2.9.0"}),
-        Offer(Envelope(b"{}", "application/vnd.edge1.order+json", (Signature(bytes(64), "SHA256:abc"),)), {SHA256: b"{}"}),
-        JobStatus(SHA256, "ended", "rejected", "busy", "16 jobs wait already"), Drain(), Resume(), Forget(JOB),
+        Offer(ENVELOPE, {SHA256: b"{}"}), ENVELOPE, JobStatus(SHA256, "ended", "rejected", "busy", "16 jobs wait already"),
         Forgotten(), FileRequest(65536, [0, 7]),
         JobProgress(Event(time=1.5, event="progress", stage="train", loss=0.5), [StageDone("load", 2.0, 10**9)], RESOURCES),
         JobResult(
@@ -227,7 +222,7 @@ def test_missing_field_is_named(kind: type) -> None:
     message = _sent(kind)
     for field in ("specversion", "id", "source", "type", "time", "datacontenttype", "data"):
         assert f"missing required field `{field}`" in _refused({k: v for k, v in message.items() if k != field}, kind)
-    for field in (f.name for f in msgspec.structs.fields(kind) if f.required):
+    for field in (f.encode_name for f in msgspec.structs.fields(kind) if f.required):
         without = message | {"data": {k: v for k, v in message["data"].items() if k != field}}
         assert f"missing required field `{field}` - at `$.data`" in _refused(without, kind)
 
@@ -239,7 +234,7 @@ def test_wrong_type_is_named(kind: type) -> None:
     for field in message:
         assert f"at `$.{field}" in _refused(message | {field: [[]]}, kind)
     for field in msgspec.structs.fields(kind):
-        assert f"at `$.data.{field.name}" in _refused(message | {"data": message["data"] | {field.name: [[]]}}, kind)
+        assert f"at `$.data.{field.encode_name}" in _refused(message | {"data": message["data"] | {field.encode_name: [[]]}}, kind)
 
 
 @KINDS

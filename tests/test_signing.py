@@ -1,4 +1,4 @@
-"""Signatures of orders: what is signed is what is read, by a key that the node trusts, in files that OpenSSH reads and writes."""
+"""Signatures: what is signed is what is read, by a key that the node trusts, in files that OpenSSH reads and writes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orders import NODE, make_offer, make_order
 
-from edge_agent.admission import Rejected, open_order
+from edge_agent.admission import Rejected, check_order, open_envelope
 from edge_agent.config import AgentConfig, Size, Trust
 from edge_agent.errors import ConfigInvalid, MessageInvalid
 from edge_agent.job import Dataset, Job
-from edge_agent.messages import PAYLOAD_TYPE, Envelope, Order, Signature
+from edge_agent.messages import PAYLOAD_TYPES, Cancel, Envelope, Forget, Order, Signature
 from edge_agent.signing import (
     PublicKey,
     SignatureInvalid,
@@ -32,8 +32,10 @@ from edge_agent.signing import (
     read_public,
     read_trusted,
     seal,
+    seal_bytes,
     verify,
 )
+from profiles.device import device_profile
 
 KEY, OTHER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 PUBLIC = PublicKey(KEY.public_key())
@@ -50,15 +52,16 @@ def _order(**changes: Any) -> Order:
 
 
 def _opened(config: AgentConfig, order: Order, key: Ed25519PrivateKey | None) -> Order:
-    return open_order(make_offer(order, None, key).order, order.id, config)
+    return open_envelope(make_offer(order, None, key).order, Order, config, id=order.id)
 
 
 def test_signature_is_of_the_encoding_that_dsse_prescribes() -> None:
     """Under the signature stand, with their lengths, the type and the payload (protocol.md of DSSE), and nothing else."""
     payload = b'{"a": 1}'
-    [signature] = seal(payload, KEY).signatures
-    KEY.public_key().verify(signature.sig, b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload))
-    text = msgspec.json.decode(msgspec.json.encode(seal(payload, KEY)))
+    [signature] = seal_bytes(payload, Order, KEY).signatures
+    kind = b"application/vnd.edge1.order+json"
+    KEY.public_key().verify(signature.sig, b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload))
+    text = msgspec.json.decode(msgspec.json.encode(seal_bytes(payload, Order, KEY)))
     assert set(text) == {"payload", "payloadType", "signatures"}
     assert base64.b64decode(text["payload"]) == payload
     assert set(text["signatures"][0]) == {"sig", "keyid"}
@@ -67,17 +70,17 @@ def test_signature_is_of_the_encoding_that_dsse_prescribes() -> None:
 @given(st.binary(max_size=64), st.data())
 def test_every_change_breaks_the_signature(payload: bytes, data: st.DataObject) -> None:
     """Of payload, type or signature."""
-    envelope = seal(payload, KEY)
+    envelope = seal_bytes(payload, Order, KEY)
     assert verify(envelope, [PublicKey(OTHER.public_key()), PUBLIC]) is PUBLIC
     changed = data.draw(st.binary(max_size=64).filter(lambda other: other != payload))
     broken = bytearray(envelope.signatures[0].sig)
     broken[data.draw(st.integers(0, 63))] ^= 1 << data.draw(st.integers(0, 7))
     for bad in (
         msgspec.structs.replace(envelope, payload=changed),
-        msgspec.structs.replace(envelope, payload_type=PAYLOAD_TYPE + " "),
+        msgspec.structs.replace(envelope, payload_type=PAYLOAD_TYPES[Cancel]),
         msgspec.structs.replace(envelope, signatures=(Signature(bytes(broken), PUBLIC.fingerprint),)),
         msgspec.structs.replace(envelope, signatures=(Signature(b"", PUBLIC.fingerprint),)),
-        Envelope(payload, PAYLOAD_TYPE),
+        Envelope(payload, PAYLOAD_TYPES[Order]),
     ):
         with pytest.raises(SignatureInvalid):
             verify(bad, [PUBLIC])
@@ -87,9 +90,10 @@ def test_every_change_breaks_the_signature(payload: bytes, data: st.DataObject) 
 
 def test_one_of_several_signatures_is_enough() -> None:
     """While keys are changed an order may have two; the name of the key is a hint that is not believed."""
-    both = msgspec.structs.replace(seal(b"{}", KEY), signatures=(*seal(b"{}", OTHER).signatures, *seal(b"{}", KEY).signatures))
+    ours, theirs = (seal_bytes(b"{}", Order, key) for key in (KEY, OTHER))
+    both = msgspec.structs.replace(ours, signatures=(*theirs.signatures, *ours.signatures))
     assert verify(both, [PUBLIC]) is PUBLIC
-    misnamed = msgspec.structs.replace(seal(b"{}", KEY), signatures=(Signature(seal(b"{}", KEY).signatures[0].sig, "SHA256:someone"),))
+    misnamed = msgspec.structs.replace(ours, signatures=(Signature(ours.signatures[0].sig, "SHA256:someone"),))
     assert verify(misnamed, [PUBLIC]) is PUBLIC
 
 
@@ -133,29 +137,49 @@ def test_order_for_somebody_else_is_rejected(changes: dict[str, Any], tmp_path: 
 def test_order_for_another_job_is_rejected(tmp_path: Path) -> None:
     """A signed order stands under the id that it names, so it cannot be offered again as another job."""
     with pytest.raises(Rejected) as rejected:
-        open_order(make_offer(_order(), None, KEY).order, _order().id, _config(tmp_path, KEY))
+        open_envelope(seal(_order(), KEY), Order, _config(tmp_path, KEY), id=_order().id)
     assert rejected.value.reason == "audience"
 
 
 def test_order_is_valid_for_a_time_that_the_node_remembers(tmp_path: Path) -> None:
     """Longer than deleted jobs are remembered it may not be."""
     order = _order()
+    order = msgspec.structs.replace(order, expires=order.issued + timedelta(days=31))
     with pytest.raises(Rejected) as rejected:
-        _opened(_config(tmp_path, KEY), msgspec.structs.replace(order, expires=order.issued + timedelta(days=31)), KEY)
+        check_order(order, _config(tmp_path, KEY), device_profile("cpu"), 0, False, order.issued)
     assert rejected.value.reason == "expired"
+
+
+@pytest.mark.parametrize(("hours", "taken"), [(-2, False), (0, True), (0.9, True), (1.1, False)])
+def test_order_is_judged_by_the_clock_of_the_coordinator(hours: float, taken: bool, tmp_path: Path) -> None:
+    """Which has issued it, for an hour here: it must not have expired by it, nor have been issued before it was set back by hours."""
+    order = msgspec.structs.replace(_order(), model_fingerprint="0" * 64)  # the last thing that is looked at
+    with pytest.raises(Rejected) as rejected:
+        check_order(order, _config(tmp_path, KEY), device_profile("cpu"), 0, False, order.issued + timedelta(hours=hours))
+    assert rejected.value.reason == ("model_mismatch" if taken else "expired")
+
+
+def test_signature_is_for_one_kind_of_payload(tmp_path: Path) -> None:
+    """A cancel and a `forget` of a job are the same but for their type, which is signed."""
+    config = _config(tmp_path, KEY)
+    cancel = Cancel("default", NODE, _order().id)
+    assert open_envelope(seal(cancel, KEY), Cancel, config) == cancel
+    for envelope in (seal(cancel, KEY), msgspec.structs.replace(seal(cancel, KEY), payload_type=PAYLOAD_TYPES[Forget])):
+        with pytest.raises(Rejected):
+            open_envelope(envelope, Forget, config)
 
 
 @pytest.mark.parametrize("payload", [b"", b"[]", b"\xff", b"{" * 50_000, b'{"id": "x"}'], ids=lambda p: repr(p[:12]))
 def test_payload_that_is_no_order_is_refused(payload: bytes, tmp_path: Path) -> None:
     """Signed or not."""
     with pytest.raises(MessageInvalid):
-        open_order(seal(payload, KEY), _order().id, _config(tmp_path, KEY))
+        open_envelope(seal_bytes(payload, Order, KEY), Order, _config(tmp_path, KEY))
 
 
 def test_what_is_not_signed_is_not_read(tmp_path: Path) -> None:
     """Nothing of a payload is parsed before its signature has been verified: garbage is a wrong signature."""
     with pytest.raises(Rejected) as rejected:
-        open_order(seal(b"{" * 50_000, OTHER), _order().id, _config(tmp_path, KEY))
+        open_envelope(seal_bytes(b"{" * 50_000, Order, OTHER), Order, _config(tmp_path, KEY))
     assert rejected.value.reason == "signature"
 
 
@@ -194,7 +218,7 @@ def test_commands_make_and_show_keys(cli: Cli, tmp_path: Path) -> None:
     assert key.fingerprint in made.err
     shown = [cli("keys", "show", file, "--json") for file in (private, trusted)]
     assert [found["fingerprint"] for ran in shown for found in ran.json] == [key.fingerprint] * 2
-    verify(seal(b"{}", read_private_key(private)), [key])
+    verify(seal_bytes(b"{}", Order, read_private_key(private)), [key])
 
 
 def test_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
@@ -219,7 +243,7 @@ def test_keys_are_those_of_openssh(tmp_path: Path) -> None:
     """What ssh-keygen makes signs orders, and it tells the same fingerprint of what we make."""
     theirs = tmp_path / "theirs"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(theirs)], check=True, timeout=30)
-    verify(seal(b"{}", read_private_key(theirs)), read_trusted(theirs.with_suffix(".pub")))
+    verify(seal_bytes(b"{}", Order, read_private_key(theirs)), read_trusted(theirs.with_suffix(".pub")))
     ours = make_key(tmp_path / "ours", "operator")
     told = subprocess.run(["ssh-keygen", "-l", "-f", str(tmp_path / "ours")], capture_output=True, text=True, check=True, timeout=30).stdout
     assert told.split()[1] == ours.fingerprint

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
+from edge_agent.clocks import KEEP_S
 from edge_agent.coordinator.store import CoordinatorStore
 from edge_agent.database import open_database
 from edge_agent.errors import StateDamaged, StateUnusable
@@ -31,7 +32,7 @@ from edge_agent.messages import (
     new_id,
 )
 from edge_agent.serving import serve
-from edge_agent.store import MOST_CLOSED, TRANSITIONS, JobRow, Store, Waiting
+from edge_agent.store import CLOSED_S, MOST_CLOSED, TRANSITIONS, JobRow, Store, Waiting
 from edge_agent.topics import up
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -50,13 +51,28 @@ WAYS: dict[Phase, tuple[Phase, ...]] = {
 }
 
 
-def _open(path: Path) -> Store:
-    return Store(path, "f", "n")
+class Clock:
+    """A clock that the test turns."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _open(path: Path, clock: Callable[[], float] = time.monotonic) -> Store:
+    return Store(path, "f", "n", clock)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with closing(_open(tmp_path / "agent.sqlite")) as store:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    with closing(_open(tmp_path / "agent.sqlite", clock)) as store:
         yield store
 
 
@@ -175,14 +191,16 @@ def test_accept_again_changes_nothing(store: Store) -> None:
     assert (_row(store, job), _waiting(store)) == kept
 
 
-def test_closed_job_keeps_its_answer(store: Store) -> None:
+def test_closed_job_keeps_its_answer(store: Store, clock: Clock) -> None:
     """What is said to an offer that must not come is kept until its order has expired, and nothing else of the job."""
     job, other = new_id(), new_id()
     status = JobStatus(DIGEST, "ended", "rejected", "busy", "full")
-    store.close_job(job, status, time.time() + 60)
+    store.close_job(job, status)
     assert (store.job(job), store.closed(job), store.waiting()) == (None, status, [])
-    store.close_job(other, status, time.time() - 1)
-    assert [store.closed(j) for j in (job, other)] == [status, None]
+    clock.now += CLOSED_S + 1
+    assert store.closed(job) == status
+    store.close_job(other, status)
+    assert [store.closed(j) for j in (job, other)] == [None, status]
 
 
 def test_closed_jobs_do_not_fill_the_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +209,7 @@ def test_closed_jobs_do_not_fill_the_disk(store: Store, monkeypatch: pytest.Monk
     monkeypatch.setattr("edge_agent.store.MOST_CLOSED", 10)
     jobs = [new_id() for _ in range(25)]
     for job in jobs:
-        store.close_job(job, JobStatus(None, "ended", "rejected", "canceled"), time.time() + 60)
+        store.close_job(job, JobStatus(None, "ended", "rejected", "canceled"))
     assert [store.closed(job) is not None for job in jobs] == [False] * 15 + [True] * 10
 
 
@@ -264,22 +282,24 @@ def test_forgotten_job_leaves_its_answer_alone(store: Store) -> None:
     job, other = _accept(store), _accept(store)
     store.end(job, SUCCEEDED)
     status = JobStatus(DIGEST, "ended", "rejected", "replayed")
-    store.forget(job, status, time.time() + 60)
+    store.forget(job, status)
     assert (store.job(job), store.closed(job)) == (None, status)
     assert [row.id for row in store.jobs()] == [other]
     assert _told(store, job) == []
     assert len(_told(store, other)) == 1
 
 
-def test_job_is_settled_when_its_end_is_acknowledged(store: Store) -> None:
+def test_job_is_settled_when_its_end_is_acknowledged(store: Store, clock: Clock) -> None:
     """Not by its earlier messages, not while another about it waits, and only once: what is said again later changes nothing."""
-    job, now = _at(store, "ended"), time.time()
+    job = _at(store, "ended")
     first, last = _waiting(store)
     assert store.acknowledged(last.id)
-    assert store.settled_before(now + 60) is None
+    clock.now += 61
+    assert store.settled_for(60) is None
     assert store.acknowledged(first.id)
-    assert store.settled_before(now + 60) == job
-    assert store.settled_before(now - 60) is None
+    clock.now += 61
+    assert store.settled_for(60) == job
+    assert store.settled_for(62) is None
     settled = _row(store, job).settled
     store.tell_again(_row(store, job))
     assert store.acknowledged(_waiting(store)[0].id)
@@ -301,17 +321,31 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "agent.sqlite"
     with closing(_open(path)) as store:
         assert not store.draining
-        store.draining = True
+        assert store.set_draining(True, 3)
         job = _at(store, "running")
         store.ask_cancel(job)
         kept = _row(store, job), _waiting(store)
         assert kept[0].cancel
     with closing(_open(path)) as store:
         assert (_row(store, job), _waiting(store)) == kept
-        assert store.draining
-        store.draining = False
+        assert (store.draining, store.command) == (True, 3)
+        assert store.set_draining(False, 4)
     with closing(_open(path)) as store:
         assert not store.draining
+
+
+def test_newest_word_on_draining_holds(store: Store) -> None:
+    """An older one changes nothing, whenever it comes; the same again is no other word."""
+    for drain, number, taken in (
+        (True, 2, True),
+        (True, 2, True),
+        (False, 2, False),
+        (False, 1, False),
+        (False, 5, True),
+        (True, 4, False),
+    ):
+        assert store.set_draining(drain, number) == taken
+    assert (store.draining, store.command) == (False, 5)
 
 
 @pytest.mark.parametrize("number", [lambda path: _boot(_open(path)), lambda path: _epoch(path)], ids=["agent", "coordinator"])
@@ -326,6 +360,65 @@ def test_number_of_the_start_grows(number: Callable[[Path], int], tmp_path: Path
         time.sleep(0.05)
     numbers.append(number(path))
     assert all(later > earlier for earlier, later in pairwise(numbers))
+
+
+def test_retention_counts_what_the_agent_has_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine's clock says: what was settled in 1970 is not deleted when NTP has come, nor by a clock that runs ahead."""
+    path, begun = tmp_path / "agent.sqlite", [0.0, 5e8, 77.0]
+    jobs: list[str] = []
+    for start, wall in zip(begun, (30.0, 1.8e9, 4.1e9), strict=True):  # 1970, now, 2099; each start with a monotonic clock of its own
+        clock = Clock()
+        clock.now = start
+        monkeypatch.setattr("edge_agent.store.time.time", lambda wall=wall: wall)
+        with closing(_open(path, clock)) as store:
+            assert store.settled_for(1000) is None
+            jobs.append(_at(store, "ended"))
+            _acknowledge_all(store)
+            clock.now += 300
+    with closing(_open(path, clock)) as store:
+        assert [row.id for row in store.jobs()] == jobs
+        assert store.settled_for(850) == jobs[0]
+        clock.now += 101
+        assert store.settled_for(1000) == jobs[0]
+
+
+def test_running_time_of_an_agent_that_is_killed(tmp_path: Path) -> None:
+    """It loses ten minutes at most, and never goes behind what was stored by it: jobs stay in their order."""
+    path, clock = tmp_path / "agent.sqlite", Clock()
+    killed = _open(path, clock)
+    clock.now += 10_000
+    first = _accept(killed)
+    clock.now += KEEP_S - 1
+    killed.clock.tick()
+    killed._db.close()
+    with closing(_open(path, clock)) as store:
+        assert store.clock.now() == 10_000
+        second = _accept(store)
+        assert [row.id for row in store.open_jobs()] == [first, second]
+        clock.now += KEEP_S
+        store.clock.tick()
+        store._db.close()
+    with closing(_open(path, clock)) as store:
+        assert store.clock.now() == 10_000 + KEEP_S
+
+
+def test_start_is_numbered_above_what_the_coordinator_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the database was lost and the clock is in the past; the number is kept, and its bound is that of the wire."""
+    path = tmp_path / "agent.sqlite"
+    monkeypatch.setattr("edge_agent.store.time.time", lambda: 30.0)
+    with closing(_open(path)) as store:
+        assert store.boot == 30
+        store.raise_boot(1_700_000_000)
+        assert _boot_told(store) == store.boot == 1_700_000_001
+    with closing(_open(path)) as store:
+        assert store.boot == 1_700_000_002
+        store.raise_boot(2**53 - 1)
+    with closing(_open(path)) as store:
+        assert _boot_told(store) == 2**53 - 1
+
+
+def _boot_told(store: Store) -> int | None:
+    return _told(store, _accept(store))[0].boot
 
 
 def _boot(store: Store) -> int:

@@ -12,7 +12,7 @@ import msgspec
 
 from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
-from edge_agent.messages import ORDER_S, Cancel, Drain, Envelope, Forget, Order, Report, Resume
+from edge_agent.messages import ORDER_S, Addressed, Cancel, Drain, Envelope, Forget, Order, Report, Resume
 
 RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
 REPORT_PAUSE_S = 10.0
@@ -31,17 +31,18 @@ class Retry:
 
 
 class Commands:
-    """Those of one coordinator. `send` publishes to a node, `seal` signs an order, `changed` hears of each job that has changed."""
+    """Those of one coordinator. `send` publishes to a node, `seal` puts into envelopes, `changed` hears of each job that has changed."""
 
     def __init__(
         self,
+        fleet: str,
         store: CoordinatorStore,
         exchange: Exchange,
         send: Callable[..., bool],
-        seal: Callable[[Order], Envelope],
+        seal: Callable[[Addressed], Envelope],
         changed: Callable[[str], None],
     ) -> None:
-        self._store, self._exchange, self._send, self._seal, self._changed = store, exchange, send, seal, changed
+        self._fleet, self._store, self._exchange, self._send, self._seal, self._changed = fleet, store, exchange, send, seal, changed
         self._retries: dict[str, Retry] = {}
         self._reports: dict[str, float] = {}
 
@@ -80,14 +81,16 @@ class Commands:
                     self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer")
 
     def drain(self, node: str) -> None:
-        """Tell a node what it is to do where it says that it does something else. A node that takes jobs again needs no more telling."""
+        """Tell a node whether it is to take new jobs, unless it says that it has been told that, or something later."""
         view = self._store.node(node)
-        if view is None or not view.present or view.drain is None:
+        if view is None or not view.present or view.told >= view.drain_command:
             return
-        if view.drain != (view.state == "draining"):
-            self._send(node, *((Drain(), "command", "drain") if view.drain else (Resume(), "command", "resume")))
-        elif not view.drain:
-            self._store.set_drain(node, None)
+        kind, name = (Drain, "drain") if view.drain else (Resume, "resume")
+        self._send(node, self._seal(kind(self._fleet, node, view.drain_command)), "command", name)
+
+    def cancel(self, view: JobView) -> bool:
+        """Ask for the end of a job, once."""
+        return self._send(view.node, self._seal(Cancel(self._fleet, view.node, view.id)), "job", view.id, "cancel")
 
     def report(self, node: str) -> None:
         """Ask a node where its jobs stand."""
@@ -110,7 +113,7 @@ class Commands:
         retry = self._retries.setdefault(view.id, Retry())
         if node is None or not node.present or now < retry.due:
             return
-        if view.cancel and self._send(view.node, Cancel(), "job", view.id, "cancel"):
+        if view.cancel and self.cancel(view):
             retry.sent(now)
         elif not view.cancel and self._send(view.node, self._exchange.offer(view), "job", view.id, "offer"):
             retry.sent(now)
@@ -121,7 +124,9 @@ class Commands:
     def _forget(self, view: JobView, now: float) -> None:
         """Ask a node to delete a job until it has."""
         node, retry = self._store.node(view.node), self._retries.setdefault(view.id, Retry())
-        if node is not None and node.present and now >= retry.due and self._send(view.node, Forget(view.id), "command", "forget"):
+        if node is None or not node.present or now < retry.due:
+            return
+        if self._send(view.node, self._seal(Forget(self._fleet, view.node, view.id)), "command", "forget"):
             retry.sent(now)
 
     def _renewed(self, order: Order) -> Envelope:

@@ -17,8 +17,6 @@ from datetime import datetime, timedelta, timezone
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-import msgspec
-
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
 from edge_agent.coordinator.audience import Audience, Listener
 from edge_agent.coordinator.commands import Commands
@@ -29,7 +27,7 @@ from edge_agent.files import lock_state
 from edge_agent.job import Job
 from edge_agent.messages import (
     Ack,
-    Cancel,
+    Addressed,
     CoordinatorState,
     Envelope,
     File,
@@ -107,7 +105,7 @@ class Service:
         )
         self._audience = Audience(self._ask_progress)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
-        self._commands = Commands(self._store, self._exchange, self._send, self._seal, self._changed)
+        self._commands = Commands(config.fleet, self._store, self._exchange, self._send, self._seal, self._changed)
         self._failed: StateDamaged | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
@@ -176,8 +174,14 @@ class Service:
     def _send(self, node: str, data: object, *parts: object, qos: int = 1) -> bool:
         return self._link.publish(down(self._config.fleet, node, *parts), self._message(data), qos)
 
-    def _seal(self, order: Order) -> Envelope:
-        return seal(msgspec.json.encode(order), self._signing_key)
+    def _seal(self, payload: Addressed) -> Envelope:
+        return seal(payload, self._signing_key)
+
+    def _acknowledge(self, node: str, message: str) -> None:
+        """Tell a node that a message of its is stored."""
+        known = self._store.node(node)
+        ack = Ack(self._config.fleet, node, message, datetime.now(timezone.utc), known.boot if known else 0)
+        self._send(node, self._seal(ack), "ack", message)
 
     def _receive(self, message: Received) -> None:
         """Act on a message, then acknowledge it to the broker."""
@@ -193,7 +197,7 @@ class Service:
     def _receive_up(self, node: str, parts: Sequence[str], payload: bytes, retained: bool) -> None:
         match parts:
             case ["hello"]:
-                self._send(node, Ack(), "ack", decode(payload, Hello).id)
+                self._acknowledge(node, decode(payload, Hello).id)
             case ["state"]:
                 self._node_state(node, decode(payload, NodeState).data, retained)
             case ["info"]:
@@ -248,10 +252,11 @@ class Service:
                 self._store.conclude(job, "its node has deleted what had not come yet")
             if not self._store.apply_status(self._store.job(job) or view, message):
                 self._commands.report(node)
-            if view.phase == "ended" and message.data.phase != "ended":
-                self._send(node, Cancel(), "job", job, "cancel")  # it took an offer that had been given up
+            # It took an offer that had been given up, or was lost. An end that was told in its name stops nothing: anyone may have told it.
+            if view.phase == "ended" and message.data.phase != "ended" and (view.cancel or view.outcome == "expired"):
+                self._commands.cancel(view)
             self._changed(job)
-        self._send(node, Ack(), "ack", message.id)
+        self._acknowledge(node, message.id)
 
     def _progress(self, node: str, job: str, progress: JobProgress) -> None:
         view = self._store.job(job)
@@ -272,11 +277,12 @@ class Service:
         if view.phase != "ended" and view.result is not None:
             self._store.end(view.id, view.result.outcome, view.result.reason, view.result.text)
             log.info("job_ended job=%s node=%s outcome=%s reason=%s", view.id, view.node, view.result.outcome, view.result.reason)
-        self._send(view.node, Ack(), "ack", message)
+        self._acknowledge(view.node, message)
         self._changed(view.id)
 
     def _tick(self, now: float) -> None:
         self._link.supervise()
+        self._store.clock.tick()
         if not self._link.connected:
             return
         self._commands.tick(now)
@@ -360,18 +366,18 @@ class Service:
     def cancel(self, job: str) -> JobView:
         """Ask for the end of a job. One that no node has heard of, or whose node is lost, ends at once."""
         view = self.job(job)
+        if view.phase == "ended":
+            return view
+        self._store.ask_cancel(job)
         if view.phase == "created":
             self._store.end(job, "canceled", "canceled", "it was canceled before it was offered")
-            self._changed(job)
         elif view.result is not None:
             self._store.conclude(job, "it was canceled while its files came")
-            self._changed(job)
         elif view.lost:  # should the node come back with it, it is told to end it
             self._store.end(job, "canceled", "canceled", f"node {view.node} had been silent for more than {self._config.lease_s:.0f} s")
-            self._changed(job)
-        elif view.phase != "ended":
-            self._store.ask_cancel(job)
+        else:
             self._commands.at_once(job)
+        self._changed(job)
         return self.job(job)
 
     def forget(self, job: str) -> JobView:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from edge_agent.clocks import RunningTime
 from edge_agent.database import open_database, transaction
 from edge_agent.messages import (
     Artifact,
@@ -64,17 +67,24 @@ CREATE TABLE nodes (
     drain INTEGER                        -- whether it is to take no new jobs; null: nobody has said
 );
 """,
+    """
+ALTER TABLE nodes ADD COLUMN drain_command INTEGER NOT NULL DEFAULT 0;  -- the number under which it is told so
+ALTER TABLE nodes ADD COLUMN told INTEGER NOT NULL DEFAULT 0;           -- and that which it says to have done last
+""",
+    """
+ALTER TABLE nodes ADD COLUMN heard REAL NOT NULL DEFAULT 0;  -- as `seen`, in seconds that the coordinator has run, over all its starts
+""",
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
 COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
 RETURNING value"""
 INSERT_JOB = "INSERT INTO jobs (id, node, digest, envelope, created, changed, phase) VALUES (?, ?, ?, ?, ?, ?, 'created')"
-JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND ifnull(seen, 0) < ? AS lost
+JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND ifnull(heard, 0) < ? AS lost
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
 GET_JOB = f"{JOBS} WHERE jobs.id = ?"
-ALL_JOBS = f"{JOBS} ORDER BY created DESC, jobs.rowid DESC LIMIT ?"
-OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY created, jobs.rowid"
+ALL_JOBS = f"{JOBS} ORDER BY jobs.rowid DESC LIMIT ?"
+OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY jobs.rowid"
 SET_PHASE = "UPDATE jobs SET phase = ?, changed = ? WHERE id = ?"
 SET_STATUS = """UPDATE jobs SET phase = ?, outcome = ?, reason = ?, text = ?, attempt = ?, boot = ?, seq = ?, changed = ?, result = NULL
 WHERE id = ?"""
@@ -82,20 +92,24 @@ SET_RESULT = "UPDATE jobs SET phase = 'finalizing', result = ?, attempt = ?, boo
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, reason = ?, text = ?, changed = ? WHERE id = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = ? WHERE id = ?"
 ASK_FORGET = "UPDATE jobs SET forget = 1, changed = ? WHERE id = ?"
-FORGOTTEN_JOBS = f"{JOBS} WHERE forget ORDER BY created, jobs.rowid"
+FORGOTTEN_JOBS = f"{JOBS} WHERE forget ORDER BY jobs.rowid"
 DELETE_JOB = "DELETE FROM jobs WHERE id = ?"
 DELETE_HISTORY = "DELETE FROM history WHERE job = ?"
-SET_DRAIN = "UPDATE nodes SET drain = ? WHERE id = ?"
+SET_DRAIN = "UPDATE nodes SET drain = ?, drain_command = max(drain_command, min(told, ?)) + 1 WHERE id = ?"
 KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
 INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ? ORDER BY time, message"
+GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ? ORDER BY rowid"
 GET_NODE = "SELECT * FROM nodes WHERE id = ?"
 ALL_NODES = "SELECT * FROM nodes ORDER BY id"
-SET_STATE = """INSERT INTO nodes (id, state, boot, conn, seen) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, seen = iif(?, excluded.seen, seen)"""
-SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, info) VALUES (?, 'init', 0, 0, ?, ?)
+SET_STATE = """INSERT INTO nodes (id, state, boot, conn, told, seen, heard) VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, told = excluded.told"""
+SET_SEEN = "UPDATE nodes SET seen = ?, heard = ? WHERE id = ?"
+SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, heard, info) VALUES (?, 'init', 0, 0, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET info = excluded.info"""
-SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ?, seen = ? WHERE id = ?"
+SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ? WHERE id = ?"
+
+MOST_TOLD = 2**52
+"""What a node says of the last command that it has done is not signed: no higher number is believed, so there is always one above it."""
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
 
@@ -158,6 +172,10 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     info: NodeInfo | None
     heartbeat: Heartbeat | None
     drain: bool | None
+    drain_command: int
+    """The number under which it is told so."""
+    told: int
+    """That of the last one that it has done, as it says."""
 
     @property
     def present(self) -> bool:
@@ -167,12 +185,15 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
 
-    def __init__(self, path: Path, lease_s: float) -> None:
-        """`lease_s`: how long a node may be silent until what it has taken counts as lost."""
+    def __init__(self, path: Path, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`lease_s`: how long a node may be silent, while the coordinator runs, until what it has taken counts as lost."""
         self._db, self._lease_s = open_database(path, VERSIONS), lease_s
+        self.clock = RunningTime(self._db, clock)
         self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
 
     def close(self) -> None:
+        with suppress(sqlite3.Error):  # of a disk that is full
+            self.clock.keep()
         self._db.close()
 
     # jobs
@@ -200,7 +221,7 @@ class CoordinatorStore:
         return self._jobs(OPEN_JOBS)
 
     def _jobs(self, query: str, *arguments: object) -> list[JobView]:
-        return [_job(row) for row in self._db.execute(query, (time.time() - self._lease_s, *arguments))]
+        return [_job(row) for row in self._db.execute(query, (self.clock.now() - self._lease_s, *arguments))]
 
     def history(self, job: str) -> list[HistoryRow]:
         return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in self._db.execute(GET_HISTORY, (job,))]
@@ -278,18 +299,24 @@ class CoordinatorStore:
         known = self.node(node)
         if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
             return False
-        self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, time.time(), not retained and state.state != "lost"))
+        with transaction(self._db):
+            now = time.time(), self.clock.now()
+            self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, state.command, *now))
+            if not retained and state.state != "lost":
+                self._db.execute(SET_SEEN, (*now, node))
         return True
 
-    def set_drain(self, node: str, drain: bool | None) -> None:
-        """Keep whether a node is to take no new jobs."""
-        self._db.execute(SET_DRAIN, (drain, node))
+    def set_drain(self, node: str, drain: bool) -> None:
+        """Keep whether a node is to take no new jobs, under a number above all that it has been told before."""
+        self._db.execute(SET_DRAIN, (drain, MOST_TOLD, node))
 
     def set_info(self, node: str, info: NodeInfo) -> None:
-        self._db.execute(SET_INFO, (node, time.time(), msgspec.json.encode(info)))
+        self._db.execute(SET_INFO, (node, time.time(), self.clock.now(), msgspec.json.encode(info)))
 
     def set_heartbeat(self, node: str, heartbeat: Heartbeat) -> None:
-        self._db.execute(SET_HEARTBEAT, (msgspec.json.encode(heartbeat), time.time(), node))
+        with transaction(self._db):
+            self._db.execute(SET_HEARTBEAT, (msgspec.json.encode(heartbeat), node))
+            self._db.execute(SET_SEEN, (time.time(), self.clock.now(), node))
 
 
 def _place(message: Message[Any], view: JobView) -> tuple[int, int]:

@@ -1,0 +1,54 @@
+"""Clocks that no change of the machine's moves: boards without a battery begin in 1970, or at their last image, until NTP has come."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+KEEP_S = 600.0
+"""Between two writings of how long a daemon has run: what one that is killed forgets at most."""
+GET = "SELECT value FROM meta WHERE name = 'ran_s'"
+SET = "INSERT INTO meta VALUES ('ran_s', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+
+
+class RunningTime:
+    """Seconds that a daemon has run, over all its starts, kept in its database. Time in which it was off does not count."""
+
+    def __init__(self, db: sqlite3.Connection, clock: Callable[[], float] = time.monotonic) -> None:
+        row = db.execute(GET).fetchone()
+        self._db, self._clock = db, clock
+        self._kept_s, self._kept_at = float(row[0]) if row else 0.0, clock()
+
+    def now(self) -> float:
+        return self._kept_s + self._clock() - self._kept_at
+
+    def keep(self) -> float:
+        """Write down how long it has run, and return that: what is stored with it lies in the past of every later start."""
+        self._kept_s, self._kept_at = self.now(), self._clock()
+        self._db.execute(SET, (self._kept_s,))
+        return self._kept_s
+
+    def tick(self) -> None:
+        """Write it down where that is due."""
+        if self._clock() - self._kept_at >= KEEP_S:
+            self.keep()
+
+
+class ToldTime:
+    """The time by the clock of the coordinator, from when it has told it on."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told: tuple[datetime, float] | None = None
+
+    def set(self, told: datetime) -> None:
+        self._told = told, self._clock()
+
+    def now(self) -> datetime | None:
+        """Return None where it has not been told yet."""
+        if self._told is None:
+            return None
+        told, at = self._told
+        return told + timedelta(seconds=self._clock() - at)
