@@ -2,7 +2,8 @@
 // again for every position of a slider. No part of the page is known here.
 
 export const OTHER = 0, JOINED = 1, SALIENT = 2;
-const FADED = 31;  // steps after which a released walk has forgotten a token: 2^-31 of its centre
+const FADED = 24;  // steps after which a released walk has forgotten a token: 2^-24 of its centre, the last bit of 32-bit products
+const HALVES = Float64Array.from({ length: 2 * FADED + 2 }, (_, power) => 2 ** -power);
 
 // Puts the records of a saliency document one after another into typed arrays. Step 0 is the scoring before training; each later
 // step replaces what was scored again in its epoch.
@@ -43,7 +44,7 @@ function productsOf(record) {
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   const view = new DataView(bytes.buffer), values = new Float32Array(bytes.length / 4);
   for (let i = 0; i < values.length; i++) values[i] = view.getFloat32(4 * i, true);
-  return { values, width: values.length / record.tokens.length };
+  return { values, width: values.length / record.tokens.length, sums: null };
 }
 
 export function results(table) {
@@ -140,113 +141,153 @@ function join(table, o, out, r, from, to) {
   if (products === null) { out.unknown[r] = 1; return; }
   const span = Math.min(o.cluster_max_span ?? length, length - 1);
   const change = new Int32Array(length + 1);  // of how many walks cover a token, from one to the next
-  let walker = null;
+  let walks = null;
   for (let t = from; t < to; t++) {
     if (out.role[t] !== SALIENT) continue;
     if (low[t] < 0) {
-      walker ??= makeWalker(products, length, o);
-      walker(t - from, span, t, table.reach);
+      walks ??= prepareWalks(products, length, o);
+      (o.cluster === "like" ? walkLike : walkUnlike)(walks, t - from, span, t, table.reach);
     }
     out.unknown[r] |= unknown[t];
     change[low[t]]++;
     change[high[t] + 1]--;
   }
-  for (let x = 0, walks = 0; x < length; x++) {
-    walks += change[x];
-    if (walks > 0 && out.role[from + x] === OTHER) out.role[from + x] = JOINED;
+  for (let x = 0, covering = 0; x < length; x++) {
+    covering += change[x];
+    if (covering > 0 && out.role[from + x] === OTHER) out.role[from + x] = JOINED;
   }
 }
 
-// Returns the function that walks from a token and writes down how far. With `like` the centre is the mean of all states so far, so
-// its product with the next state is a sum of products; with `unlike` each step halves what was in the centre before. Both sums are the
-// same for every seed but for its own share, so they are added up once for each state.
-function makeWalker({ values, width }, length, o) {
-  const like = o.cluster === "like", before = new Float64Array(length * width), after = new Float64Array(length * width);
+// What all walks over a record share. With `like` the centre is the mean of all states so far, so its product with the next state is a sum
+// of products; with `unlike` each step halves what was in the centre before. Both sums are the same for every seed but for its own share,
+// so they are added up once for each state: over the states `before` it and those `after` it, by the number of states.
+function prepareWalks(products, length, o) {
+  if (products.sums?.cluster !== o.cluster) products.sums = addUp(products, length, o.cluster);
+  const walks = { ...products.sums, values: products.values, width: products.width, length, limit: o.cluster_distance };
+  if (o.cluster === "unlike" && walks.width > FADED) {
+    walks.leftEnd = endings(walks, walks.after, -1);
+    walks.rightEnd = endings(walks, walks.before, 1);
+  }
+  return walks;
+}
+
+function addUp({ values, width }, length, cluster) {
+  const before = new Float64Array(length * width), after = new Float64Array(length * width), sizes = new Float64Array(length);
   for (let x = 0; x < length; x++) {
     let left = 0, right = 0;
+    sizes[x] = Math.sqrt(values[x * width]);
     for (let d = 1; d < width; d++) {
-      const share = like ? 1 : 2 ** -d;
+      const share = cluster === "like" ? 1 : d < HALVES.length ? HALVES[d] : 0;
       if (x - d >= 0) left += share * values[x * width + d];
       if (x + d < length) right += share * values[(x + d) * width + d];
       before[x * width + d] = left;
       after[x * width + d] = right;
     }
   }
-  const product = (a, b) => (a > b ? values[a * width + a - b] : values[b * width + b - a]);
-  const square = (x) => values[x * width];
-  const walk = like ? walkLike : walkUnlike;
-  return (seed, span, t, reach) => walk(seed, span, t, reach, { length, width, limit: o.cluster_distance, before, after, product, square });
+  return { cluster, before, after, sizes };
 }
 
-function walkLike(seed, span, t, reach, { length, width, limit, before, after, square }) {
+// Where a released walk ends that has come to each token and has forgotten its seed: it goes on as every other one there.
+function endings({ width, length, limit, sizes }, sums, direction) {
+  const ends = new Int32Array(length), continues = new Uint8Array(length);
+  let centre = 0;
+  // The centre of a walk in one direction is that of the states which it comes from.
+  for (let n = 0; n < length; n++) {
+    const x = direction < 0 ? length - 1 - n : n, next = x + direction;
+    const square = sizes[x] ** 2;
+    centre = n === 0 ? square : (centre + 2 * sums[x * width + width - 1] + square) / 4;
+    if (next >= 0 && next < length) {
+      continues[x] = 1 - sums[next * width + width - 1] / Math.max(Math.sqrt(centre) * sizes[next], 1e-8) > limit ? 1 : 0;
+    }
+  }
+  for (let n = 0; n < length; n++) {
+    const x = direction < 0 ? n : length - 1 - n;
+    ends[x] = continues[x] ? ends[x + direction] : x;
+  }
+  return ends;
+}
+
+function walkLike({ width, length, limit, before, after, sizes }, seed, span, t, reach) {
   reach.unknown[t] = 0;
-  for (const direction of [-1, 1]) {
-    let far = 0, centre = square(seed);  // squared length of the sum of the states so far
+  for (let direction = -1; direction <= 1; direction += 2) {
+    const sums = direction < 0 ? after : before;
+    let far = 0, centre = sizes[seed] ** 2;  // squared length of the sum of the states so far
     for (let step = 1; step <= span; step++) {
       const x = seed + direction * step;
       if (x < 0 || x >= length) break;
       if (step >= width) { reach.unknown[t] = 1; break; }
-      const dot = (direction < 0 ? after : before)[x * width + step];
-      if (1 - cosine(dot, centre, square(x)) > limit) break;
+      const dot = sums[x * width + step];
+      if (1 - dot / Math.max(Math.sqrt(centre) * sizes[x], 1e-8) > limit) break;
       far = step;
-      centre += 2 * dot + square(x);
+      centre += 2 * dot + sizes[x] ** 2;
     }
     if (direction < 0) reach.low[t] = seed - far;
     else reach.high[t] = seed + far;
   }
 }
 
-function walkUnlike(seed, span, t, reach, { length, width, limit, before, after, product, square }) {
+function walkUnlike(walks, seed, span, t, reach) {
+  const { values, width, length, limit, before, after, sizes, leftEnd, rightEnd } = walks;
   reach.unknown[t] = 0;
-  let left = 0, right = 0, centre = square(seed);
+  let left = 0, centre = sizes[seed] ** 2;
   for (let step = 1; step <= span && step <= seed; step++) {
     const x = seed - step;
-    if (step >= width && width <= FADED) { reach.unknown[t] = 1; break; }
-    const dot = after[x * width + Math.min(step, width - 1)] + (step < width ? 2 ** -step * product(x, seed) : 0);
-    if (!(1 - cosine(dot, centre, square(x)) > limit)) break;
+    if (step > FADED && leftEnd) { left = Math.min(span, seed - leftEnd[x + 1]); centre = NaN; break; }
+    if (step >= width) { reach.unknown[t] = 1; break; }
+    const dot = after[x * width + step] + HALVES[step] * values[seed * width + step];
+    if (!(1 - dot / Math.max(Math.sqrt(centre) * sizes[x], 1e-8) > limit)) break;
     left = step;
-    centre = (centre + 2 * dot + square(x)) / 4;
+    centre = (centre + 2 * dot + sizes[x] ** 2) / 4;
   }
-  // What the left walk has left in the centre fades, too; where its products with the states to the right are not known, they lie between
-  // bounds, and only where these leave the step open is the walk unknown.
-  let slack = 0;
+  if (Number.isNaN(centre)) centre = fadedCentre(walks, seed - left);
+  reach.low[t] = seed - left;
+  // The right walk goes on with the centre of the left one, which fades in turn. Products of states that are too far from each other are
+  // not recorded: they lie between bounds, and only where these leave a step open the walk is unknown.
+  let right = 0, slack = 0;
   for (let step = 1; step <= span && seed + step < length; step++) {
-    const x = seed + step, size = Math.sqrt(square(x));
-    if (step > width && width <= FADED) { reach.unknown[t] = 1; break; }
-    let dot = step > 1 ? before[x * width + Math.min(step, width) - 1] : 0, open = 0;
-    if (step <= FADED) {
-      const kept = 2 ** (1 - step);
-      for (let m = left; m >= 0 && m >= left - FADED; m--) {
-        const share = kept * (m === 0 ? 2 ** -left : 2 ** (m - left - 1));
-        if (step + m < width) dot += share * product(x, seed - m);
-        else open += share * Math.sqrt(square(seed - m)) * size;
-      }
+    const x = seed + step, size = sizes[x];
+    if (step > FADED && rightEnd) { right = Math.min(span, rightEnd[x - 1] - seed); break; }
+    if (step > width) { reach.unknown[t] = 1; break; }
+    let dot = before[x * width + step - 1], open = 0;
+    for (let m = left; m >= 0 && step + left - m <= FADED; m--) {
+      const share = HALVES[step - 1 + (m === 0 ? left : left - m + 1)];
+      if (step + m < width) dot += share * values[x * width + step + m];
+      else open += share * sizes[seed - m];
     }
-    const distance = 1 - cosine(dot, centre, square(x));
-    const lost = open > 0 || slack > 0 ? doubt(dot, open, centre, slack, size, distance) : 0;
-    if (Math.abs(distance - limit) <= lost) { reach.unknown[t] = 1; break; }
+    open *= size;
+    const distance = 1 - dot / Math.max(Math.sqrt(centre) * size, 1e-8);
+    if ((open > 0 || slack > 0) && Math.abs(distance - limit) <= doubt(dot, open, centre, slack, size, distance)) {
+      reach.unknown[t] = 1;
+      break;
+    }
     if (!(distance > limit)) break;
     right = step;
-    centre = (centre + 2 * dot + size * size) / 4;
+    centre = (centre + 2 * dot + size ** 2) / 4;
     slack = (slack + 2 * open) / 4;
   }
-  reach.low[t] = seed - left;
   reach.high[t] = seed + right;
+}
+
+// The squared length of the centre of a left walk that has come to a state and has forgotten its seed.
+function fadedCentre({ values, width, length }, x) {
+  let square = 0;
+  for (let a = 0; a < FADED && x + a < length; a++) {
+    for (let b = 0; a + b < FADED && x + b < length; b++) {
+      const high = x + Math.max(a, b);
+      square += HALVES[a + b + 2] * values[high * width + Math.abs(a - b)];
+    }
+  }
+  return square;
 }
 
 // How far a distance may be from the true one, where the product is known to `open` and the squared length of the centre to `slack`.
 function doubt(dot, open, centre, slack, size, distance) {
   if (slack >= centre) return 2;
   let worst = 0;
-  for (const d of [dot - open, dot + open]) {
-    for (const c of [centre - slack, centre + slack]) {
-      const cos = Math.max(-1, Math.min(1, d / (Math.sqrt(c) * size)));
-      worst = Math.max(worst, Math.abs(1 - cos - distance));
-    }
+  for (const sign of [-1, 1]) {
+    const product = dot + sign * open, square = centre + (sign * product > 0 ? -slack : slack);
+    const cosine = product / (Math.sqrt(square) * size);
+    worst = Math.max(worst, Math.abs(1 - Math.max(-1, Math.min(1, cosine)) - distance));
   }
   return worst;
-}
-
-function cosine(dot, squareA, squareB) {
-  return dot / Math.max(Math.sqrt(Math.max(squareA, 0) * squareB), 1e-8);
 }
