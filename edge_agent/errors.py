@@ -124,6 +124,18 @@ class DirectoryUnusable(EdgeAgentError):
         super().__init__(f"{directory} cannot be used ({problem}); give another --out")
 
 
+class SaliencyUnusable(EdgeAgentError):
+    """There is no Saliency Map to show."""
+
+    code = "saliency"
+    exit_code = 4
+
+    def __init__(self, place: Path, problem: str) -> None:
+        super().__init__(
+            f"{place} {problem}; give the directory of a job of the method `nlft` that has succeeded, on the machine that ran it"
+        )
+
+
 class Busy(EdgeAgentError):
     """Another process works in the job directory."""
 
