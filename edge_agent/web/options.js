@@ -32,7 +32,7 @@ export const FIELDS = [
   { name: "cluster", group: "Clusters", label: "Neighbours that join", kind: "choice", choices: ["none", "like", "unlike"] },
   { name: "cluster_distance", group: "Clusters", label: "Threshold of the distance", kind: "number", least: 0, most: 2,
     scale: linear(0, 2), ticks: [0, 0.5, 1, 1.5, 2], plot: "distance", tone: "ink" },
-  { name: "cluster_max_span", group: "Clusters", label: "Longest walk, in tokens", kind: "whole", least: 1, most: 1e6, nullable: "no limit",
+  { name: "cluster_max_span", group: "Clusters", label: "Longest walk", kind: "whole", least: 1, most: 1e6, nullable: "no limit",
     scale: logarithmic(1, 256), ticks: [1, 4, 16, 64, 256] },
   { name: "standard_answers", group: "When training", label: "Train on standard answers", kind: "flag" },
   { name: "repair", group: "When training", label: "Repair incorrect outputs", kind: "flag", later: true },
@@ -73,12 +73,13 @@ function makeSlider(field, changed) {
     if (unlimited) unlimited.checked = value === null;
     const off = value === null;
     range.disabled = box.disabled = off;
-    if (!off) {
+    if (off) box.value = "";
+    else {
       range.value = Math.round(STEPS * where(value));
       if (document.activeElement !== box) box.value = String(value);
       box.removeAttribute("aria-invalid");
     }
-    range.setAttribute("aria-valuetext", off ? field.nullable : String(value));
+    range.setAttribute("aria-valuetext", off ? field.nullable : field.kind === "whole" ? `${value} tokens` : String(value));
     histogram?.mark(off ? null : where(value));
   };
   const slid = (done) => changed(fromPlace(field, Number(range.value) / STEPS), done);

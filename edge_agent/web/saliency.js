@@ -7,6 +7,7 @@ import { count, h, number, percent, plural, probability, ratio, setText, signed,
 const LEVELS = 8, FULL = 2;  // a weight of 2 has the strongest colour
 const ROW = 50;  // pixels of a line of the list, as in saliency.css
 const NEAR = 1e-9;  // weights closer than this are the same
+const DULL = /^(0|0 %|1\.0+)$/;  // says that nothing has changed
 const CELL = 66, HEADING = 74;  // pixels of a column of the table of tokens, and of its headings
 const MODES = {
   weight: { label: "weight", low: "made unlikely", high: "imitated" },
@@ -30,7 +31,7 @@ export function mount(root, data) {
   const trained = (r) => state.options.standard_answers || !table.records[r].standard_answer;
   const view = { table, state, now, then, differs, changed, trained, choices, job };
 
-  const list = makeList(view, (r) => { select(r); });
+  const list = makeList(view, (r, opened) => { select(r); if (opened) tabs.open("answer"); });
   const answer = makeAnswer(view);
   const panel = makeOptions(view, {
     set(name, value, done) { state.options = { ...state.options, [name]: value }; later(done); },
@@ -41,11 +42,10 @@ export function mount(root, data) {
   const stepper = makeStepper(table, (step) => { state.step = step; compare(); panel.plot(); later(true); });
   const tabs = makeTabs(root);
   root.classList.add("saliency");
-  root.dataset.panel = "answer";
   root.replaceChildren(
     h("header", { class: "bar" },
       h("h1", {}, "Saliency Map"), h("p", { class: "facts" }, facts(data, table)), stepper.element, makeTheme()),
-    tabs, list.element, answer.element, panel.element);
+    tabs.element, list.element, answer.element, panel.element);
 
   let waiting = 0, resting = false;
   function later(done) {
@@ -111,16 +111,14 @@ function makeTheme() {
 }
 
 function makeTabs(root) {
-  const names = { answer: "Answer", list: "Answers", options: "Options" };
-  const buttons = Object.entries(names).map(([name, label]) => h("button", {
-    "aria-pressed": name === "answer" ? "true" : "false",
-    onclick: (event) => {
-      root.dataset.panel = name;
-      for (const button of buttons) button.setAttribute("aria-pressed", String(button === event.currentTarget));
-      root.dispatchEvent(new Event("panelchange"));
-    },
-  }, label));
-  return h("nav", { class: "tabs", "aria-label": "Parts of the page" }, ...buttons);
+  const names = { answer: "Answer", list: "All answers", options: "Options" };
+  const buttons = Object.entries(names).map(([name, label]) => h("button", { "data-panel": name, onclick: () => open(name) }, label));
+  function open(name) {
+    root.dataset.panel = name;
+    for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.panel === name));
+  }
+  open("answer");
+  return { element: h("nav", { class: "tabs", "aria-label": "Parts of the page" }, ...buttons), open };
 }
 
 function makeStepper(table, changed) {
@@ -240,7 +238,7 @@ function makeList(view, chosen) {
   function makeRow(r) {
     const record = table.records[r], wrong = record.kind === "incorrect";
     const parts = { flagged: h("span", { class: "flagged" }), loss: h("span", { class: "loss" }), strip: h("canvas", { "aria-hidden": "true" }) };
-    const element = h("div", { class: "row", role: "option", id: `answer-${r}`, onclick: () => chosen(r) },
+    const element = h("div", { class: "row", role: "option", id: `answer-${r}`, onclick: () => chosen(r, true) },
       h("span", { class: `mark ${record.kind}`, title: record.kind }, wrong ? "✗" : "✓"),
       h("span", { class: "name", title: visible(name(record)) }, visible(record.id), record.standard_answer ? h("small", {}, " std") : null), parts.flagged, parts.loss,
       h("span", { class: "length" }, count(record.tokens.length)), parts.strip);
@@ -429,6 +427,11 @@ function makeAnswer(view) {
   return { element, show, update };
 }
 
+// A token by itself, where a blank could not be seen.
+function marked(token) {
+  return visible(token).replace(/^ +$/, (blanks) => "␣".repeat(blanks.length));
+}
+
 function part(title, ...children) {
   return h("section", { class: "part" }, h("h3", {}, title), ...children);
 }
@@ -446,8 +449,9 @@ function makeDetails(view) {
   const { table, state, now, then } = view;
   const text = h("p", { class: "token" }), role = h("p", { class: "role" });
   const line = (label, title) => {
-    const value = h("td", {}), bar = h("span", { class: "fill" }), cells = h("tr", {}, h("th", { scope: "row", title }, label), value, h("td", { class: "gauge" }, h("span", { class: "rail" }, bar)));
-    return { cells, value, bar };
+    const value = h("td", {}), bar = h("span", { class: "fill" }), bound = h("span", { class: "bound" });
+    const cells = h("tr", {}, h("th", { scope: "row", title }, label), value, h("td", { class: "gauge" }, h("span", { class: "rail" }, bar, bound)));
+    return { cells, value, bar, bound };
   };
   const plain = (label, title) => {
     const value = h("td", {}), note = h("td", { class: "note" });
@@ -465,7 +469,7 @@ function makeDetails(view) {
     if (!record) return;
     const t = table.starts[state.record] + state.token, scores = table.steps[state.step], o = state.options, wrong = table.incorrect[state.record];
     const b = Math.exp(scores.base[t]), c = Math.exp(scores.standard[t]), j = Math.exp(scores.judge[t]);
-    setText(text, visible(record.tokens[state.token] ?? ""));
+    setText(text, marked(record.tokens[state.token] ?? ""));
     setText(role, `${state.token + 1} of ${count(record.tokens.length)} · ${roleName(now.role[t], wrong)}`);
     for (const [row, p] of [[base, b], [standard, c], [judge, j]]) {
       setText(row.value, probability(p));
@@ -480,8 +484,13 @@ function makeDetails(view) {
     against(overBase, j / b, o.judge_base_ratio);
     against(overStandard, j / c, o.judge_standard_ratio);
     against(standardOverBase, c / b, null);
-    standard.cells.classList.toggle("decides", !wrong && c > o.correct_threshold);
-    judge.cells.classList.toggle("decides", Boolean(wrong) && j > o.judge_minimum);
+    for (const [row, p, bound, decides] of [[standard, c, o.correct_threshold, !wrong], [judge, j, o.judge_minimum, wrong]]) {
+      row.cells.classList.toggle("passes", Boolean(decides) && p > bound);
+      row.bound.hidden = !decides;
+      row.bound.style.left = `${100 * bound}%`;
+    }
+    base.bound.hidden = true;
+    element.classList.toggle("wrong", Boolean(wrong));
     const own = now.likelihood[t] - now.unlikelihood[t], other = then.likelihood[t] - then.unlikelihood[t];
     setText(weight.value, signed(own));
     setText(weight.note, Math.abs(own - other) > NEAR ? `${signed(other)} as compared` : own < 0 ? "unlikelihood" : own > 0 ? "likelihood" : "not trained");
@@ -529,7 +538,7 @@ function makeTokenTable(view, pointed) {
     const tables = [];
     for (let start = 0; start < record.tokens.length; start += columns) {
       const some = record.tokens.slice(start, start + columns);
-      const top = some.map((token, n) => h("th", { scope: "col", "data-i": start + n }, h("span", { class: "t" }, visible(token).replaceAll("\n", ""))));
+      const top = some.map((token, n) => h("th", { scope: "col", "data-i": start + n }, h("span", { class: "t" }, marked(token).replaceAll("\n", ""))));
       heads.push(...top.map((head) => head.firstChild));
       tables.push(h("table", {},
         h("thead", {}, h("tr", {}, h("td", {}), ...top)),
@@ -548,7 +557,13 @@ function makeTokenTable(view, pointed) {
     const from = table.starts[state.record], scores = table.steps[state.step];
     const total = now.recordLoss[state.record] * heads.length;
     heads.forEach((head, i) => { head.className = `t ${levelClass(level(view, from + i))}${view.differs[from + i] ? " differs" : ""}`; });
-    for (const { line, boxes } of cells) boxes.forEach((box, i) => setText(box, line.of(scores, from + i, total)));
+    for (const { line, boxes } of cells) {
+      boxes.forEach((box, i) => {
+        const value = line.of(scores, from + i, total);
+        setText(box, value);
+        box.classList.toggle("dull", DULL.test(value));
+      });
+    }
   }
 
   function point(i) {
@@ -583,9 +598,9 @@ function makeOptions(view, actions) {
   const element = h("aside", { class: "panel options", "aria-label": "Options" },
     h("div", { class: "totals" },
       h("dl", {}, ...["Flagged of incorrect", "Mean loss", "Weights that differ"].map((label, n) =>
-        h("div", {}, h("dt", {}, label), figures[n].value, figures[n].note))),
-      h("div", { class: "presets" }, h("div", { class: "buttons", role: "group", "aria-label": "Presets" }, ...presets),
-        h("label", { class: "compare" }, "compare with", compared))),
+        h("div", {}, h("dt", {}, label), figures[n].value, figures[n].note)))),
+    h("div", { class: "presets" }, h("div", { class: "buttons", role: "group", "aria-label": "Presets" }, ...presets),
+      h("label", { class: "compare" }, "compare with", compared)),
     ...[...groups].map(([group, fields]) => h("section", { class: "group" }, h("h3", {}, group),
       notes[group] ? h("p", { class: "hint" }, notes[group]) : null, ...fields.map((field) => controls.get(field.name).element))),
     h("section", { class: "group" }, h("h3", {}, "All answers"), losses.element),
