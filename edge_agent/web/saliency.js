@@ -44,7 +44,7 @@ export function mount(root, data) {
   root.classList.add("saliency");
   root.replaceChildren(
     h("header", { class: "bar" },
-      h("h1", {}, "Saliency Map"), h("p", { class: "facts" }, facts(data, table)), stepper.element, makeTheme()),
+      h("h1", {}, "Saliency Map"), facts(data, table), stepper.element, makeTheme()),
     tabs.element, list.element, answer.element, panel.element);
 
   let waiting = 0, resting = false;
@@ -90,10 +90,12 @@ export function mount(root, data) {
 }
 
 function facts({ saliency, job }, table) {
-  const parts = [plural(table.records.length, "answer"), plural(table.tokens, "token")];
-  if (job) parts.unshift(job.model.split("/").filter(Boolean).at(-1) ?? job.model);
-  if (saliency.left_out) parts.push(`${plural(saliency.left_out, "answer")} left out for their size`);
-  return parts.join(" · ");
+  const answers = plural(table.records.length, "answer"), left = saliency.left_out;
+  const parts = [
+    job ? visible(job.model.split("/").filter(Boolean).at(-1) ?? job.model) : null,
+    left ? `the first ${answers} of ${count(table.records.length + left)}, for their size` : answers, plural(table.tokens, "token"),
+  ];
+  return h("p", { class: "facts" }, ...parts.filter((text) => text !== null).map((text) => h("span", {}, text)));
 }
 
 function makeTheme() {
