@@ -9,7 +9,7 @@ import msgspec
 from edge_agent.job import NlftOptions
 
 MAX_TOKENS = 200_000
-"""Of all scorings in one file; it has some 100 bytes a token."""
+"""Of all scorings in one file; each takes some 70 bytes a token."""
 MAX_PRODUCTS_BYTES = 8 * 2**20
 """Of inner products in one file, before base64."""
 SPAN = 32

@@ -7,7 +7,7 @@ import msgspec
 from edge_agent.errors import SaliencyUnusable
 from edge_agent.job import NlftOptions
 from edge_agent.job_directory import JobDirectory
-from edge_agent.saliency import Saliency, SaliencyRecord
+from edge_agent.saliency import Rescored, Saliency, SaliencyRecord
 from edge_agent.web.document import document
 
 
@@ -48,8 +48,9 @@ def _problem(record: SaliencyRecord) -> str | None:
         return "it has no tokens"
     if (record.judge is None) != (record.kind == "correct"):
         return "an incorrect answer, and no other, has `judge`"
-    scored = [(s.base, s.standard, s.judge) for s in (record, *record.rescored)]
-    lists = [record.likelihood, record.unlikelihood, *(numbers for scores in scored for numbers in scores if numbers is not None)]
+    scorings: list[SaliencyRecord | Rescored] = [record, *record.rescored]
+    lists = [record.likelihood, record.unlikelihood]
+    lists += [numbers for s in scorings for numbers in (s.base, s.standard, s.judge) if numbers is not None]
     if any(len(numbers) != length for numbers in lists):
         return "its lists have different lengths"
     if record.products is not None and (not record.products or len(record.products) % (4 * length)):

@@ -163,7 +163,7 @@ def _compare(page: Any, records: list[SaliencyRecord], hidden: list[Any], option
 
 
 def test_weights_of_the_page_are_those_of_python_on_all_reference_vectors(browser: Any, tmp_path: Path, shared_data: Path) -> None:
-    """All 220 cases, both presets and both ways of clustering, to 1e-9, with 33 products a token; the losses are those of the released functions."""
+    """All 220 cases, both presets and both ways of clustering, to 1e-9; the losses are the released functions' own."""
     cases = json.loads((shared_data / "nlft_reference" / "released_loss_vectors.json").read_text())
     assert len(cases) == 220
     hidden = [_double(case["hidden"]) for case in cases]
