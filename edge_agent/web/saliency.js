@@ -198,7 +198,7 @@ function makeList(view, chosen) {
     oninput: () => { state.search = search.value.toLowerCase(); arrange(); update(); },
   });
   const found = h("p", { class: "found", "aria-live": "polite" });
-  const space = h("div", { class: "space" });
+  const space = h("div", { class: "space", role: "presentation" });
   const scroller = h("div", { class: "rows", role: "listbox", tabindex: 0, "aria-label": "Answers" }, space);
   const element = h("section", { class: "panel list", "aria-label": "Answers" },
     h("div", { class: "tools" }, search, h("fieldset", { class: "segments" }, h("legend", { class: "hidden" }, "Show"), ...filters)),
@@ -390,8 +390,10 @@ function makeAnswer(view) {
 
   function point(i) {
     spans[state.token]?.classList.remove("at");
+    spans[state.token]?.removeAttribute("aria-selected");
     state.token = i;
     spans[i]?.classList.add("at");
+    spans[i]?.setAttribute("aria-selected", "true");
     flow.setAttribute("aria-activedescendant", `token-${i}`);
     details.update();
     rows.point(i);
@@ -593,10 +595,7 @@ function makeOptions(view, actions) {
   const compared = h("select", { "aria-label": "Compare with", onchange: () => actions.compare(compared.value) },
     ...Object.entries(PRESETS).map(([name, label]) => h("option", { value: name, selected: name === state.compared }, label.toLowerCase())));
   const losses = makeDistribution("Loss of the answers; the line: as compared");
-  const notes = {
-    Clusters: "By the hidden states before training, also for later scores.",
-    "When training": "What has no effect on this page is for the next run.",
-  };
+  const notes = { Clusters: h("p", { class: "hint" }), "When training": h("p", { class: "hint" }, "What has no effect on this page is for the next run.") };
   const element = h("aside", { class: "panel options", "aria-label": "Options" },
     h("div", { class: "totals" },
       h("dl", {}, ...["Flagged of incorrect", "Mean loss", "Weights that differ"].map((label, n) =>
@@ -604,7 +603,7 @@ function makeOptions(view, actions) {
     h("div", { class: "presets" }, h("div", { class: "buttons", role: "group", "aria-label": "Presets" }, ...presets),
       h("label", { class: "compare" }, "compare with", compared)),
     ...[...groups].map(([group, fields]) => h("section", { class: "group" }, h("h3", {}, group),
-      notes[group] ? h("p", { class: "hint" }, notes[group]) : null, ...fields.map((field) => controls.get(field.name).element))),
+      notes[group] ?? null, ...fields.map((field) => controls.get(field.name).element))),
     h("section", { class: "group" }, h("h3", {}, "All answers"), losses.element),
     h("div", { class: "use" }, h("button", { class: "primary", onclick: actions.use }, "Use these options")));
 
@@ -620,11 +619,13 @@ function makeOptions(view, actions) {
     const mean = (out, of) => total(of, (r) => out.recordLoss[r]) / of.length;
     const different = total(records, (r) => view.changed[r]);
     const shown = [
-      [percent(flagged(now)), `${percent(flagged(then))} compared`],
-      [number(mean(now, own)), `${number(mean(then, others))} compared`],
+      [percent(flagged(now)), `vs ${percent(flagged(then))}`],
+      [number(mean(now, own)), `vs ${number(mean(then, others))}`],
       [count(different), `in ${plural(total(records, (r) => (view.changed[r] ? 1 : 0)), "answer")}`],
     ];
     shown.forEach(([value, note], n) => { setText(figures[n].value, value); setText(figures[n].note, note); });
+    const partly = total(records, (r) => now.unknown[r]);
+    setText(notes.Clusters, `By the hidden states before training, also for later scores.${partly ? ` ${plural(partly, "answer")}: not all is known.` : ""}`);
     for (const field of FIELDS) {
       const control = controls.get(field.name), value = state.options[field.name];
       control.show(value);
@@ -691,7 +692,7 @@ function showDocument(root, { job, state, choices }) {
     h("p", {}, job ? "This page's job with these options, as job.json:" : "The method of a job with these options:"), text,
     h("p", {}, "The same for edge-agent train and submit:"), commands,
     h("div", { class: "buttons" }, told,
-      h("button", { onclick: () => copy(commands) }, "Copy the options"), h("button", { class: "primary", onclick: () => copy(text) }, "Copy the document"),
+      h("button", { onclick: () => copy(commands) }, "Copy the options"), h("button", { class: "primary", autofocus: true, onclick: () => copy(text) }, "Copy the document"),
       h("button", { onclick: () => dialog.close() }, "Close")));
   root.append(dialog);
   dialog.showModal();
