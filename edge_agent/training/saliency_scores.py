@@ -88,6 +88,9 @@ class Rescorings:
         room = MAX_TOKENS // max(1, tokens) - 1
         self._epochs = {epochs - epochs * n // room for n in range(room)} if room < epochs else set(range(1, epochs + 1))
         self._journal = Journal(directory / "rescored.jsonl", list[KeptScores])
+        self._kept: dict[int, dict[int, KeptScores]] = {}
+        for row in self._journal.rows:
+            self._take(row)
 
     def add(self, scored: Sequence[tuple[int, int, Scores]]) -> None:
         """Keep (epoch, number of the sample, scores) of one update. Raises DiskFull."""
@@ -98,11 +101,17 @@ class Rescorings:
         ]
         if row:
             self._journal.append(row)
+            self._take(row)
+
+    def _take(self, row: list[KeptScores]) -> None:
+        """An update that is made again gives the same scores again."""
+        for kept in row:
+            self._kept.setdefault(kept.sample, {})[kept.epoch] = kept
 
     def of(self, sample: int) -> list[Rescored]:
-        """Return the scores of a sample by epoch; an update that was made again has given them again."""
-        found = {kept.epoch: kept for row in self._journal.rows for kept in row if kept.sample == sample}
-        return [Rescored(e, _numbers(k.base) or [], _numbers(k.standard), _numbers(k.judge)) for e, k in sorted(found.items())]
+        """Return the scores of a sample, by epoch."""
+        kept = self._kept.get(sample, {})
+        return [Rescored(e, _numbers(k.base) or [], _numbers(k.standard), _numbers(k.judge)) for e, k in sorted(kept.items())]
 
 
 def _packed(logp_T: torch.Tensor | None) -> bytes | None:
@@ -149,12 +158,15 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     A tokenizer may write a token otherwise at the beginning of a text, and a character may be spread over tokens: it belongs to its last.
     """
     texts: list[str] = []
-    start = told = 0
+    start, told = 0, ""  # the text from `start` on
     for end in range(1, len(ids) + 1):
-        before, text = tokenizer.decode(ids[start:told]), tokenizer.decode(ids[start:end])
+        text = tokenizer.decode(ids[start:end])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
             texts.append("")
             continue
-        texts.append(text[len(before) :])
-        start, told = max(start, end - TEXT_WINDOW), end
+        texts.append(text[len(told) :])
+        told = text
+        if end - start >= 2 * TEXT_WINDOW:
+            start = end - TEXT_WINDOW
+            told = tokenizer.decode(ids[start:end])
     return texts
