@@ -121,7 +121,7 @@ class DirectoryUnusable(EdgeAgentError):
     exit_code = 4
 
     def __init__(self, directory: Path, problem: str) -> None:
-        super().__init__(f"{directory} cannot be used ({problem}); give another --out")
+        super().__init__(f"{directory} cannot be used ({problem}); give another place")
 
 
 class SaliencyUnusable(EdgeAgentError):

@@ -63,6 +63,12 @@ function short(x) {
 // What would not be seen, or would move what stands around it: line ends, tabs, control characters, marks of direction.
 export function visible(text) {
   if (text === "") return "◌";
-  return text.replace(/\r?\n/g, "↵\n").replace(/\t/g, "⇥").replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cs}]/gu, (character) =>
-    character === "\n" || character === "\u200d" ? character : `⟨${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+  return text
+    .replace(/\r?\n/g, "↵\n")
+    .replace(/\t/g, "⇥")
+    .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cs}]/gu, (character) =>
+      character === "\n" || character === "\u200d"
+        ? character
+        : `⟨${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`,
+    );
 }
