@@ -285,7 +285,7 @@ def _places(result: Result, directory: Path) -> Table:
         )
     grid.add_row("report", Text(str(directory / "result.json")))
     if (directory / "saliency.json").exists():
-        grid.add_row("saliency", Text(str(directory / "saliency.json")))
+        grid.add_row("saliency", Text(f"edge-agent saliency {directory}"))
     if (directory / "trace.json").exists():
         grid.add_row("trace", Text(str(directory / "trace.json")))
     return grid

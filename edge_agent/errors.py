@@ -121,7 +121,19 @@ class DirectoryUnusable(EdgeAgentError):
     exit_code = 4
 
     def __init__(self, directory: Path, problem: str) -> None:
-        super().__init__(f"{directory} cannot be used ({problem}); give another --out")
+        super().__init__(f"{directory} cannot be used ({problem}); give another place")
+
+
+class SaliencyUnusable(EdgeAgentError):
+    """There is no Saliency Map to show."""
+
+    code = "saliency"
+    exit_code = 4
+
+    def __init__(self, place: Path, problem: str) -> None:
+        super().__init__(
+            f"{place} {problem}; give the directory of a job of the method `nlft` that has succeeded, on the machine that ran it"
+        )
 
 
 class Busy(EdgeAgentError):

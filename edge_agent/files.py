@@ -15,10 +15,13 @@ from typing import IO
 from edge_agent.errors import NO_SPACE, DirectoryUnusable, DiskFull, StateUnusable
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` atomically. Raises DiskFull, leaving the old file and nothing else."""
+def write_file(path: Path, data: bytes, private: bool = False) -> None:
+    """Replace `path` atomically; a private file is its owner's only. Raises DiskFull, leaving the old file and nothing else."""
     part = path.with_name(f".{path.name}.part")
     try:
+        if private:
+            part.unlink(missing_ok=True)
+            part.touch(mode=0o600)
         _write_flushed(part, data)
         part.replace(path)
         flush(path.parent)

@@ -112,7 +112,10 @@ def _words(kind: inspect.Type) -> str:
             return f"{name} {_bounds((('>', kind.gt), ('≥', kind.ge), ('<', kind.lt), ('≤', kind.le)))}".strip()
         case inspect.CustomType(cls=cls):
             return {Path: "path", Size: "size", Limit: "size or 0"}[cls]
-    names = {inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object"}
+    names: dict[type, str] = {
+        inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object",
+        inspect.BytesType: "base64",
+    }  # fmt: skip
     return names[type(kind)]
 
 

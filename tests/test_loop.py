@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from edge_agent.dataset import Record
 from edge_agent.errors import JobSchema
 from edge_agent.job import Dataset, Evaluation, Job, Lora, NlftOptions, Schedule, SftOptions
 from edge_agent.training.contexts import Sample
-from edge_agent.training.loop import order, starts_epoch
+from edge_agent.training.loop import Training, order, starts_epoch
 from edge_agent.training.methods.nlft import Nlft
 from edge_agent.training.methods.sft import Sft
 from edge_agent.training.prepare import prepare_files
+from edge_agent.training.saliency_scores import Rescorings
 
 SCHEDULE = Schedule(batch=1, updates=5, learning_rate=5e-3, checkpoint_s=0)
 DROPOUT = Lora(rank=4, dropout=0.1)
@@ -31,22 +33,31 @@ def tiny(tiny_model: Path) -> Tiny:
 
 @pytest.mark.parametrize("references", ["live", "epoch", "once"])
 def test_killed_run_ends_in_the_same_adapter(references: Any, tiny: Tiny, tmp_path: Path) -> None:
-    """Killed twice and resumed, with dropout and whenever references are taken: the same losses and the same adapter."""
+    """Killed twice and resumed, with dropout and whenever references are taken: the same losses, adapter and scores of each epoch."""
     method = Nlft(NlftOptions(references=references))
     samples = tiny.samples(method, judged_records(1))
+
+    def training(directory: Path) -> Training:
+        return replace(tiny.training(method, directory, SCHEDULE), rescored=Rescorings(directory, samples, epochs=2).add)
+
     with tiny.adapted(DROPOUT) as model:
-        state, resumed = tiny.train(model, samples, tiny.training(method, _new(tmp_path / "whole"), SCHEDULE))
+        state, resumed = tiny.train(model, samples, training(_new(tmp_path / "whole")))
         whole = adapter(model)
     assert not resumed
     again = _new(tmp_path / "killed")
     for update in (1, 4):  # in the first epoch of three samples and within the second
         with tiny.adapted(DROPOUT) as model, pytest.raises(Killed):
-            tiny.train(model, samples, tiny.training(method, again, SCHEDULE), kill_after(update))
+            tiny.train(model, samples, training(again), kill_after(update))
     with tiny.adapted(DROPOUT) as model:
-        end, resumed = tiny.train(model, samples, tiny.training(method, again, SCHEDULE))
+        end, resumed = tiny.train(model, samples, training(again))
         assert resumed
         assert end == state
         assert all(torch.equal(tensor, whole[name]) for name, tensor in adapter(model).items())
+    kept, kept_again = (Rescorings(tmp_path / name, samples, epochs=2) for name in ("whole", "killed"))
+    scored = [kept.of(i) for i in range(len(samples))]
+    assert scored == [kept_again.of(i) for i in range(len(samples))]
+    # Five updates are an epoch of three samples, and two of the next.
+    assert Counter(s.epoch for of_sample in scored for s in of_sample) == {"live": {1: 3, 2: 2}, "epoch": {2: 3}, "once": {}}[references]
 
 
 def _new(directory: Path) -> Path:

@@ -138,7 +138,9 @@ def test_scores_of_another_vocabulary_are_taken_again(tmp_path: Path, monkeypatc
         return [Scores(torch.ones(2))], [Weights(torch.ones(2), torch.zeros(2))]
 
     monkeypatch.setattr(run, "weigh", weigh)
-    directory, nothing = JobDirectory(tmp_path), SimpleNamespace(method=None, tokenizer=SimpleNamespace(pad_token_id=0), progress=None)
+    directory = JobDirectory(tmp_path)
+    job, tokenizer = SimpleNamespace(method=None), SimpleNamespace(pad_token_id=0)
+    nothing = SimpleNamespace(job=job, method=None, tokenizer=tokenizer, progress=None)
     for quantized, resumed in ((False, False), (False, True), (True, False), (True, True), (False, False)):
         plan = SimpleNamespace(vocabulary={"quantized_head": quantized, "embedding_on_host": False})
         (scores, _), found = run._score(directory, None, nothing, [None], plan, nothing, "key")  # type: ignore[arg-type,list-item]

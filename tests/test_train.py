@@ -108,14 +108,27 @@ def test_saliency_has_a_weight_for_every_token(job: Path) -> None:
     import msgspec
 
     from edge_agent.saliency import Saliency
+    from edge_agent.training.methods.nlft import token_weights
 
     saliency = msgspec.json.decode((job / "saliency.json").read_bytes(), type=Saliency)
     assert {r.kind for r in saliency.records} == {"correct", "incorrect"}
     for record in saliency.records:
         lists = (record.base, record.standard, record.likelihood, record.unlikelihood, record.judge or record.base)
         assert {len(x) for x in lists} == {len(record.tokens)}
-        assert (record.judge is None) == (record.kind == "correct")
+        assert (record.judge is None) == (record.judgment is None) == (record.kind == "correct")
         assert max(record.base) <= 0
+        assert "".join(record.tokens).endswith("<|end|>")
+        assert record.question
+        assert record.products is not None
+        assert len(record.products) == 4 * len(record.tokens) * min(33, len(record.tokens))
+        assert record.rescored == []
+        scores = (None if x is None else torch.tensor(x, dtype=torch.float64) for x in (record.base, record.standard, record.judge))
+        weights = token_weights(record.kind, *scores, None, saliency.options)
+        assert weights.likelihood_T.tolist() == pytest.approx(record.likelihood, abs=1e-4)
+        assert weights.unlikelihood_T.tolist() == pytest.approx(record.unlikelihood, abs=1e-4)
+    standard = next(r for r in saliency.records if r.standard_answer)
+    assert "".join(standard.tokens) == f"{standard.answer}<|end|>"
+    assert (job / "saliency.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_nothing_unfinished_is_left(job: Path) -> None:

@@ -24,7 +24,7 @@ keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys that s
 app.add_typer(keys_app, name="keys")
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "On this machine": (local.train, local.plan, local.evaluate, local.compare, local.demo),
+    "On this machine": (local.train, local.plan, local.evaluate, local.compare, local.saliency, local.demo),
     "On a node": (fleet.run, fleet.doctor),
     "Across a fleet": (
         fleet.coordinator,

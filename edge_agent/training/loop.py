@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -24,7 +24,7 @@ from edge_agent.errors import NonFiniteLoss, Stopped, TimedOut
 from edge_agent.job import Schedule
 from edge_agent.training.checkpoint import Parameters, Progress, Tensors, load_checkpoint, save_checkpoint, under
 from edge_agent.training.contexts import Sample
-from edge_agent.training.methods.method import Method
+from edge_agent.training.methods.method import Method, Scores
 from edge_agent.training.optimizer import make_optimizer
 from edge_agent.training.reporter import Crowded, OnProgress
 from edge_agent.training.scoring import score
@@ -49,6 +49,8 @@ class Training:
     """Verdict on the outputs that are sampled while training, the longest of them, and the model's context that they have to fit."""
     development: Sequence[Sample] = ()
     """Never trained on; their loss decides which adapter is kept, where the schedule has patience."""
+    rescored: Callable[[Sequence[tuple[int, int, Scores]]], None] | None = None
+    """Hears what is scored again, an update at a time: the epoch, counted from 1, the number of the sample, and its scores."""
 
 
 class Objective(Protocol):

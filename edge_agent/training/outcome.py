@@ -7,10 +7,9 @@ from importlib.metadata import version
 
 from edge_agent.dataset import Record
 from edge_agent.report import Data, Energy, Judgments, Repairs
-from edge_agent.saliency import SaliencyRecord
 from edge_agent.splitting import same_question
 from edge_agent.training.contexts import Sample
-from edge_agent.training.methods.method import IsCorrect, Scores, Weights
+from edge_agent.training.methods.method import IsCorrect, Weights
 from profiles.energy import EnergySource
 from profiles.recorder import SHORTEST_ENERGY_S, StageRow
 
@@ -58,28 +57,3 @@ def describe_energy(rows: list[StageRow], source: EnergySource, records: int) ->
     if any(row.resumed for row in rows):
         return Energy(source, total_j, reason="an earlier run did a part of the work")
     return Energy(source, total_j, total_j / records)
-
-
-def saliency_records(tokenizer: object, samples: list[Sample], scores: list[Scores], weights: list[Weights]) -> list[SaliencyRecord]:
-    """Return every trained token with its scores and weights."""
-    rows = []
-    for sample, s, w in zip(samples, scores, weights, strict=True):
-        texts = [tokenizer.decode([t]) for t in sample.answer]  # type: ignore[attr-defined]
-        base, standard, judge, likelihood, unlikelihood = (
-            None if x is None else [round(v, 6) for v in x.tolist()]
-            for x in (s.base_logp_T, s.standard_logp_T, s.judge_logp_T, w.likelihood_T, w.unlikelihood_T)
-        )
-        rows.append(
-            SaliencyRecord(
-                sample.target.record.id or "",
-                sample.target.standard_answer,
-                sample.target.kind,
-                texts,
-                base or [],
-                standard,
-                judge,
-                likelihood or [],
-                unlikelihood or [],
-            )
-        )
-    return rows

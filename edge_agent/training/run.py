@@ -20,18 +20,18 @@ from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
 from edge_agent.report import Adapter, Event, Failure, Judgments, Miss, Model, Repairs, Result
-from edge_agent.saliency import Saliency
 from edge_agent.training import outcome
 from edge_agent.training.completion import Completion, draw, find_endpoint, judge_outputs, sample_outputs
 from edge_agent.training.contexts import Sample, encode_target
 from edge_agent.training.enforce import capped, persevere
 from edge_agent.training.evaluate import evaluate
-from edge_agent.training.loop import Training, optimize
+from edge_agent.training.loop import Training, optimize, total_updates
 from edge_agent.training.objectives import OBJECTIVES
 from edge_agent.training.packing import reads_trees
 from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, learn_overhead, prepare, usable_profile
 from edge_agent.training.repair import repair_outputs, turning_point
 from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
+from edge_agent.training.saliency_scores import Rescorings, product_spans, saliency_file
 from edge_agent.training.scores_file import Scored, load_scores, save_scores
 from edge_agent.training.scoring import weigh
 from edge_agent.training.trace import traced
@@ -122,9 +122,12 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("score") as row:
         (scores, weights), row.resumed = _score(directory, model, work, samples, plan, reporter, key)
     with reporter.stage("train") as row:
+        epochs = -(-total_updates(job.schedule, len(samples)) * job.schedule.batch // len(samples))
+        rescorings = Rescorings(directory.path, samples, epochs) if isinstance(job.method, NlftOptions) else None
         training = Training(
             key, job.schedule, job.seed, plan, work.tokenizer, directory.path, work.method, work.verifier,
             job.evaluation.max_new_tokens, work.files.context_tokens, development,
+            rescorings.add if rescorings else None,
         )  # fmt: skip
         objective = OBJECTIVES.get(type(job.method), Weighted)(model, samples, weights, training)
         with traced(directory, reporter.progress) if trace else nullcontext(reporter.progress) as progress:
@@ -134,9 +137,9 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         directory.write_rows("after.jsonl", after)
     with reporter.stage("save"):
         sha256 = save_adapter(model, directory.adapter, job.model)
-        if isinstance(job.method, NlftOptions):
-            rows = outcome.saliency_records(work.tokenizer, samples, scores, weights)
-            write_file(directory.saliency, msgspec.json.encode(Saliency(1, job.method, rows)))
+        if isinstance(job.method, NlftOptions) and rescorings is not None:
+            file = saliency_file(work.tokenizer, job.method, samples, scores, weights, rescorings)
+            write_file(directory.saliency, file, private=True)
     measured = measure(before, after)
     accepted, acceptance = accept(measured, job.evaluation.accept_if)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -186,11 +189,13 @@ def _score(
 ) -> tuple[Scored, bool]:
     """Return scores and weights, and whether an earlier run has taken them; a vocabulary that is held otherwise gives other ones."""
     key = f"{key} {plan.vocabulary}"
-    kept = load_scores(directory.path, key, len(samples))
-    scored = kept or weigh(model, work.method, samples, plan, work.tokenizer.pad_token_id, reporter.progress)
-    if kept is None:
-        save_scores(directory.path, key, scored)
-    return scored, kept is not None
+    scored = load_scores(directory.path, key, len(samples))
+    if scored is not None:
+        return scored, True
+    spans = product_spans(samples, work.job.method) if isinstance(work.job.method, NlftOptions) else {}
+    scored = weigh(model, work.method, samples, plan, work.tokenizer.pad_token_id, reporter.progress, spans)
+    save_scores(directory.path, key, scored)
+    return scored, False
 
 
 def _complete(c: Completion, work: Prepared, plan: Plan, reporter: Reporter) -> tuple[list[Record], int, Repairs, Judgments]:

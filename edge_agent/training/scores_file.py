@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def load_scores(directory: Path, key: str, samples: int) -> Scored | None:
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (FileNotFoundError, SafetensorError):
         return None
-    scores = [Scores(kept[f"{i}/base_logp_T"], kept.get(f"{i}/standard_logp_T"), kept.get(f"{i}/judge_logp_T")) for i in range(samples)]
+    names = [field.name for field in fields(Scores)]
+    scores = [Scores(*(kept.get(f"{i}/{name}") for name in names)) for i in range(samples)]  # type: ignore[arg-type]
     weights = [Weights(kept[f"{i}/likelihood_T"], kept[f"{i}/unlikelihood_T"]) for i in range(samples)]
     return scores, weights

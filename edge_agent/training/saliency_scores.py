@@ -1,0 +1,172 @@
+"""What the Saliency Map needs of a run: inner products of hidden states, scores taken again while training, and the file itself.
+
+Shapes: T answer tokens, D hidden size, P inner products kept of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from edge_agent.job import NlftOptions
+from edge_agent.journal import Journal
+from edge_agent.saliency import MAX_PRODUCTS_BYTES, MAX_TOKENS, SPAN, Rescored, SaliencyRecord
+from edge_agent.training.contexts import Sample
+from edge_agent.training.methods.method import Scores, Weights
+
+BLOCK = 64
+"""Hidden states that are widened to 32 bits at once."""
+TEXT_WINDOW = 8
+"""Tokens before one that its text may depend on."""
+
+
+def recorded(samples: Sequence[Sample]) -> int:
+    """Return how many samples, from the first one on, a file has room for."""
+    total = 0
+    for number, sample in enumerate(samples):
+        total += len(sample.answer)
+        if total > MAX_TOKENS:
+            return number
+    return len(samples)
+
+
+def product_spans(samples: Sequence[Sample], options: NlftOptions) -> dict[int, int]:
+    """Return with how many states before it each state of a sample is to be multiplied, by the number of the sample.
+
+    As far as the walks of the job's own options go if there is room, `SPAN` at least; none of the samples that there is no room for.
+    """
+    lengths = [len(sample.answer) for sample in samples[: recorded(samples)]]
+    longest = max(lengths, default=0)
+    walk = min(options.cluster_max_span or longest, longest)
+    wanted = {"none": SPAN, "like": walk, "unlike": 2 * walk}[options.cluster]
+    span = max(SPAN, min(wanted, MAX_PRODUCTS_BYTES // (4 * max(1, sum(lengths))) - 1))
+    spans, room = {}, MAX_PRODUCTS_BYTES
+    for number, length in enumerate(lengths):
+        own = min(span, length - 1)
+        room -= 4 * length * (own + 1)
+        if room < 0:
+            break
+        spans[number] = own
+    return spans
+
+
+def inner_products(hidden_TD: torch.Tensor, span: int) -> torch.Tensor:
+    """Return the products of each state with itself and the `span` states before it, T x (span + 1), on the CPU; 0 before the first."""
+    length = len(hidden_TD)
+    products_TP = torch.zeros(length, span + 1)
+    for rows in range(0, length, BLOCK):
+        later_BD = hidden_TD[rows : rows + BLOCK].float()
+        for columns in range(rows, max(-1, rows - span - BLOCK), -BLOCK):
+            product_BB = (later_BD @ hidden_TD[columns : columns + BLOCK].float().T).cpu()
+            row_B1 = torch.arange(rows, rows + product_BB.shape[0])[:, None]
+            back_BB = row_B1 - torch.arange(columns, columns + product_BB.shape[1])
+            near_BB = (back_BB >= 0) & (back_BB <= span)
+            products_TP[row_B1.expand_as(back_BB)[near_BB], back_BB[near_BB]] = product_BB[near_BB]
+    return products_TP
+
+
+class KeptScores(msgspec.Struct, frozen=True):
+    """Scores of one sample in an epoch, as 32-bit numbers."""
+
+    epoch: int
+    sample: int
+    base: bytes
+    standard: bytes | None
+    judge: bytes | None
+
+
+class Rescorings:
+    """Scores that are taken again while training: on disk at once, and of so many epochs, evenly chosen, as the file has room for."""
+
+    def __init__(self, directory: Path, samples: Sequence[Sample], epochs: int) -> None:
+        self._samples = recorded(samples)
+        tokens = sum(len(sample.answer) for sample in samples[: self._samples])
+        room = MAX_TOKENS // max(1, tokens) - 1
+        self._epochs = {epochs - epochs * n // room for n in range(room)} if room < epochs else set(range(1, epochs + 1))
+        self._journal = Journal(directory / "rescored.jsonl", list[KeptScores])
+        self._kept: dict[int, dict[int, KeptScores]] = {}
+        for row in self._journal.rows:
+            self._take(row)
+
+    def add(self, scored: Sequence[tuple[int, int, Scores]]) -> None:
+        """Keep (epoch, number of the sample, scores) of one update. Raises DiskFull."""
+        row = [
+            KeptScores(epoch, sample, _packed(s.base_logp_T) or b"", _packed(s.standard_logp_T), _packed(s.judge_logp_T))
+            for epoch, sample, s in scored
+            if epoch in self._epochs and sample < self._samples
+        ]
+        if row:
+            self._journal.append(row)
+            self._take(row)
+
+    def _take(self, row: list[KeptScores]) -> None:
+        """An update that is made again gives the same scores again."""
+        for kept in row:
+            self._kept.setdefault(kept.sample, {})[kept.epoch] = kept
+
+    def of(self, sample: int) -> list[Rescored]:
+        """Return the scores of a sample, by epoch."""
+        kept = self._kept.get(sample, {})
+        return [Rescored(e, _numbers(k.base) or [], _numbers(k.standard), _numbers(k.judge)) for e, k in sorted(kept.items())]
+
+
+def _packed(logp_T: torch.Tensor | None) -> bytes | None:
+    return None if logp_T is None else logp_T.float().numpy().tobytes()
+
+
+def _numbers(numbers: torch.Tensor | bytes | None) -> list[float] | None:
+    """Return numbers of 32 bits with the nine digits that are all they have."""
+    if numbers is None:
+        return None
+    values = torch.frombuffer(bytearray(numbers), dtype=torch.float32) if isinstance(numbers, bytes) else numbers
+    return [float(f"{value:.9g}") for value in values.tolist()]
+
+
+def saliency_file(
+    tokenizer: Any, options: NlftOptions, samples: Sequence[Sample], scores: list[Scores], weights: list[Weights], rescorings: Rescorings
+) -> bytes:
+    """Return `saliency.json`. One record at a time is held as numbers, which take several times the memory of their text."""
+    count = recorded(samples)
+    rows = _records(tokenizer, samples[:count], scores, weights, rescorings)
+    encoded = [msgspec.Raw(msgspec.json.encode(row)) for row in rows]
+    return msgspec.json.encode({"version": 1, "options": options, "left_out": len(samples) - count, "records": encoded})
+
+
+def _records(
+    tokenizer: Any, samples: Sequence[Sample], scores: list[Scores], weights: list[Weights], rescorings: Rescorings
+) -> Iterator[SaliencyRecord]:
+    for number, sample in enumerate(samples):
+        s, w, target = scores[number], weights[number], sample.target
+        yield SaliencyRecord(
+            id=target.record.id or "", standard_answer=target.standard_answer, kind=target.kind,
+            question=target.record.question, answer=target.record.answer,
+            judgment=target.record.judgment if target.kind == "incorrect" else None,
+            tokens=token_texts(tokenizer, sample.answer),
+            base=_numbers(s.base_logp_T) or [], standard=_numbers(s.standard_logp_T), judge=_numbers(s.judge_logp_T),
+            likelihood=_numbers(w.likelihood_T) or [], unlikelihood=_numbers(w.unlikelihood_T) or [],
+            products=_packed(s.products_TP), rescored=rescorings.of(number),
+        )  # fmt: skip
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text that each token adds to the one before it.
+
+    A tokenizer may write a token otherwise at the beginning of a text, and a character may be spread over tokens: it belongs to its last.
+    """
+    texts: list[str] = []
+    start, told = 0, ""  # the text from `start` on
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(told) :])
+        told = text
+        if end - start >= 2 * TEXT_WINDOW:
+            start = end - TEXT_WINDOW
+            told = tokenizer.decode(ids[start:end])
+    return texts

@@ -1,0 +1,80 @@
+"""What the trainer keeps for the Saliency Map: products of hidden states, texts of tokens, scores of later epochs, all within bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from edge_agent.dataset import Record
+from edge_agent.job import NlftOptions
+from edge_agent.training import saliency_scores
+from edge_agent.training.contexts import Sample
+from edge_agent.training.methods.method import Scores, Target, Weights
+from edge_agent.training.saliency_scores import Rescorings, inner_products, product_spans, saliency_file, token_texts
+from quantization.load import load_tokenizer
+from quantization.model_files import find_model
+
+
+def _samples(*lengths: int) -> list[Sample]:
+    target = Target(Record("How many?", "Four."), "Four.", "correct", ("standard",))
+    return [Sample(target, tuple(range(length)), {}) for length in lengths]
+
+
+@pytest.mark.parametrize(("length", "span"), [(1, 0), (5, 4), (64, 32), (150, 32), (150, 149), (200, 70)])
+def test_inner_products_are_those_of_each_state_with_the_ones_before_it(length: int, span: int) -> None:
+    """Row t has the products of state t with t, t - 1 and so on, in 32 bits, and 0 where there is no such state."""
+    states_TD = torch.randn(length, 16, generator=torch.Generator().manual_seed(1))
+    products_TP = inner_products(states_TD.bfloat16(), span)
+    whole_TT = states_TD.bfloat16().float() @ states_TD.bfloat16().float().T
+    assert products_TP.shape == (length, span + 1)
+    for back in range(span + 1):
+        torch.testing.assert_close(products_TP[back:, back], whole_TT.diagonal(-back))
+        assert (products_TP[:back, back] == 0).all()
+
+
+def test_products_are_kept_as_far_as_walks_go_and_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 states back at least, further for the job's own walks, within the length of the answer, and none once the room is used up."""
+    samples = _samples(10, 100, 200)
+    assert product_spans(samples, NlftOptions()) == {0: 9, 1: 32, 2: 32}
+    assert product_spans(samples, NlftOptions(cluster="like", cluster_max_span=50)) == {0: 9, 1: 50, 2: 50}
+    assert product_spans(samples, NlftOptions(cluster="unlike", cluster_max_span=50)) == {0: 9, 1: 99, 2: 100}
+    assert product_spans(samples, NlftOptions.released()) == {0: 9, 1: 99, 2: 199}
+    monkeypatch.setattr(saliency_scores, "MAX_PRODUCTS_BYTES", 4 * (10 * 10 + 100 * 33))
+    assert product_spans(samples, NlftOptions.released()) == {0: 9, 1: 32}
+
+
+def test_texts_of_tokens_together_are_the_answer(tiny_model: Path) -> None:
+    """Blanks stay where they are, and a character that is spread over tokens belongs to its last."""
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    for text in ("Ana has <<7*5=35>>35 stamps.\n#### 35", " two  blanks ", "naïve 日本語 🙂👩‍👩‍👧 e\u0301", "\n\n\t"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        texts = token_texts(tokenizer, ids)
+        assert len(texts) == len(ids)
+        assert "".join(texts) == tokenizer.decode(ids)
+
+
+def test_file_has_a_bound_and_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path) -> None:
+    """The first answers come in as long as there is room, the others are counted; then as many epochs as there is room for, evenly."""
+    tokenizer = load_tokenizer(find_model(str(tiny_model)))
+    samples = _samples(4, 6, 50)
+    monkeypatch.setattr(saliency_scores, "MAX_TOKENS", 30)
+    rescorings = Rescorings(tmp_path, samples, epochs=6)
+    for epoch in range(1, 7):
+        rescorings.add([(epoch, i, Scores(torch.full((len(s.answer),), -float(epoch)))) for i, s in enumerate(samples)])
+    scores = [Scores(torch.tensor([-0.5] * len(s.answer)), products_TP=torch.ones(len(s.answer), 1)) for s in samples]
+    weights = [Weights(torch.ones(len(s.answer)), torch.zeros(len(s.answer))) for s in samples]
+    saliency = json.loads(saliency_file(tokenizer, NlftOptions(), samples, scores, weights, rescorings))
+    assert saliency["left_out"] == 1
+    assert [len(r["tokens"]) for r in saliency["records"]] == [4, 6]
+    assert [[s["epoch"] for s in r["rescored"]] for r in saliency["records"]] == [[3, 6], [3, 6]]
+    assert saliency["records"][1]["rescored"][1]["base"] == [-6.0] * 6
+    assert saliency["records"][0]["base"] == [-0.5] * 4
+    # What a crash cut off is scored again, and counts once.
+    with (tmp_path / "rescored.jsonl").open("a") as file:
+        file.write('[{"epoch":6,"sam')
+    again = Rescorings(tmp_path, samples, epochs=6)
+    again.add([(6, 0, Scores(torch.full((4,), -7.0)))])
+    assert [s.base[0] for s in Rescorings(tmp_path, samples, epochs=6).of(0)] == [-3.0, -7.0]
