@@ -1,7 +1,7 @@
 """A visit to the broker as this node: the way to the coordinator and back, its clock, and what the broker lets this node do as another.
 
 Each is found out by doing it. The other node is invented for the visit, and what is said as that node and to it is heard and forgotten:
-a `hello`, which a coordinator acknowledges and does not keep, and one that no node would take. Of what others say nothing is read.
+a `hello`, which a coordinator acknowledges and does not keep, and an acknowledgement of nothing. Of what others say nothing is read.
 
 A broker that gives every client of a user one id has the visit take the connection of a running agent, until that comes again half a second
 later at the soonest. So all requests go out together, and what the visit subscribes to beside its own topics is given up right away.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -25,6 +26,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.errors import MessageInvalid
 from edge_agent.messages import Ack, Envelope, Hello, decode, encode, new_id
 from edge_agent.mqtt import Connected, Disconnected, Link, Received
+from edge_agent.signing import seal
 from edge_agent.topics import COORDINATOR, down, split, up
 
 ANSWER_S = 10.0
@@ -152,14 +154,15 @@ def visit(config: AgentConfig) -> Visit:
 
 def _try_everything(config: AgentConfig, found: Visit, guest: _Guest, message: str, answer: str) -> None:
     stranger, states = f"doctor-{new_id()}", up(config.fleet, "+", "state")
-    as_stranger, to_stranger = up(config.fleet, stranger, "hello"), down(config.fleet, stranger, "ack", new_id())
+    nothing = Ack(config.fleet, stranger, new_id(), datetime.now(timezone.utc), 0)
+    as_stranger, to_stranger = up(config.fleet, stranger, "hello"), down(config.fleet, stranger, "ack", nothing.message)
     sent, sent_at = time.monotonic(), time.time()
     hello = guest.say(up(config.fleet, config.node, "hello"), encode(Hello(), "doctor", message_id=message))
     # The states of other nodes are retained. Nothing is said of the stranger after this visit, so its topics may stay subscribed.
     listening = guest.listen([states, up(config.fleet, stranger, "#"), down(config.fleet, stranger, "#")])
     said = {
         as_stranger: guest.say(as_stranger, encode(Hello(), "doctor")),
-        to_stranger: guest.say(to_stranger, encode(Hello(), "doctor")),
+        to_stranger: guest.say(to_stranger, encode(seal(nothing, None), "doctor")),
     }
     found.answered = guest.answered(hello, listening, *said.values())
     guest.unlisten([states])
