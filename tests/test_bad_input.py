@@ -103,11 +103,11 @@ def test_a_job_has_its_own_copy_of_its_files(data: Path, tmp_path: Path, tiny_mo
     assert directory.read_dataset(job)[0]
 
 
-def test_the_smallest_budget_that_is_named_works(data: Path, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
+def test_the_smallest_budget_that_is_named_works(data: Path, tmp_path: Path, cli: Cli, cold_cli: Cli, tiny_model: Path) -> None:
     """A refusal names the budget that is enough; with it the job runs and stays below it."""
     text = _refused(cli, _train(data, tmp_path / "job", tiny_model, "300MiB"), "oom_predicted", 6)
     enough = text.partition("at least ")[2].partition(",")[0]
-    ran = cli(*_train(data, tmp_path / "job", tiny_model, enough))
+    ran = cold_cli(*_train(data, tmp_path / "job", tiny_model, enough))
     assert ran.code == 0, ran.out + ran.err
     assert ran.json["peak_bytes"] <= ran.json["budget_bytes"]
 

@@ -67,19 +67,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path, tiny_model: Path, cli: Cli) -> Any:
+def whole(data: Path, tiny_model: Path, cold_cli: Cli) -> Any:
     """The report of a run with all the memory that it asks for."""
-    return _train(cli, data, tiny_model, data.parent / "whole", 1024 * MIB)
+    return _train(cold_cli, data, tiny_model, data.parent / "whole", 1024 * MIB)
 
 
-def _train(cli: Cli, data: Path, model: Path, out: Path, budget_bytes: int, state: Path | None = None) -> Any:
+def _train(run: Cli, data: Path, model: Path, out: Path, budget_bytes: int, state: Path | None = None) -> Any:
     options = [f"--set={name}={value}" for name, value in SETTINGS.items()]
-    ran = cli("train", "--model", model, "--data", data, "--out", out, "--budget", budget_bytes, "--json", *options, state=state)
+    ran = run("train", "--model", model, "--data", data, "--out", out, "--budget", budget_bytes, "--json", *options, state=state)
     assert ran.code == 0, ran.out + ran.err
     return ran.json
 
 
-def test_a_run_that_lacks_memory_goes_on_one_rung_lower(data: Path, whole: Any, tiny_model: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_run_that_lacks_memory_goes_on_one_rung_lower(data: Path, whole: Any, tiny_model: Path, cold_cli: Cli, tmp_path: Path) -> None:
     """Under a plan that is far too low the cap ends a stage; the run itself goes on with smaller settings, to the same adapter."""
     peaks = {row["stage"]: row["peak_bytes"] for row in whole["stages"]}
     budget_bytes = (peaks["train"] + peaks["load"]) // 2
@@ -87,7 +87,7 @@ def test_a_run_that_lacks_memory_goes_on_one_rung_lower(data: Path, whole: Any, 
     device = device_profile("cpu")
     wrong = {device.title: {"train": [device.overhead_bytes - (planned - budget_bytes) - MIB]}}
     write(tmp_path, {"edge-agent/calibration.json": json.dumps(wrong)})
-    result = _train(cli, data, tiny_model, tmp_path / "job", budget_bytes, tmp_path)
+    result = _train(cold_cli, data, tiny_model, tmp_path / "job", budget_bytes, tmp_path)
     assert result["state"] == "succeeded"
     assert result["misses"][0]["rung"] == "as asked"
     assert all(miss["planned_bytes"] <= budget_bytes and "memory" in miss["text"] for miss in result["misses"])

@@ -85,6 +85,7 @@ CODES_OF_PROCESSES = {
     "coordinator",
     "profile_unknown",
     "refused",
+    "saliency",
     "state",
     "state_damaged",
     "stopped",

@@ -35,7 +35,7 @@ def result(job: Path) -> Any:
 def test_training_raises_accuracy_by_20_points(result: Any) -> None:
     """On an unseen domain NLFT is at least 20 points above the base model, and the 95 % intervals are disjoint."""
     before, after = result["accuracy"]["before"], result["accuracy"]["after"]
-    assert before["n"] == after["n"] == 80
+    assert before["n"] == after["n"] == 300
     assert after["value"] - before["value"] >= 0.2
     assert after["low"] > before["high"]
     assert result["accuracy"]["paired"]["p_value"] < 0.001
