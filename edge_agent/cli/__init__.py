@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import enroll, fleet, keys, local
+from edge_agent.cli import enroll, fleet, keys, local, tokens
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -22,6 +22,8 @@ enroll_app = typer.Typer(no_args_is_help=True, help="Make the certificates by wh
 app.add_typer(enroll_app, name="enroll")
 keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys that sign orders.")
 app.add_typer(keys_app, name="keys")
+tokens_app = typer.Typer(no_args_is_help=True, help="Make, list and end the tokens by which a coordinator knows who asks.")
+app.add_typer(tokens_app, name="tokens")
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "On this machine": (local.train, local.plan, local.evaluate, local.compare, local.demo),
@@ -48,6 +50,9 @@ for command in (enroll.node, enroll.coordinator, enroll.broker):
     enroll_app.command(epilog=EXIT_CODES)(command)
 keys_app.command("new", epilog=EXIT_CODES)(keys.new)
 keys_app.command("show", epilog=EXIT_CODES)(keys.show)
+tokens_app.command("new", epilog=EXIT_CODES)(tokens.new)
+tokens_app.command("list", epilog=EXIT_CODES)(tokens.list_)
+tokens_app.command("revoke", epilog=EXIT_CODES)(tokens.revoke)
 
 
 @app.callback()

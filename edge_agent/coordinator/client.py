@@ -5,25 +5,45 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
 import msgspec
 
-from edge_agent.coordinator.store import HistoryRow, JobView, NodeView
+from edge_agent.config import Tls, is_loopback, read_key
+from edge_agent.coordinator.access import NewToken, Scope
+from edge_agent.coordinator.store import HistoryRow, JobView, NodeView, Token
 from edge_agent.dataset import check_sha256
-from edge_agent.errors import CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, exit_code_of
+from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, exit_code_of
 from edge_agent.job import Job
 from edge_agent.messages import ORDER_S, JobProgress, is_ulid
 from edge_agent.report import Result
+from edge_agent.tls import client_context
 
 T = TypeVar("T")
 
 SOCKET = "api.sock"
 """In the coordinator's state directory, which only its owner can enter."""
+VERSION = "/v1"
+"""Before the path of every request."""
+PROBLEM = "application/problem+json"
+TIMEOUT_S = 60.0
 AWAY_S = 60.0
 """How long a watcher waits for a coordinator that has gone."""
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request is answered with that failed (RFC 9457)."""
+
+    type: Literal["about:blank"] = "about:blank"
+    title: str
+    """Of the status."""
+    status: int
+    detail: str
+    """What, where and what to do."""
+    code: str
+    """Of the error (docs/errors.md)."""
 
 
 class Answered(EdgeAgentError):
@@ -40,9 +60,31 @@ class Answered(EdgeAgentError):
 class Client:
     """Requests to one coordinator. All methods raise CoordinatorUnreachable or Answered."""
 
-    def __init__(self, state_directory: Path) -> None:
-        self._socket = state_directory / SOCKET
-        self._http = httpx.Client(transport=httpx.HTTPTransport(uds=str(self._socket)), base_url="http://coordinator", timeout=60)
+    def __init__(self, http: httpx.Client, place: str) -> None:
+        self._http, self._place = http, place
+
+    @classmethod
+    def local(cls, state_directory: Path) -> Client:
+        """Return the client of the coordinator that works in a directory of this machine."""
+        path = str(state_directory / SOCKET)
+        return cls(httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url=f"http://coordinator{VERSION}", timeout=TIMEOUT_S), path)
+
+    @classmethod
+    def remote(cls, url: str, token_file: Path, ca_file: Path | None = None) -> Client:
+        """Return the client of a coordinator elsewhere. Raises ConfigInvalid for a token, certificate or address that cannot be used."""
+        try:
+            parts = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ConfigInvalid(Path("--coordinator"), f"{url!r} is no URL: {error}") from None
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.host)):
+            raise ConfigInvalid(Path("--coordinator"), f"{url!r} does not begin with https:, and the token is for nobody else to read")
+        token = read_key(token_file, "the token of --coordinator")
+        http = httpx.Client(
+            verify=client_context(Tls(ca_file), "--coordinator") if parts.scheme == "https" else True, timeout=TIMEOUT_S,
+            base_url=parts.join(f"{parts.path.rstrip('/')}{VERSION}"), headers={"Authorization": f"Bearer {token}"}, follow_redirects=False,
+            trust_env=parts.scheme == "https",  # on loopback the token goes through no proxy
+        )  # fmt: skip
+        return cls(http, url)
 
     def __enter__(self) -> Client:
         return self
@@ -60,16 +102,16 @@ class Client:
         return self._ask(list[JobView], "GET", f"/jobs?limit={limit}")
 
     def job(self, job: str) -> JobView:
-        return self._ask(JobView, "GET", _place(job))
+        return self._ask(JobView, "GET", _path(job))
 
     def history(self, job: str) -> list[HistoryRow]:
-        return self._ask(list[HistoryRow], "GET", f"{_place(job)}/history")
+        return self._ask(list[HistoryRow], "GET", f"{_path(job)}/history")
 
     def cancel(self, job: str) -> JobView:
-        return self._ask(JobView, "POST", f"{_place(job)}/cancel")
+        return self._ask(JobView, "POST", f"{_path(job)}/cancel")
 
     def forget(self, job: str) -> JobView:
-        return self._ask(JobView, "POST", f"{_place(job)}/forget")
+        return self._ask(JobView, "POST", f"{_path(job)}/forget")
 
     def submit(self, node: str, job: Job, files: dict[str, Path], priority: int, expires_s: float = ORDER_S) -> JobView:
         """Upload files by their sha256, then submit the job over them."""
@@ -78,6 +120,16 @@ class Client:
                 self._send("PUT", f"/files/{sha256}", content=stream)
         body = {"node": node, "job": job, "priority": priority, "expires_s": expires_s}
         return self._ask(JobView, "POST", "/jobs", content=msgspec.json.encode(body))
+
+    def tokens(self) -> list[Token]:
+        return self._ask(list[Token], "GET", "/tokens")
+
+    def new_token(self, name: str, scope: Scope, expires_s: float | None) -> NewToken:
+        body = {"name": name, "scope": scope, "expires_s": expires_s}
+        return self._ask(NewToken, "POST", "/tokens", content=msgspec.json.encode(body))
+
+    def revoke_token(self, name: str) -> Token:
+        return self._ask(Token, "DELETE", f"/tokens/{quote(name, safe='')}")
 
     def result(self, view: JobView) -> Result | None:
         """Return the report of an ended job, if it made one."""
@@ -115,7 +167,7 @@ class Client:
             check_sha256(part, sha256)
             part.replace(path)
         except httpx.TransportError as error:
-            raise CoordinatorUnreachable(self._socket, _why(error)) from None
+            raise CoordinatorUnreachable(self._place, _why(error)) from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -135,11 +187,11 @@ class Client:
             now = time.monotonic()
             away_since = away_since or now
             if now - away_since > AWAY_S:
-                raise CoordinatorUnreachable(self._socket, why)
+                raise CoordinatorUnreachable(self._place, why)
             time.sleep(0.5)
 
     def _events(self, job: str) -> Iterator[JobView | JobProgress]:
-        with self._http.stream("GET", f"{_place(job)}/events") as response:
+        with self._http.stream("GET", f"{_path(job)}/events") as response:
             self._check(response)
             kind = b""
             for line in _lines(response):
@@ -161,7 +213,7 @@ class Client:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
-            raise CoordinatorUnreachable(self._socket, _why(error)) from None
+            raise CoordinatorUnreachable(self._place, _why(error)) from None
         self._check(response)
         return response
 
@@ -171,13 +223,13 @@ class Client:
             return
         response.read()
         try:
-            error = msgspec.json.decode(response.content)["error"]
-        except (msgspec.DecodeError, KeyError, TypeError):
+            problem = msgspec.json.decode(response.content, type=Problem)
+        except msgspec.DecodeError:
             raise Answered("internal", f"the coordinator answered with status {response.status_code}") from None
-        raise Answered(error["code"], error["text"])
+        raise Answered(problem.code, problem.detail)
 
 
-def _place(job: str) -> str:
+def _path(job: str) -> str:
     """Return the path of a job. Raises Answered for what can be no job's id."""
     if not is_ulid(job):
         raise Answered("refused", f"{job[:80]!r} is no job; `edge-agent jobs` lists them")

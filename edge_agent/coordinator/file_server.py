@@ -7,19 +7,13 @@ the size that its result has told, checked by its sha256, and kept over restarts
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
-import socket
-import ssl
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import uvicorn
 from litestar import Litestar, Request, Response, get, head, put
 from litestar.datastructures import State
 from litestar.exceptions import ClientException, HTTPException, NotFoundException, PermissionDeniedException
@@ -28,20 +22,15 @@ from litestar.response import Stream
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge_agent.config import Https
+from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
 from edge_agent.coordinator.service import NODE_NAME, Service
-from edge_agent.enrolment import tell_expiry
-from edge_agent.errors import ConfigInvalid, EdgeAgentError
+from edge_agent.errors import EdgeAgentError
 from edge_agent.https import OFFSET
-from edge_agent.tls import server_context
 from edge_agent.topics import COORDINATOR
 from edge_agent.transfer import SHA256, Place
 
-log = logging.getLogger(__name__)
-
-DAY_S = 24 * 3600.0
 PUT_S = 120.0
 """A request may take as long, however steadily it drips."""
-MOST_CONNECTIONS = 256
 READ_BYTES = 256 * 1024
 
 Sha256 = Annotated[str, Parameter(pattern=f"^{SHA256.pattern}$")]
@@ -53,67 +42,10 @@ def files_served(service: Service, https: Https | None) -> Iterator[None]:
     if https is None:
         yield
         return
-    server, listening = _server(service, https), _listen(https)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="https")
-    thread.start()
-    log.info("https_listening host=%s port=%d", https.host, https.port)
-    try:
+    certificate = Certificate(https.certificate_file, https.key_file, https.ca_file, "https")
+    settings = settings_of(make_app(service, frozenset(https.denied)), http=_Protocol, limit_concurrency=MOST_CONNECTIONS)
+    with served(settings, certificate.context, https.host, https.port, "https"):
         yield
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
-
-
-def _listen(https: Https) -> socket.socket:
-    try:
-        return socket.create_server((https.host, https.port), family=socket.AF_INET6 if ":" in https.host else socket.AF_INET)
-    except OSError as error:
-        raise ConfigInvalid(Path("https"), f"it cannot listen on {https.host}, port {https.port}: {error.strerror}") from None
-
-
-def _server(service: Service, https: Https) -> uvicorn.Server:
-    settings = uvicorn.Config(
-        make_app(service, frozenset(https.denied)), http=_Protocol, log_config=None, access_log=False, lifespan="off",
-        timeout_graceful_shutdown=1, limit_concurrency=MOST_CONNECTIONS,
-    )  # fmt: skip
-    settings.load()
-    settings.ssl = _Certificate(https).context
-    return uvicorn.Server(settings)
-
-
-class _Certificate:
-    """That of the server. A new one is taken without a restart, and with a handshake it is told when it expires soon."""
-
-    def __init__(self, https: Https) -> None:
-        """Raises ConfigInvalid where a file is not what it should be."""
-        self._https, self.context = https, server_context(https)
-        self._looked_at, self._changed = time.monotonic(), self._stamp()
-        self.context.sni_callback = self._handshake
-        tell_expiry(https.certificate_file)
-
-    def _handshake(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        now = time.monotonic()
-        if now - self._looked_at >= DAY_S:
-            self._looked_at = now
-            tell_expiry(self._https.certificate_file)
-        with suppress(OSError):
-            if (stamp := self._stamp()) != self._changed:
-                self._changed = stamp
-                self._renew()
-        connection.context = self.context
-
-    def _renew(self) -> None:
-        try:
-            context = server_context(self._https)
-        except ConfigInvalid as error:  # such as a key that is not yet there
-            log.warning("certificate_not_taken why=%r", str(error))
-            return
-        self.context, context.sni_callback = context, self._handshake
-        tell_expiry(self._https.certificate_file)
-
-    def _stamp(self) -> tuple[int, ...]:
-        return tuple(f.stat().st_mtime_ns for f in (self._https.certificate_file, self._https.key_file, self._https.ca_file))
 
 
 class _Protocol(H11Protocol):

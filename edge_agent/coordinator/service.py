@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
+from edge_agent.coordinator.access import Access
 from edge_agent.coordinator.audience import Audience, Listener
 from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
-from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
-from edge_agent.errors import MessageInvalid, Refused, StateDamaged, human_bytes
+from edge_agent.coordinator.store import CoordinatorStore, HistoryRow, JobView, NodeView, Token
+from edge_agent.errors import MessageInvalid, Refused, StateDamaged, Unknown, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
 from edge_agent.messages import (
@@ -93,6 +94,7 @@ class Service:
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
         self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s)
+        self.access = Access(self._store)
         self.files = FileStore(config.state_directory / "files")
         jobs = self._store.jobs(ALL)
         self.files.sweep({sha256 for view in jobs if view.phase != "ended" for sha256 in view.files})
@@ -298,7 +300,7 @@ class Service:
     # requests; `call` runs them in the coordinator's thread
 
     def submit(self, node: str, job: Job, priority: int, expires_s: float) -> JobView:
-        """Keep a job and return it. Raises Refused where the node is unknown or a file is missing."""
+        """Keep a job and return it. Raises Refused where its node is unknown or does not take it, or a file is missing."""
         known = self._store.node(node)
         if known is None:
             names = ", ".join(n.id for n in self._store.nodes()) or "none"
@@ -342,20 +344,23 @@ class Service:
         return File(sha256, self.files.path(sha256).stat().st_size)
 
     def job(self, job: str) -> JobView:
-        """Return a job. Raises Refused for an unknown one."""
+        """Return a job. Raises Unknown."""
         view = self._store.job(job)
         if view is None:
-            raise Refused(f"there is no job {job!r}; `edge-agent jobs` lists them")
+            raise Unknown(f"there is no job {job!r}; `edge-agent jobs` lists them")
         return view
 
     def jobs(self, limit: int) -> list[JobView]:
         return self._store.jobs(limit)
 
-    def history(self, job: str) -> list[Any]:
+    def history(self, job: str) -> list[HistoryRow]:
         return self._store.history(self.job(job).id)
 
-    def nodes(self) -> list[Any]:
+    def nodes(self) -> list[NodeView]:
         return self._store.nodes()
+
+    def tokens(self) -> list[Token]:
+        return self._store.tokens()
 
     def cancel(self, job: str) -> JobView:
         """Ask for the end of a job. One that no node has heard of, or whose node is lost, ends at once."""
@@ -375,7 +380,7 @@ class Service:
         return self.job(job)
 
     def forget(self, job: str) -> JobView:
-        """Ask for the deletion of an ended job here and on its node. Raises Refused where it has not ended."""
+        """Ask for the deletion of an ended job here and on its node. Raises Refused where it has not ended, Unknown."""
         view = self.job(job)
         if view.phase != "ended":
             raise Refused(f"job {job} has not ended ({view.phase}); `edge-agent cancel {job}` ends it")
@@ -384,9 +389,9 @@ class Service:
         return self.job(job)
 
     def drain(self, node: str, drain: bool) -> NodeView:
-        """Have a node take no new jobs, or take them again, now or when it is back. Raises Refused for an unknown one."""
+        """Have a node take no new jobs, or take them again, now or when it is back. Raises Unknown."""
         if self._store.node(node) is None:
-            raise Refused(f"node {node!r} has never been seen; `edge-agent nodes` lists those that have")
+            raise Unknown(f"node {node!r} has never been seen; `edge-agent nodes` lists those that have")
         self._store.set_drain(node, drain)
         self._commands.drain(node)
         return self._store.node(node)  # type: ignore[return-value]

@@ -64,6 +64,15 @@ CREATE TABLE nodes (
     drain INTEGER                        -- whether it is to take no new jobs; null: nobody has said
 );
 """,
+    """
+CREATE TABLE tokens (
+    name TEXT PRIMARY KEY,
+    digest BLOB NOT NULL,                -- sha256 of its secret
+    scope TEXT NOT NULL,
+    created REAL NOT NULL,
+    expires REAL                         -- null: never
+);
+""",
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
@@ -74,6 +83,7 @@ JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND ifnull
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
 GET_JOB = f"{JOBS} WHERE jobs.id = ?"
 ALL_JOBS = f"{JOBS} ORDER BY created DESC, jobs.rowid DESC LIMIT ?"
+GET_ENVELOPE = "SELECT envelope FROM jobs WHERE id = ?"
 OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY created, jobs.rowid"
 SET_PHASE = "UPDATE jobs SET phase = ?, changed = ? WHERE id = ?"
 SET_STATUS = """UPDATE jobs SET phase = ?, outcome = ?, reason = ?, text = ?, attempt = ?, boot = ?, seq = ?, changed = ?, result = NULL
@@ -96,6 +106,9 @@ ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, con
 SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, info) VALUES (?, 'init', 0, 0, ?, ?)
 ON CONFLICT (id) DO UPDATE SET info = excluded.info"""
 SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ?, seen = ? WHERE id = ?"
+INSERT_TOKEN = "INSERT INTO tokens (name, digest, scope, created, expires) VALUES (?, ?, ?, ?, ?)"  # noqa: S105
+DELETE_TOKEN = "DELETE FROM tokens WHERE name = ?"  # noqa: S105
+ALL_TOKENS = "SELECT * FROM tokens ORDER BY name"
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
 
@@ -106,9 +119,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     node: str
     digest: str
-    envelope: Envelope
     order: Order
-    """In the envelope."""
     created: float
     changed: float
     phase: CoordinatorPhase
@@ -164,6 +175,15 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
         return self.state in ("ready", "draining")
 
 
+class Token(msgspec.Struct, frozen=True, kw_only=True):
+    """What is told of a token; nobody can tell its secret."""
+
+    name: str
+    scope: Literal["read", "submit", "admin"]
+    created: float
+    expires: float | None
+
+
 class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
 
@@ -191,6 +211,10 @@ class CoordinatorStore:
     def job(self, job: str) -> JobView | None:
         found = self._jobs(GET_JOB, job)
         return found[0] if found else None
+
+    def envelope(self, job: str) -> Envelope:
+        """That around the order of a job which is there."""
+        return msgspec.json.decode(self._db.execute(GET_ENVELOPE, (job,)).fetchone()["envelope"], type=Envelope)
 
     def jobs(self, limit: int) -> list[JobView]:
         """The newest jobs first."""
@@ -291,6 +315,22 @@ class CoordinatorStore:
     def set_heartbeat(self, node: str, heartbeat: Heartbeat) -> None:
         self._db.execute(SET_HEARTBEAT, (msgspec.json.encode(heartbeat), time.time(), node))
 
+    # tokens
+
+    def add_token(self, token: Token, digest: bytes) -> None:
+        self._db.execute(INSERT_TOKEN, (token.name, digest, token.scope, token.created, token.expires))
+
+    def delete_token(self, name: str) -> None:
+        self._db.execute(DELETE_TOKEN, (name,))
+
+    def tokens(self) -> list[Token]:
+        return [token for token, _ in self.token_digests().values()]
+
+    def token_digests(self) -> dict[str, tuple[Token, bytes]]:
+        """All tokens by their names, with the digests of their secrets."""
+        rows = self._db.execute(ALL_TOKENS)
+        return {row["name"]: (msgspec.convert({k: row[k] for k in Token.__struct_fields__}, Token), row["digest"]) for row in rows}
+
 
 def _place(message: Message[Any], view: JobView) -> tuple[int, int]:
     """Where a message stands among those about its job: a later start of the agent is newer, and so is a higher number.
@@ -307,7 +347,6 @@ def _job(row: sqlite3.Row) -> JobView:
         "cancel": bool(row["cancel"]),
         "forget": bool(row["forget"]),
         "lost": bool(row["lost"]),
-        "envelope": envelope,
         "order": read_order(envelope.payload),
         "result": result,
     }
