@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from edge_agent.answers import Comparison
-from edge_agent.coordinator.store import JobView, NodeView, Token
+from edge_agent.coordinator.store import DatasetView, JobView, NodeView, Token
 from edge_agent.doctor import Check
 from edge_agent.errors import human_bytes
 from edge_agent.messages import JobProgress
@@ -325,6 +325,15 @@ def jobs_table(jobs: list[JobView]) -> Table:
         if job.result is not None and job.result.accepted is False:
             state.append(" not accepted", style="red")
         table.add_row(job.id, job.node, run, state, f"{accuracy} %" if accuracy else "-", _age(job.created))
+    return table
+
+
+def datasets_table(datasets: list[DatasetView]) -> Table:
+    """Return a row for each dataset of a coordinator."""
+    table = Table(Column("dataset", no_wrap=True), "name", "records", "size", "age", box=None, padding=(0, 2))
+    for dataset in datasets:
+        row = (printable(dataset.name), f"{dataset.found.records:,}", human_bytes(dataset.size_bytes), _age(dataset.uploaded))
+        table.add_row(dataset.sha256, *row)
     return table
 
 

@@ -33,6 +33,7 @@ from edge_agent.config import (
     read_config,
 )
 from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, summary
+from edge_agent.coordinator.store import JobFilter
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, EdgeAgentError, JobEnded
 from edge_agent.job_building import build_job
 from edge_agent.messages import LONGEST_ORDER_S, ORDER_S
@@ -110,13 +111,16 @@ def nodes(config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption =
 
 def jobs(
     limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Show at most this many, the newest first.")] = 30,
+    node: Annotated[str | None, typer.Option("--node", help="Only those of this node.")] = None,
+    phase: Annotated[str | None, typer.Option("--phase", help="Only those in this phase, such as running; see docs/fleet.md.")] = None,
+    outcome: Annotated[str | None, typer.Option("--outcome", help="Only those with this outcome, such as failed.")] = None,
     config: CoordinatorConfigOption = COORDINATOR_CONFIG,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List jobs, the newest first."""
     with explained(as_json), client_of(config, url) as client:
-        found = client.jobs(limit)
+        found = client.jobs(limit, JobFilter(phase=phase, outcome=outcome, node=node))  # type: ignore[arg-type]  # the coordinator looks
         if as_json:
             print_json(found)
         else:
@@ -198,6 +202,18 @@ def cancel(
             print_json(view)
         else:
             typer.echo(f"{view.id}  {view.outcome or 'cancel requested'}")
+
+
+def retry(
+    job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False
+) -> None:
+    """Hand in an ended job again and print the id of the new one."""
+    with explained(as_json), client_of(config, url) as client:
+        view = client.retry(job)
+        if as_json:
+            print_json(view)
+        else:
+            typer.echo(view.id)
 
 
 def forget(

@@ -89,7 +89,7 @@ def local(_: str | None) -> Caller:
     return LOCAL
 
 
-def check(caller: Caller, needed: Scope) -> None:
+def allow(caller: Caller, needed: Scope) -> None:
     """Raise Forbidden where a caller may not do what takes a scope."""
     if SCOPES.index(caller.scope) < SCOPES.index(needed):
         raise Forbidden(caller.scope, needed)

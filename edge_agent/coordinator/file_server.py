@@ -18,11 +18,10 @@ from litestar import Litestar, Request, Response, get, head, put
 from litestar.datastructures import State
 from litestar.exceptions import ClientException, HTTPException, NotFoundException, PermissionDeniedException
 from litestar.params import Parameter
-from litestar.response import Stream
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge_agent.config import Https
 from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
+from edge_agent.coordinator.ranges import ranged
 from edge_agent.coordinator.service import NODE_NAME, Service
 from edge_agent.errors import EdgeAgentError
 from edge_agent.https import OFFSET
@@ -31,7 +30,6 @@ from edge_agent.transfer import SHA256, Place
 
 PUT_S = 120.0
 """A request may take as long, however steadily it drips."""
-READ_BYTES = 256 * 1024
 
 Sha256 = Annotated[str, Parameter(pattern=f"^{SHA256.pattern}$")]
 
@@ -43,17 +41,9 @@ def files_served(service: Service, https: Https | None) -> Iterator[None]:
         yield
         return
     certificate = Certificate(https.certificate_file, https.key_file, https.ca_file, "https")
-    settings = settings_of(make_app(service, frozenset(https.denied)), http=_Protocol, limit_concurrency=MOST_CONNECTIONS)
+    settings = settings_of(make_app(service, frozenset(https.denied)), limit_concurrency=MOST_CONNECTIONS)
     with served(settings, certificate.context, https.host, https.port, "https"):
         yield
-
-
-class _Protocol(H11Protocol):
-    """Tells the application which node is at the other end: uvicorn by itself tells nothing of a client's certificate."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "node": _named(transport.get_extra_info("peercert"))}
 
 
 def _named(certificate: dict[str, Any] | None) -> str | None:
@@ -72,7 +62,7 @@ def make_app(service: Service, denied: frozenset[str]) -> Litestar:
 
 def _node(state: State, request: Request[Any, Any, Any]) -> str:
     """Who asks. Raises PermissionDeniedException for whom there is nothing."""
-    node: str | None = request.scope["state"].get("node")
+    node = _named(request.scope["state"]["transport"].get_extra_info("peercert"))
     if node is None or node in state.denied:
         raise PermissionDeniedException
     return node
@@ -89,19 +79,9 @@ async def look(state: State, sha256: Sha256, request: Request[Any, Any, Any]) ->
 
 
 @get("/sha256/{sha256:str}")
-async def give(state: State, sha256: Sha256, request: Request[Any, Any, Any]) -> Stream:
+async def give(state: State, sha256: Sha256, request: Request[Any, Any, Any]) -> Response[Any]:
     """A file, or the one range of it that is asked for."""
-    file = await _file(state.service, _node(state, request), sha256)
-    size = file.stat().st_size
-    start, end = 0, size
-    if wanted := re.fullmatch(r"bytes=(\d{1,18})-(\d{1,18})?", request.headers.get("Range", "")):
-        start, end = int(wanted[1]), min(size, int(wanted[2] or size) + 1)
-        if start >= end:
-            raise HTTPException(status_code=416, headers={"Content-Range": f"bytes */{size}"})
-    headers = {"Content-Length": str(end - start), "Accept-Ranges": "bytes"}
-    if wanted:
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    return Stream(_read(file, start, end), status_code=206 if wanted else 200, headers=headers, media_type="application/octet-stream")
+    return ranged(await _file(state.service, _node(state, request), sha256), sha256, request.headers)
 
 
 @put("/sha256/{sha256:str}", status_code=204, request_max_body_size=None)
@@ -156,14 +136,6 @@ async def _file(service: Service, node: str, sha256: str) -> Path:
 
 def _from(offset: int) -> Response[None]:
     return Response(None, status_code=204, headers={OFFSET: str(offset)})
-
-
-def _read(path: Path, start: int, end: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end and (piece := file.read(min(READ_BYTES, end - start))):
-            start += len(piece)
-            yield piece
 
 
 def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Any]:

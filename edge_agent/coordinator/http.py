@@ -12,11 +12,12 @@ import os
 import signal
 import socket
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import uvicorn
@@ -25,21 +26,49 @@ from litestar.connection import ASGIConnection
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.handlers import BaseRouteHandler
-from litestar.params import FromPath, JSONBody, QueryParameter
-from litestar.response import File, ServerSentEvent
+from litestar.params import FromPath, FromQuery, HeaderParameter, JSONBody, PathParameter, QueryParameter
+from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 from msgspec import Meta
 
 from edge_agent.config import Api, Name
-from edge_agent.coordinator.access import Caller, Identify, NewToken, Scope, check, local
+from edge_agent.coordinator.access import Caller, Identify, NewToken, Scope, allow, local
+from edge_agent.coordinator.audience import Happening
 from edge_agent.coordinator.client import PROBLEM, SOCKET, VERSION, Problem
 from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
+from edge_agent.coordinator.ranges import ranged
 from edge_agent.coordinator.service import Service
-from edge_agent.coordinator.store import HistoryRow, JobView, NodeView, Token
-from edge_agent.errors import EdgeAgentError, Forbidden, Refused, StateUnusable, Unauthorized, Unknown, human_bytes
+from edge_agent.coordinator.store import (
+    CoordinatorOutcome,
+    CoordinatorPhase,
+    DatasetPage,
+    DatasetView,
+    HistoryRow,
+    JobFilter,
+    JobPage,
+    JobView,
+    NodePage,
+    NodeView,
+    Token,
+)
+from edge_agent.dataset import check_sha256
+from edge_agent.dataset_check import Check, check
+from edge_agent.errors import (
+    DatasetChecksum,
+    DatasetEmpty,
+    DatasetSchema,
+    DatasetTooLarge,
+    EdgeAgentError,
+    Forbidden,
+    StateUnusable,
+    Unauthorized,
+    Unknown,
+    human_bytes,
+)
 from edge_agent.job import Job, Strict
 from edge_agent.json_items import MAX_FILE_BYTES
-from edge_agent.messages import LONGEST_ORDER_S, ORDER_S, JobProgress
+from edge_agent.messages import LONGEST_ORDER_S, ORDER_S, ArtifactName, new_id
+from edge_agent.transfer import SHA256
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +77,28 @@ LONGEST_SOCKET_PATH = 107
 MAX_BODY_BYTES = 1024 * 1024
 """Of a request that brings no file."""
 PING_S = 5.0
-STATUSES: dict[type[EdgeAgentError], int] = {Unauthorized: 401, Forbidden: 403, Unknown: 404}
+MOST_UNHEARD = 1024
+"""Events that wait for one reader."""
+STATUSES: dict[type[EdgeAgentError], int] = {
+    Unauthorized: 401, Forbidden: 403, Unknown: 404, DatasetTooLarge: 413, DatasetEmpty: 422, DatasetSchema: 422, DatasetChecksum: 422,
+}  # fmt: skip
 """Of answers with an error; any other has 409."""
 HEADERS = {
     "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }  # fmt: skip
 """Of every answer: it is for nobody to keep, and for no browser to run."""
+
+
+MOST_ITEMS = 1000
+"""Of one page of a list."""
+
+Limit = Annotated[int, QueryParameter(ge=1, le=MOST_ITEMS, description="Items at most.")]
+After = Annotated[str | None, QueryParameter(max_length=64, description="The `next` of the page before.")]
+FileName = Annotated[str | None, QueryParameter(pattern=r"^[^/\x00-\x1f\x7f]{1,255}$", max_length=255)]
+Sha256InPath = Annotated[str, PathParameter(pattern=f"^{SHA256.pattern}$", max_length=64)]
+LastEventId = Annotated[str | None, HeaderParameter(name="Last-Event-ID", max_length=64, description="Of the last event that was heard.")]
+Presence = Literal["init", "ready", "draining", "offline", "lost"]
 
 
 class Submission(Strict, frozen=True):
@@ -100,15 +144,17 @@ def check_scope(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
     needed: Scope | None = handler.opt.get("scope")
     if needed is None:
         raise Forbidden(caller.scope, "do what no token may")
-    check(caller, needed)
+    allow(caller, needed)
     connection.scope["state"]["caller"] = caller
 
 
 @get("/nodes", scope="read", sync_to_thread=True)
-def nodes(state: State) -> list[NodeView]:
-    """All nodes that have ever been seen."""
+def nodes(
+    state: State, node_state: Annotated[Presence | None, QueryParameter(name="state")] = None, after: After = None, limit: Limit = 100
+) -> NodePage:
+    """Nodes that have ever been seen, by their names."""
     service: Service = state.service
-    return service.call(service.nodes)
+    return service.call(lambda: service.nodes(node_state, after, limit))
 
 
 @post("/nodes/{node_id:str}/drain", scope="admin", status_code=200, sync_to_thread=True)
@@ -126,10 +172,17 @@ def resume(state: State, node_id: FromPath[str]) -> NodeView:
 
 
 @get("/jobs", scope="read", sync_to_thread=True)
-def jobs(state: State, limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100) -> list[JobView]:
-    """The newest jobs first."""
+def jobs(
+    state: State,
+    phase: FromQuery[CoordinatorPhase | None] = None,
+    outcome: FromQuery[CoordinatorOutcome | None] = None,
+    node: FromQuery[str | None] = None,
+    after: Annotated[str | None, QueryParameter(pattern="^[0-9]{1,18}$")] = None,
+    limit: Limit = 100,
+) -> JobPage:
+    """Jobs, the newest first: all, or those of a phase, an outcome or a node."""
     service: Service = state.service
-    return service.call(lambda: service.jobs(limit))
+    return service.call(lambda: service.jobs(JobFilter(phase=phase, outcome=outcome, node=node), after, limit))
 
 
 @post("/jobs", scope="submit", sync_to_thread=True)
@@ -160,6 +213,13 @@ def cancel(state: State, job_id: FromPath[str]) -> JobView:
     return service.call(lambda: service.cancel(job_id))
 
 
+@post("/jobs/{job_id:str}/retry", scope="submit", sync_to_thread=True)
+def retry(state: State, job_id: FromPath[str]) -> JobView:
+    """Hand in an ended job again, as a new job for the same node; `retry_of` says from which it came."""
+    service: Service = state.service
+    return service.call(lambda: service.retry(job_id))
+
+
 @post("/jobs/{job_id:str}/forget", scope="admin", status_code=200, sync_to_thread=True)
 def forget(state: State, job_id: FromPath[str]) -> JobView:
     """Ask for the deletion of an ended job."""
@@ -168,26 +228,66 @@ def forget(state: State, job_id: FromPath[str]) -> JobView:
 
 
 @get("/jobs/{job_id:str}/events", scope="read")
-async def events(state: State, job_id: FromPath[str]) -> ServerSentEvent:
+async def job_events(
+    state: State, job_id: FromPath[str], request: Request[Any, Any, Any], last_event_id: LastEventId = None
+) -> ServerSentEvent:
     """The job and its progress, as server-sent events, until it has ended."""
     service: Service = state.service
     await asyncio.to_thread(service.call, lambda: service.job(job_id))
-    return ServerSentEvent(_events(service, job_id))
+    return ServerSentEvent(_events(service, job_id, Ear(request), last_event_id))
 
 
-@put("/files/{sha256:str}", scope="submit", request_max_body_size=None)
-async def upload(state: State, sha256: FromPath[str], request: Request[Any, Any, Any]) -> None:
-    """Keep a file under its sha256."""
-    await _receive_file(state.service, sha256, request)
+@get("/events", scope="read")
+async def events(state: State, request: Request[Any, Any, Any], last_event_id: LastEventId = None) -> ServerSentEvent:
+    """What happens in the fleet, as server-sent events: jobs, their progress, nodes. The first says whether some of it is lost."""
+    return ServerSentEvent(_events(state.service, None, Ear(request), last_event_id))
 
 
-@get("/files/{sha256:str}", scope="read", sync_to_thread=True)
-def download(state: State, sha256: FromPath[str]) -> File:
-    """A file of a job."""
+@get("/jobs/{job_id:str}/artifacts/{name:str}", scope="read", statuses=(206, 304, 400, 416))
+async def artifact(state: State, job_id: FromPath[str], name: FromPath[ArtifactName], request: Request[Any, Any, Any]) -> Response[bytes]:
+    """A file that a job has made, or a range of it; its ETag is its sha256."""
     service: Service = state.service
-    if not service.files.has(sha256):
-        raise Unknown(f"there is no file {sha256}")
-    return File(service.files.path(sha256), filename=sha256)
+    sha256 = await asyncio.to_thread(service.call, lambda: service.artifact(job_id, name))
+    return ranged(service.files.path(sha256), sha256, request.headers, name)
+
+
+@get("/datasets", scope="read", sync_to_thread=True)
+def datasets(state: State, after: After = None, limit: Limit = 100) -> DatasetPage:
+    """Datasets by their sha256."""
+    service: Service = state.service
+    return service.call(lambda: service.datasets(after, limit))
+
+
+@put("/datasets/{sha256:str}", scope="submit", request_max_body_size=None, statuses=(422,))
+async def upload(state: State, sha256: Sha256InPath, request: Request[Any, Any, Any], name: FileName = None) -> DatasetView:
+    """Keep a dataset, sent as it is, under its sha256, and say what is in it. One with a wrong line is not kept."""
+    service: Service = state.service
+    part = service.files.incoming / f"{sha256}.upload-{new_id()}"
+    try:
+        await _receive_file(part, request)
+        found = await asyncio.to_thread(_look_into, service, part, sha256)
+        view = DatasetView(
+            sha256=sha256, name=name or sha256[:12], size_bytes=part.stat().st_size, uploaded=time.time(),
+            found=msgspec.structs.replace(found, file=name or sha256[:12]),
+        )  # fmt: skip
+        await asyncio.to_thread(service.files.take, part, sha256)
+        return await asyncio.to_thread(service.call, lambda: service.keep_dataset(view))
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@get("/datasets/{sha256:str}", scope="read", sync_to_thread=True)
+def dataset(state: State, sha256: FromPath[str]) -> DatasetView:
+    """What is in a dataset."""
+    service: Service = state.service
+    return service.call(lambda: service.dataset(sha256))
+
+
+@delete("/datasets/{sha256:str}", scope="submit", status_code=200, sync_to_thread=True)
+def remove_dataset(state: State, sha256: FromPath[str]) -> DatasetView:
+    """Delete a dataset that no job has."""
+    service: Service = state.service
+    return service.call(lambda: service.remove_dataset(sha256))
 
 
 @get("/tokens", scope="admin", sync_to_thread=True)
@@ -212,20 +312,33 @@ def revoke_token(state: State, name: FromPath[str]) -> Token:
 
 
 ROUTES = [
-    nodes, drain, resume, jobs, submit, job, history, cancel, forget, events, upload, download, tokens, new_token, revoke_token,
+    nodes, drain, resume, jobs, submit, job, history, cancel, retry, forget, job_events, events, artifact,
+    datasets, upload, dataset, remove_dataset, tokens, new_token, revoke_token,
 ]  # fmt: skip
 """All that can be asked. Each says what scope that takes."""
 
 
-def _problem(status: int, code: str, text: str, **headers: str) -> Response[Problem]:
+class DatasetWrong(EdgeAgentError):
+    """An uploaded dataset has wrong lines; the answer holds its check."""
+
+    code = "dataset_schema"
+    exit_code = 3
+
+    def __init__(self, found: Check, why: str) -> None:
+        super().__init__(why)
+        self.found = found
+
+
+def _problem(status: int, code: str, text: str, headers: Mapping[str, str] | None = None, found: Check | None = None) -> Response[Problem]:
     """Return the answer to a request that failed (RFC 9457)."""
-    problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=text, code=code)
-    return Response(problem, status_code=status, media_type=PROBLEM, headers=HEADERS | headers)
+    problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=text, code=code, found=found)
+    return Response(problem, status_code=status, media_type=PROBLEM, headers=HEADERS | dict(headers or {}))
 
 
 def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Problem]:
-    status = STATUSES.get(type(error), 409)
-    return _problem(status, error.code, str(error), **({"WWW-Authenticate": "Bearer"} if status == 401 else {}))
+    status = 422 if isinstance(error, DatasetWrong) else STATUSES.get(type(error), 409)
+    found = error.found if isinstance(error, DatasetWrong) else None
+    return _problem(status, error.code, str(error), {"WWW-Authenticate": "Bearer"} if status == 401 else None, found)
 
 
 def _explain_disk(_: Request[Any, Any, Any], error: OSError | sqlite3.Error) -> Response[Problem]:
@@ -246,7 +359,7 @@ def _explain_http(_: Request[Any, Any, Any], error: HTTPException) -> Response[P
     if isinstance(error, ValidationException):
         texts = [": ".join(str(e[k]) for k in ("key", "message") if e.get(k)) for e in error.extra or [] if isinstance(e, dict)] or texts
     code = "job_schema" if error.status_code == 400 else "refused"
-    return _problem(error.status_code, code, "; ".join(texts), **(error.headers or {}))
+    return _problem(error.status_code, code, "; ".join(texts), error.headers)
 
 
 def _explain_defect(_: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
@@ -254,49 +367,64 @@ def _explain_defect(_: Request[Any, Any, Any], error: Exception) -> Response[Pro
     return _problem(500, EdgeAgentError.code, "a defect of the coordinator; its log has the traceback")
 
 
-async def _receive_file(service: Service, sha256: str, request: Request[Any, Any, Any]) -> None:
-    """Keep an uploaded file under its sha256. Raises Refused where it is too long or another one."""
-    part = service.files.incoming / f"upload-{os.getpid()}-{id(request)}"
-    service.files.path(sha256)
+async def _receive_file(part: Path, request: Request[Any, Any, Any]) -> None:
+    """Write a body. Raises DatasetTooLarge."""
+    size = 0
+    with part.open("wb") as file:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MAX_FILE_BYTES:
+                raise DatasetTooLarge("the file", f"{size:,} bytes", human_bytes(MAX_FILE_BYTES))
+            await asyncio.to_thread(file.write, chunk)
+
+
+def _look_into(service: Service, part: Path, sha256: str) -> Check:
+    """Return what is in an uploaded dataset. Raises a DatasetError where it is another one, or one that is wrong."""
+    check_sha256(part, sha256)
+    with service.looking:  # one after the other: a check holds the whole file
+        found, _ = check(part)
+    if found.error is not None:
+        raise DatasetWrong(found, found.error.text)
+    return found
+
+
+class Ear:
+    """Hears for one connection, from the coordinator's thread, and keeps little of what has not gone out: who is slower is cut off."""
+
+    def __init__(self, request: Request[Any, Any, Any]) -> None:
+        self._loop, self.heard = asyncio.get_running_loop(), asyncio.Queue[Happening](MOST_UNHEARD)
+        self._transport: asyncio.Transport = request.scope["state"]["transport"]
+
+    def __call__(self, happening: Happening) -> None:
+        with suppress(RuntimeError):  # the server has ended
+            self._loop.call_soon_threadsafe(self._put, happening)
+
+    def _put(self, happening: Happening) -> None:
+        if self.heard.full():
+            self._transport.abort()
+        else:
+            self.heard.put_nowait(happening)
+
+
+async def _events(service: Service, job: str | None, ear: Ear, heard: str | None) -> AsyncIterator[ServerSentEventMessage]:
+    """Yield what an ear hears, up to the end of its job, and a comment where it hears nothing."""
     try:
-        size = 0
-        with part.open("wb") as file:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > MAX_FILE_BYTES:
-                    raise Refused(f"the file is over the limit of {human_bytes(MAX_FILE_BYTES)}")
-                file.write(chunk)
-        if not await asyncio.to_thread(service.files.take, part, sha256):
-            raise Refused(f"the uploaded file does not have the sha256 {sha256}; upload it again")
-    finally:
-        part.unlink(missing_ok=True)
-
-
-async def _events(service: Service, job: str) -> AsyncIterator[ServerSentEventMessage]:
-    """Yield `job` with the job's view at the start and after each change, `progress` as it comes; ends with the job."""
-    loop, heard = asyncio.get_running_loop(), asyncio.Queue[JobProgress | None]()
-
-    def listener(progress: JobProgress | None) -> None:
-        loop.call_soon_threadsafe(heard.put_nowait, progress)
-
-    await asyncio.to_thread(service.call, lambda: service.listen(job, listener))
-    heard.put_nowait(None)
-    try:
+        if job is not None:
+            await asyncio.to_thread(service.call, lambda: service.listen(job, ear, heard))
+        else:
+            start, lost = await asyncio.to_thread(service.call, lambda: service.listen_to_all(ear, heard))
+            yield ServerSentEventMessage(event="start", id=start, data=msgspec.json.encode({"lost": lost}).decode())
         while True:
             try:
-                progress = await asyncio.wait_for(heard.get(), PING_S)
+                happening = await asyncio.wait_for(ear.heard.get(), PING_S)
             except asyncio.TimeoutError:
-                yield ServerSentEventMessage(comment="still here")
+                yield ServerSentEventMessage(data=None, comment="still here")
                 continue
-            if progress is not None:
-                yield ServerSentEventMessage(event="progress", data=msgspec.json.encode(progress).decode())
-                continue
-            view = await asyncio.to_thread(service.call, lambda: service.job(job))
-            yield ServerSentEventMessage(event="job", data=msgspec.json.encode(view).decode())
-            if view.phase == "ended":
+            yield ServerSentEventMessage(event=happening.kind, id=happening.id, data=happening.data.decode())
+            if job is not None and happening.ended:
                 return
     finally:
-        service.call_later(lambda: service.stop_listening(job, listener))
+        service.call_later(lambda: service.stop_listening(job, ear))
 
 
 def serve(service: Service, directory: Path) -> None:

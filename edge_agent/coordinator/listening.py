@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import ssl
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge_agent.enrolment import tell_expiry
 from edge_agent.errors import ConfigInvalid
@@ -45,10 +47,18 @@ def served(settings: uvicorn.Config, context: ssl.SSLContext | None, host: str, 
         listening.close()
 
 
+class Protocol(H11Protocol):
+    """Hands the application the connection: uvicorn by itself tells nothing of it."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "transport": transport}
+
+
 def settings_of(app: Any, **more: Any) -> uvicorn.Config:
     """Return what all servers of the coordinator have in common."""
     return uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1, server_header=False, **more
+        app, http=Protocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1, server_header=False, **more
     )  # fmt: skip
 
 

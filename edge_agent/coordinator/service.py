@@ -24,7 +24,19 @@ from edge_agent.coordinator.access import Access
 from edge_agent.coordinator.audience import Audience, Listener
 from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
-from edge_agent.coordinator.store import CoordinatorStore, HistoryRow, JobView, NodeView, Token
+from edge_agent.coordinator.store import (
+    MANY,
+    CoordinatorStore,
+    DatasetPage,
+    DatasetView,
+    HistoryRow,
+    JobFilter,
+    JobPage,
+    JobView,
+    NodePage,
+    NodeView,
+    Token,
+)
 from edge_agent.errors import MessageInvalid, Refused, StateDamaged, Unknown, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
@@ -61,9 +73,8 @@ from edge_agent.transfer import FileStore, Place
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-ALL = 2**31
 UPLOAD_S = 24 * 3600.0
-"""A file that was uploaded, and for which no job was handed in, is deleted at the first start that long after."""
+"""A file that is no dataset and of no job, as an end in between may leave one, is deleted at the first start that long after."""
 NODE_NAME = re.compile(NAME_PATTERN)
 
 T = TypeVar("T")
@@ -95,10 +106,13 @@ class Service:
         self._lock = lock_state(config.state_directory)
         self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s)
         self.access = Access(self._store)
+        self.looking = threading.Lock()
+        """Held by who looks into a dataset."""
         self.files = FileStore(config.state_directory / "files")
-        jobs = self._store.jobs(ALL)
+        jobs = self._store.jobs(MANY)
         self.files.sweep({sha256 for view in jobs if view.phase != "ended" for sha256 in view.files})
-        self.files.remove_old({sha256 for view in jobs for sha256 in view.files}, UPLOAD_S)
+        kept = {view.sha256 for view in self._store.dataset_page(None, MANY).items}
+        self.files.remove_old(kept.union(*(view.files for view in jobs)), UPLOAD_S)
         self._source = f"edge1/{config.fleet}/coordinator/{config.instance}"
         self._link = Link(
             config.broker,
@@ -107,7 +121,7 @@ class Service:
             self._events,
             self._birth,
         )
-        self._audience = Audience(self._ask_progress)
+        self._audience = Audience(self._ask_progress, self._store.epoch)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._commands = Commands(self._store, self._exchange, self._send, self._seal, self._changed)
         self._failed: StateDamaged | None = None
@@ -200,8 +214,10 @@ class Service:
                 self._node_state(node, decode(payload, NodeState).data, retained)
             case ["info"]:
                 self._store.set_info(node, decode(payload, NodeInfo).data)
+                self._heard_of(node)
             case ["heartbeat"]:
                 self._store.set_heartbeat(node, decode(payload, Heartbeat).data)
+                self._heard_of(node)
             case ["job", job, kind] if is_ulid(job):
                 self._receive_of_job(node, job, kind, payload)
             case ["file", sha256, "request"]:
@@ -230,6 +246,7 @@ class Service:
             log.info("stale_state_ignored node=%s boot=%d conn=%d", node, state.boot, state.conn)
             return
         log.info("node_state node=%s state=%s boot=%d conn=%d", node, state.state, state.boot, state.conn)
+        self._heard_of(node)
         self._commands.node_spoke(node)
 
     def _own(self, node: str, job: str) -> JobView | None:
@@ -292,14 +309,14 @@ class Service:
             return
         self._store.delete_job(job)
         self._commands.at_once(job)
-        for sha256 in view.files - {s for other in self._store.jobs(ALL) for s in other.files}:
+        for sha256 in view.files - {s for other in self._store.jobs(MANY) for s in other.files}:
+            self._store.delete_dataset(sha256)
             self.files.remove(sha256)
         log.info("job_forgotten job=%s", job)
-        self._changed(job)
 
     # requests; `call` runs them in the coordinator's thread
 
-    def submit(self, node: str, job: Job, priority: int, expires_s: float) -> JobView:
+    def submit(self, node: str, job: Job, priority: int, expires_s: float, retry_of: str | None = None) -> JobView:
         """Keep a job and return it. Raises Refused where its node is unknown or does not take it, or a file is missing."""
         known = self._store.node(node)
         if known is None:
@@ -322,9 +339,18 @@ class Service:
             raise Refused(
                 f"the job document has {size:,} bytes, at most {self._link.payload_limit // 4:,} can be sent; shorten its prompts"
             )
-        self._store.add_job(order, envelope)
+        self._store.add_job(order, envelope, retry_of)
         log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
+        self._changed(order.id)
         return self.job(order.id)
+
+    def retry(self, job: str) -> JobView:
+        """Hand in the document of an ended job again, as a new job for the same node. Raises Refused, Unknown."""
+        view = self.job(job)
+        if view.phase != "ended":
+            raise Refused(f"job {job} has not ended ({view.phase}); what has not ended is not run again")
+        order = view.order
+        return self.submit(view.node, order.job, order.priority, (order.expires - order.issued).total_seconds(), view.id)
 
     def may_have(self, node: str, sha256: str) -> bool:
         """Whether a file is here, and one that a node may fetch."""
@@ -350,14 +376,46 @@ class Service:
             raise Unknown(f"there is no job {job!r}; `edge-agent jobs` lists them")
         return view
 
-    def jobs(self, limit: int) -> list[JobView]:
-        return self._store.jobs(limit)
+    def jobs(self, which: JobFilter, after: str | None, limit: int) -> JobPage:
+        return self._store.job_page(which, after, limit)
+
+    def artifact(self, job: str, name: str) -> str:
+        """Return the sha256 of a file that a job has made. Raises Unknown where it is not here."""
+        found = next((a.sha256 for a in self.job(job).artifacts if a.name == name), None)
+        if found is None or not self.files.has(found):
+            raise Unknown(f"job {job} has no {name} here")
+        return found
 
     def history(self, job: str) -> list[HistoryRow]:
         return self._store.history(self.job(job).id)
 
-    def nodes(self) -> list[NodeView]:
-        return self._store.nodes()
+    def nodes(self, state: str | None, after: str | None, limit: int) -> NodePage:
+        return self._store.node_page(state, after, limit)
+
+    def datasets(self, after: str | None, limit: int) -> DatasetPage:
+        return self._store.dataset_page(after, limit)
+
+    def dataset(self, sha256: str) -> DatasetView:
+        """Return a dataset. Raises Unknown."""
+        view = self._store.dataset(sha256)
+        if view is None:
+            raise Unknown(f"there is no dataset {sha256[:80]!r}; `edge-agent datasets list` shows them")
+        return view
+
+    def keep_dataset(self, view: DatasetView) -> DatasetView:
+        """Keep what is known of a dataset whose file is here."""
+        self._store.keep_dataset(view)
+        return view
+
+    def remove_dataset(self, sha256: str) -> DatasetView:
+        """Delete a dataset. Raises Refused where a job has it, Unknown."""
+        view = self.dataset(sha256)
+        if users := [job.id for job in self._store.jobs(MANY) if sha256 in job.files]:
+            more = f" and {len(users) - 1:,} more" if len(users) > 1 else ""
+            raise Refused(f"dataset {sha256} is that of job {users[0]}{more}; `edge-agent forget` deletes it with its last job")
+        self._store.delete_dataset(sha256)
+        self.files.remove(sha256)
+        return view
 
     def tokens(self) -> list[Token]:
         return self._store.tokens()
@@ -396,11 +454,15 @@ class Service:
         self._commands.drain(node)
         return self._store.node(node)  # type: ignore[return-value]
 
-    def listen(self, job: str, listener: Listener) -> None:
-        """Hear the progress of a job; its node tells it more often while somebody does."""
-        self._audience.join(self.job(job).id, listener)
+    def listen(self, job: str, listener: Listener, heard: str | None) -> None:
+        """Hear of a job from where it stands, or from the id `heard` on; its node tells progress more often while somebody does."""
+        self._audience.join(self.job(job), listener, heard)
 
-    def stop_listening(self, job: str, listener: Listener) -> None:
+    def listen_to_all(self, listener: Listener, heard: str | None) -> tuple[str, bool]:
+        """Hear of all jobs and nodes; see Audience.join_all."""
+        return self._audience.join_all(listener, heard)
+
+    def stop_listening(self, job: str | None, listener: Listener) -> None:
         self._audience.leave(job, listener)
 
     def _ask_progress(self, job: str, watch: Watch) -> None:
@@ -410,4 +472,10 @@ class Service:
 
     def _changed(self, job: str) -> None:
         view = self._store.job(job)
-        self._audience.changed(job, view is not None and view.phase == "ended")
+        if view is not None:
+            self._audience.changed(view)
+
+    def _heard_of(self, node: str) -> None:
+        view = self._store.node(node)
+        if view is not None:
+            self._audience.node(view)

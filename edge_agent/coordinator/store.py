@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from edge_agent.database import open_database, transaction
+from edge_agent.dataset_check import Check
 from edge_agent.messages import (
     Artifact,
     Envelope,
@@ -26,6 +27,8 @@ from edge_agent.messages import (
     read_order,
 )
 
+MANY = 2**31
+"""As a limit: all."""
 VERSIONS = (
     """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -72,17 +75,26 @@ CREATE TABLE tokens (
     created REAL NOT NULL,
     expires REAL                         -- null: never
 );
+CREATE TABLE datasets (
+    sha256 TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    uploaded REAL NOT NULL,
+    found BLOB NOT NULL                  -- JSON of its check
+);
+ALTER TABLE jobs ADD COLUMN retry_of TEXT; -- the job that it is run again for
 """,
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
 COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
 RETURNING value"""
-INSERT_JOB = "INSERT INTO jobs (id, node, digest, envelope, created, changed, phase) VALUES (?, ?, ?, ?, ?, ?, 'created')"
-JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND ifnull(seen, 0) < ? AS lost
+INSERT_JOB = "INSERT INTO jobs (id, node, digest, envelope, created, changed, phase, retry_of) VALUES (?, ?, ?, ?, ?, ?, 'created', ?)"
+JOBS = """SELECT jobs.*, jobs.rowid AS number, phase NOT IN ('created', 'offered', 'ended') AND ifnull(seen, 0) < ?1 AS lost
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
-GET_JOB = f"{JOBS} WHERE jobs.id = ?"
-ALL_JOBS = f"{JOBS} ORDER BY created DESC, jobs.rowid DESC LIMIT ?"
+GET_JOB = f"{JOBS} WHERE jobs.id = ?2"
+LIST_JOBS = f"""{JOBS} WHERE (?2 IS NULL OR jobs.rowid < ?2) AND (?3 IS NULL OR phase = ?3) AND (?4 IS NULL OR outcome = ?4)
+AND (?5 IS NULL OR node = ?5) ORDER BY jobs.rowid DESC LIMIT ?6"""
 GET_ENVELOPE = "SELECT envelope FROM jobs WHERE id = ?"
 OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY created, jobs.rowid"
 SET_PHASE = "UPDATE jobs SET phase = ?, changed = ? WHERE id = ?"
@@ -100,7 +112,7 @@ KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
 INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ? ORDER BY time, message"
 GET_NODE = "SELECT * FROM nodes WHERE id = ?"
-ALL_NODES = "SELECT * FROM nodes ORDER BY id"
+LIST_NODES = "SELECT * FROM nodes WHERE (?1 IS NULL OR id > ?1) AND (?2 IS NULL OR state = ?2) ORDER BY id LIMIT ?3"
 SET_STATE = """INSERT INTO nodes (id, state, boot, conn, seen) VALUES (?, ?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, seen = iif(?, excluded.seen, seen)"""
 SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, info) VALUES (?, 'init', 0, 0, ?, ?)
@@ -108,9 +120,15 @@ ON CONFLICT (id) DO UPDATE SET info = excluded.info"""
 SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ?, seen = ? WHERE id = ?"
 INSERT_TOKEN = "INSERT INTO tokens (name, digest, scope, created, expires) VALUES (?, ?, ?, ?, ?)"  # noqa: S105
 DELETE_TOKEN = "DELETE FROM tokens WHERE name = ?"  # noqa: S105
+KEEP_DATASET = """INSERT INTO datasets VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (sha256) DO UPDATE SET name = excluded.name, uploaded = excluded.uploaded, found = excluded.found"""
+GET_DATASET = "SELECT * FROM datasets WHERE sha256 = ?"
+LIST_DATASETS = "SELECT * FROM datasets WHERE ?1 IS NULL OR sha256 > ?1 ORDER BY sha256 LIMIT ?2"
+DELETE_DATASET = "DELETE FROM datasets WHERE sha256 = ?"
 ALL_TOKENS = "SELECT * FROM tokens ORDER BY name"
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
+CoordinatorOutcome = Outcome | Literal["expired"]
 
 
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +141,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     created: float
     changed: float
     phase: CoordinatorPhase
-    outcome: Outcome | Literal["expired"] | None
+    outcome: CoordinatorOutcome | None
     reason: Reason | None
     text: str | None
     attempt: int
@@ -134,6 +152,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     lost: bool
     """Whether it is at a node that has been silent for longer than the lease: it may be lost, and may come back."""
     result: JobResult | None
+    retry_of: str | None = None
+    """The job that it is run again for."""
 
     @property
     def files(self) -> set[str]:
@@ -143,6 +163,22 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         return self.result.artifacts if self.result else ()
+
+
+class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which jobs a list has; null: whatever they have."""
+
+    phase: CoordinatorPhase | None = None
+    outcome: CoordinatorOutcome | None = None
+    node: str | None = None
+
+
+class JobPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Jobs, the newest first."""
+
+    items: list[JobView]
+    next: str | None
+    """What `after` is to be for the page that follows; null: there is none."""
 
 
 class HistoryRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +211,33 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
         return self.state in ("ready", "draining")
 
 
+class NodePage(msgspec.Struct, frozen=True, kw_only=True):
+    """Nodes by their names."""
+
+    items: list[NodeView]
+    next: str | None
+    """As of jobs."""
+
+
+class DatasetView(msgspec.Struct, frozen=True, kw_only=True):
+    """A dataset that was uploaded."""
+
+    sha256: str
+    name: str
+    size_bytes: int
+    uploaded: float
+    found: Check
+    """What is in it."""
+
+
+class DatasetPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Datasets by their sha256."""
+
+    items: list[DatasetView]
+    next: str | None
+    """As of jobs."""
+
+
 class Token(msgspec.Struct, frozen=True, kw_only=True):
     """What is told of a token; nobody can tell its secret."""
 
@@ -203,10 +266,10 @@ class CoordinatorStore:
         if view is not None and view.result is not None and view.phase != "ended":
             self.end(job, view.result.outcome, view.result.reason, text)
 
-    def add_job(self, order: Order, envelope: Envelope) -> None:
+    def add_job(self, order: Order, envelope: Envelope, retry_of: str | None = None) -> None:
         """Keep an order and the envelope that it is in."""
         now = time.time()
-        self._db.execute(INSERT_JOB, (order.id, order.node, order.job.digest, msgspec.json.encode(envelope), now, now))
+        self._db.execute(INSERT_JOB, (order.id, order.node, order.job.digest, msgspec.json.encode(envelope), now, now, retry_of))
 
     def job(self, job: str) -> JobView | None:
         found = self._jobs(GET_JOB, job)
@@ -218,13 +281,24 @@ class CoordinatorStore:
 
     def jobs(self, limit: int) -> list[JobView]:
         """The newest jobs first."""
-        return self._jobs(ALL_JOBS, limit)
+        return self.job_page(JobFilter(), None, limit).items
+
+    def job_page(self, which: JobFilter, after: str | None, limit: int) -> JobPage:
+        """The newest jobs first, from where a page before has ended."""
+        before = None if after is None else int(after)
+        rows = self._db.execute(LIST_JOBS, (self._silent, before, which.phase, which.outcome, which.node, limit + 1)).fetchall()
+        return JobPage(items=[_job(row) for row in rows[:limit]], next=str(rows[limit - 1]["number"]) if len(rows) > limit else None)
 
     def open_jobs(self) -> list[JobView]:
         return self._jobs(OPEN_JOBS)
 
     def _jobs(self, query: str, *arguments: object) -> list[JobView]:
-        return [_job(row) for row in self._db.execute(query, (time.time() - self._lease_s, *arguments))]
+        return [_job(row) for row in self._db.execute(query, (self._silent, *arguments))]
+
+    @property
+    def _silent(self) -> float:
+        """A node that has not spoken since then is lost."""
+        return time.time() - self._lease_s
 
     def history(self, job: str) -> list[HistoryRow]:
         return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in self._db.execute(GET_HISTORY, (job,))]
@@ -292,7 +366,11 @@ class CoordinatorStore:
         return _node(row) if row else None
 
     def nodes(self) -> list[NodeView]:
-        return [_node(row) for row in self._db.execute(ALL_NODES)]
+        return self.node_page(None, None, MANY).items
+
+    def node_page(self, state: str | None, after: str | None, limit: int) -> NodePage:
+        nodes = [_node(row) for row in self._db.execute(LIST_NODES, (after, state, limit + 1))]
+        return NodePage(items=nodes[:limit], next=nodes[limit - 1].id if len(nodes) > limit else None)
 
     def set_state(self, node: str, state: NodeState, *, retained: bool) -> bool:
         """Keep the presence of a node; False where it is of an earlier connection than the one that is known.
@@ -314,6 +392,23 @@ class CoordinatorStore:
 
     def set_heartbeat(self, node: str, heartbeat: Heartbeat) -> None:
         self._db.execute(SET_HEARTBEAT, (msgspec.json.encode(heartbeat), time.time(), node))
+
+    # datasets
+
+    def keep_dataset(self, view: DatasetView) -> None:
+        row = (view.sha256, view.name, view.size_bytes, view.uploaded, msgspec.json.encode(view.found))
+        self._db.execute(KEEP_DATASET, row)
+
+    def dataset(self, sha256: str) -> DatasetView | None:
+        row = self._db.execute(GET_DATASET, (sha256,)).fetchone()
+        return _dataset(row) if row else None
+
+    def dataset_page(self, after: str | None, limit: int) -> DatasetPage:
+        datasets = [_dataset(row) for row in self._db.execute(LIST_DATASETS, (after, limit + 1))]
+        return DatasetPage(items=datasets[:limit], next=datasets[limit - 1].sha256 if len(datasets) > limit else None)
+
+    def delete_dataset(self, sha256: str) -> None:
+        self._db.execute(DELETE_DATASET, (sha256,))
 
     # tokens
 
@@ -351,6 +446,10 @@ def _job(row: sqlite3.Row) -> JobView:
         "result": result,
     }
     return msgspec.convert(dict(row) | fields, JobView)
+
+
+def _dataset(row: sqlite3.Row) -> DatasetView:
+    return msgspec.convert(dict(row) | {"found": msgspec.json.decode(row["found"])}, DatasetView)
 
 
 def _node(row: sqlite3.Row) -> NodeView:
