@@ -232,6 +232,10 @@ class Api(Strict, frozen=True, kw_only=True):
     """Of this server, for the host that its users name. null: plain HTTP, on loopback only."""
     key_file: Path | None = None
     """Its key; only its owner may read it."""
+    token_limit: Positive = 600
+    """Requests a minute that a token may make."""
+    address_limit: Positive = 1200
+    """Requests a minute that may come from an address, with whatever tokens."""
 
     def __post_init__(self) -> None:
         if (self.certificate_file is None) != (self.key_file is None):

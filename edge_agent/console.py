@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from edge_agent.answers import Comparison
-from edge_agent.coordinator.store import DatasetView, JobView, NodeView, Token
+from edge_agent.coordinator.store import Audited, DatasetView, JobView, NodeView, Token
 from edge_agent.doctor import Check
 from edge_agent.errors import human_bytes
 from edge_agent.messages import JobProgress
@@ -334,6 +334,16 @@ def datasets_table(datasets: list[DatasetView]) -> Table:
     for dataset in datasets:
         row = (printable(dataset.name), f"{dataset.found.records:,}", human_bytes(dataset.size_bytes), _age(dataset.uploaded))
         table.add_row(dataset.sha256, *row)
+    return table
+
+
+def audit_table(requests: list[Audited]) -> Table:
+    """Return a row for each request."""
+    table = Table(Column("when", no_wrap=True), "who", "from", "what", "made", "status", box=None, padding=(0, 1))
+    for r in requests:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(r.time))
+        status = Text(str(r.status), style="" if r.status < 400 else "red")
+        table.add_row(when, r.who, r.address or "-", Text(printable(r.what)), r.made or "-", status)
     return table
 
 

@@ -404,6 +404,17 @@ class Forbidden(EdgeAgentError):
         super().__init__(f"this token may {scope}, the request takes one that may {needed}")
 
 
+class TooManyRequests(EdgeAgentError):
+    """Somebody asks the coordinator more often than they may."""
+
+    code = "too_many_requests"
+    exit_code = 14
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__(f"too many requests; the next one is answered in {wait_s:.1f} s")
+        self.wait_s = wait_s
+
+
 class DemoFailed(EdgeAgentError):
     """The demo could not run to its end."""
 

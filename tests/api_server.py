@@ -29,7 +29,7 @@ INFO = NodeInfo("0.1.0", "3.11", "some device", "cpu", None, {"tiny": None}, Nod
 class ApiServer:
     """A running coordinator, without a broker, with the API on a port of loopback and a token for every scope."""
 
-    def __init__(self, root: Path, ends: ExitStack) -> None:
+    def __init__(self, root: Path, ends: ExitStack, token_limit: int = 100_000, address_limit: int = 100_000) -> None:
         self.root, self.port, self._ends = root, free_port(), ends
         self.known: dict[str, str] = {}
         """What requests may name, by the names of parameters."""
@@ -41,7 +41,8 @@ class ApiServer:
         self.service.start()
         ends.callback(self.service.stop)
         self.call = self.service.call
-        api = Api(port=self.port, certificate_file=issued.certificate_file, key_file=issued.key_file)
+        limits = {"token_limit": token_limit, "address_limit": address_limit}
+        api = Api(port=self.port, certificate_file=issued.certificate_file, key_file=issued.key_file, **limits)
         ends.enter_context(api_served(self.service, api))
         self.secrets = {scope: self.call(lambda s=scope: self.service.access.new(s, s, None)).secret for scope in SCOPES}  # type: ignore[misc]
         self.hear("info", INFO)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import socket
 import ssl
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, get_args
 
 import httpx
 import msgspec
+import paho.mqtt.client as paho
 import pytest
 from api_server import INFO, ApiServer
 from conftest import ROOT, Cli, write_lines
@@ -21,17 +24,21 @@ from fleet import wait_for
 from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
 from orders import NODE
+from paho.mqtt.enums import CallbackAPIVersion
+from prometheus_client.parser import text_string_to_metric_families
 
 from edge_agent.config import Api, CoordinatorConfig, read_config
-from edge_agent.coordinator import http
-from edge_agent.coordinator.access import SCOPES, local
+from edge_agent.coordinator import http, listening
+from edge_agent.coordinator.access import SCOPES
 from edge_agent.coordinator.client import Answered, Client, Problem
-from edge_agent.coordinator.http import MAX_BODY_BYTES, make_app
+from edge_agent.coordinator.http import MAX_BODY_BYTES, Door, make_app
+from edge_agent.coordinator.limits import MOST_BUCKETS, Limits, network
 from edge_agent.coordinator.store import CoordinatorPhase, JobFilter, JobPage, JobView
 from edge_agent.dataset import file_sha256
 from edge_agent.enrolment import Authority
-from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable
+from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, TooManyRequests
 from edge_agent.messages import Artifact, JobProgress, JobResult, NodeState, new_id
+from edge_agent.mqtt import Received
 from edge_agent.report import Event
 from profiles.sensors import Reading, Resources
 
@@ -63,18 +70,18 @@ def _routes(app: Litestar) -> dict[tuple[str, str], str | None]:
 
 def test_every_route_declares_its_scope(coordinator: ApiServer) -> None:
     """There is no route without one, and docs/api.md names each with its own, and no other."""
-    found = _routes(make_app(coordinator.service, local))
+    found = _routes(make_app(coordinator.service, Door()))
     assert set(found.values()) <= set(SCOPES)
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "api.md").read_text(encoding="utf-8").splitlines()]
-    documented = {tuple(row[0].strip("`").split(" ")): row[1].strip("`") for row in rows if row[0].startswith("`") and "/v1" in row[0]}
+    documented = {tuple(row[0].strip("`").split(" ")): row[1].strip("`") for row in rows if row[0].startswith("`") and " /" in row[0]}
     assert documented == {(method, path.replace(":str}", "}")): scope for (method, path), scope in found.items()}
 
 
 def test_every_route_checks_its_scope(coordinator: ApiServer) -> None:
     """Without a token nobody gets anywhere, with a lesser one neither; with its own scope a request gets past the door."""
-    for (method, path), needed in _routes(make_app(coordinator.service, local)).items():
+    for (method, path), needed in _routes(make_app(coordinator.service, Door())).items():
         assert needed is not None
-        place = path.removeprefix("/v1").replace("{sha256:str}", "0" * 64).replace("{", "").replace(":str}", "")  # of what does not exist
+        place = f"{coordinator.url}{path}".replace("{sha256:str}", "0" * 64).replace("{", "").replace(":str}", "")  # of what does not exist
         assert _problem(coordinator.ask(method, place, None), 401, "unauthorized").title == "Unauthorized"
         for scope in SCOPES:
             enough = SCOPES.index(scope) >= SCOPES.index(needed)  # type: ignore[arg-type]
@@ -149,6 +156,7 @@ def test_requests_that_cannot_be_answered_are_problems(coordinator: ApiServer) -
     _problem(ask("POST", f"/jobs/{new_id()}/cancel"), 404, "refused")
     _problem(ask("POST", "/nodes/%2e%2e/drain"), 404, "refused")
     _problem(ask("GET", "/jobs?limit=0"), 400, "job_schema")
+    assert "ouctome" in _problem(ask("GET", "/jobs?ouctome=failed"), 400, "job_schema").detail
     for body in (b"", b"{", b"[" * 100_000, b'{"node":' * 50_000, b'{"node": "\xff"}', b"[]", b"null", msgspec.json.encode(job | {"x": 1})):
         _problem(ask("POST", "/jobs", content=body), 400, "job_schema")
     assert "dataset" in _problem(ask("POST", "/jobs", json=job), 400, "job_schema").detail
@@ -179,6 +187,7 @@ def test_commands_ask_a_coordinator_elsewhere(coordinator: ApiServer, cli: Cli, 
     assert cli("tokens", "revoke", "grafana").code == 0
     assert "grafana" not in cli("tokens", "list").out
     assert cli("drain", NODE).code == 0
+    assert f"/v1/nodes/{NODE}/drain" in cli("audit").out
     assert cli("resume", NODE).code == 0
 
 
@@ -223,11 +232,11 @@ def _dataset(coordinator: ApiServer, name: str, *records: object) -> tuple[Path,
     return file, file_sha256(file)
 
 
-def _ended(coordinator: ApiServer, job: JobView, data: bytes) -> None:
+def _ended(coordinator: ApiServer, job: JobView, data: bytes, **more: Any) -> None:
     """End a job as its node would, with a report."""
     sha256 = hashlib.sha256(data).hexdigest()
     coordinator.service.files.put(data, sha256)
-    result = JobResult(job.digest, "succeeded", artifacts=(Artifact("result.json", sha256, len(data)),))
+    result = JobResult(job.digest, "succeeded", artifacts=(Artifact("result.json", sha256, len(data)),), **more)
     coordinator.hear("job", result, job.id, "result")
     assert coordinator.call(lambda: coordinator.service.job(job.id)).outcome == "succeeded"
 
@@ -295,7 +304,7 @@ def test_lists_have_pages_and_filters(coordinator: ApiServer) -> None:
         _problem(coordinator.ask("GET", f"/jobs?{wrong}", "read"), 400, "job_schema")
 
 
-def test_ended_job_is_handed_in_again(coordinator: ApiServer, cli: Cli) -> None:
+def test_ended_job_is_handed_in_again(coordinator: ApiServer) -> None:
     """As a new job with the same document, which says from which it came; one that has not ended is not."""
     file, sha256 = _dataset(coordinator, "again.jsonl", {"question": "Again?", "answer": "#### 9"})
     with coordinator.client("submit") as client:
@@ -434,3 +443,100 @@ def test_reader_that_does_not_read_is_cut_off(coordinator: ApiServer) -> None:
             coordinator.hear("info", info)
         wait_for("its end", lambda: not listeners)
     coordinator.hear("info", INFO)
+
+
+def _value(text: str, name: str) -> float:
+    return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + " "))
+
+
+def test_metrics_count_what_happens(coordinator: ApiServer) -> None:
+    """Nodes, jobs, what jobs took, messages, refused and late ones, answers: in a text that Prometheus' own reader takes."""
+    file, sha256 = _dataset(coordinator, "counted.jsonl", {"question": "Counted?", "answer": "#### 6"})
+    with coordinator.client("submit") as client:
+        client.upload(file, sha256)
+    before = coordinator.ask("GET", f"{coordinator.url}/metrics", "read").text
+    job = coordinator.submit(sha256)
+    _ended(coordinator, job, b"counted", seconds=75.0, peak_bytes=3 * 2**30)
+    coordinator.hear("job", JobResult(job.digest, "failed"), job.id, "result")
+    bad = Received(f"edge1/default/{NODE}/up/heartbeat", b"{", paho.Client(CallbackAPIVersion.VERSION2))
+    coordinator.call(lambda: coordinator.service._receive(bad))
+    after = coordinator.ask("GET", f"{coordinator.url}/metrics", "read")
+    assert after.headers["content-type"].startswith("text/plain; version=")
+    grown = {
+        'edge_agent_jobs{outcome="succeeded",phase="ended"}': 1, 'edge_agent_job_seconds_count{outcome="succeeded"}': 1,
+        'edge_agent_job_seconds_bucket{le="300.0",outcome="succeeded"}': 1, "edge_agent_job_peak_bytes_sum": 3 * 2**30,
+        'edge_agent_messages_received_total{kind="job"}': 2, "edge_agent_messages_refused_total": 1, "edge_agent_messages_late_total": 1,
+        'edge_agent_api_requests_total{method="POST",route="/v1/jobs",status="201"}': 1,
+    }  # fmt: skip
+    found = {(m.name, s.name) for m in text_string_to_metric_families(after.text) for s in m.samples}
+    assert found
+    for name, more in grown.items():
+        old = _value(before, name) if f"\n{name} " in before else 0
+        assert _value(after.text, name) - old == more, name
+    documented = set(re.findall(r"^\| `(edge_agent_\w+)`", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M))
+    assert documented == {line.split()[2] for line in after.text.splitlines() if line.startswith("# TYPE") and "_created" not in line}
+
+
+def test_audit_names_who_asked_for_what(coordinator: ApiServer) -> None:
+    """Each request that was to change something, done or refused, and what it has made; no reading, no body and no secret."""
+    file, sha256 = _dataset(coordinator, "audited.jsonl", {"question": "Audited?", "answer": "#### 8"})
+    with coordinator.client("submit") as client:
+        client.upload(file, sha256)
+        job = coordinator.submit(sha256)
+        client.cancel(job.id)
+        with pytest.raises(Answered, match="may submit"):
+            client.forget(job.id)
+    coordinator.ask("GET", "/nodes", "read")
+    coordinator.ask("POST", f"/jobs/{job.id}/cancel", None)
+    told = coordinator.client("admin").audit(4)
+    assert [(r.who, r.address, r.what, r.made, r.status) for r in told] == [
+        ("submit", "127.0.0.1", f"POST /v1/jobs/{job.id}/forget", None, 403),
+        ("submit", "127.0.0.1", f"POST /v1/jobs/{job.id}/cancel", None, 200),
+        ("submit", "127.0.0.1", "POST /v1/jobs", f"/v1/jobs/{job.id}", 201),
+        ("submit", "127.0.0.1", f"PUT /v1/datasets/{sha256}", None, 200),
+    ]
+
+
+def test_who_asks_too_often_waits(tmp_path: Path) -> None:
+    """A token has its own number of requests, an address one for all of them and for those without; then the answer is 429."""
+    with ExitStack() as ends:
+        limited = ApiServer(tmp_path, ends, token_limit=5, address_limit=12)
+        answers = [limited.ask("GET", "/nodes", "read") for _ in range(6)]
+        assert [answer.status_code for answer in answers] == [200] * 5 + [429]
+        assert _problem(answers[-1], 429, "too_many_requests").detail
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 12
+        assert limited.ask("GET", "/nodes", "submit").status_code == 200
+        assert {limited.ask("GET", "/nodes", None).status_code for _ in range(5)} == {401}
+        assert limited.ask("GET", "/nodes", "admin").status_code == 429
+
+
+def test_limits_keep_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ask, a bounded number of buckets is kept, and those of an IPv6 network share one."""
+    limits = Limits(2)
+    for number in range(MOST_BUCKETS + 100):
+        limits.take(f"address {number}")
+    assert len(limits) == MOST_BUCKETS
+    assert network("2001:db8:1:2:3::4") == network("2001:db8:1:2:ffff::1") != network("2001:db8:1:3::4")
+    assert network("192.0.2.7") != network("192.0.2.8")
+    limits.take("x")
+    limits.take("x")
+    with pytest.raises(TooManyRequests):
+        limits.take("x")
+    later = time.monotonic() + 31
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    limits.take("x")
+    with pytest.raises(TooManyRequests):
+        limits.take("x")
+
+
+def test_connection_that_asks_for_nothing_is_ended(coordinator: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it drips: it takes the place of others."""
+    monkeypatch.setattr(listening, "HEAD_S", 0.2)
+    context = ssl.create_default_context(cafile=coordinator.ca_file)
+    with (
+        socket.create_connection(("127.0.0.1", coordinator.port), timeout=30) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+    ):
+        connection.sendall(b"GET /v1/nodes HTTP/1.1\r\nHost: ")
+        with suppress(ConnectionError, ssl.SSLError):
+            assert connection.recv(1) == b""

@@ -42,6 +42,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         fleet.forget,
         fleet.drain,
         fleet.resume,
+        tokens.audit,
     ),
 }
 for panel, commands in PANELS.items():

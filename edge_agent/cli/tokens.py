@@ -1,4 +1,4 @@
-"""Commands of the tokens by which a coordinator knows who asks: `tokens new | list | revoke`."""
+"""Commands of the tokens by which a coordinator knows who asks: `tokens new | list | revoke`, and `audit`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from edge_agent.cli.fleet import CoordinatorConfigOption, UrlOption, client_of
 from edge_agent.cli.shared import JsonOption, explained, print_json
 from edge_agent.config import COORDINATOR_CONFIG
-from edge_agent.console import tokens_table
+from edge_agent.console import audit_table, tokens_table
 
 DAY_S = 24 * 3600.0
 NameArgument = Annotated[str, typer.Argument(help="Of small letters, digits and hyphens: whose it is, or what it is for.")]
@@ -53,3 +53,16 @@ def revoke(
             print_json(view)
         else:
             typer.echo(f"{view.name}  revoked")
+
+
+def audit(
+    limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="Show at most this many, the newest first.")] = 30,
+    config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """List what was asked of the coordinator that was to change something: who, when, what, and how it was answered."""
+    with explained(as_json), client_of(config, url) as client:
+        found = client.audit(limit)
+        if as_json:
+            print_json(found)
+        else:
+            Console().print(audit_table(found))

@@ -69,6 +69,10 @@ class Audience:
         self._listeners.setdefault(None, []).append(listener)
         return f"{self._epoch}-{self._number}", heard is not None and missed is None
 
+    @property
+    def size(self) -> int:
+        return sum(map(len, self._listeners.values()))
+
     def leave(self, job: str | None, listener: Listener) -> None:
         listeners = self._listeners.get(job, [])
         if listener in listeners:

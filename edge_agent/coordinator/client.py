@@ -14,6 +14,8 @@ import msgspec
 from edge_agent.config import Tls, is_loopback, read_key
 from edge_agent.coordinator.access import NewToken, Scope
 from edge_agent.coordinator.store import (
+    Audited,
+    AuditPage,
     DatasetPage,
     DatasetView,
     HistoryRow,
@@ -33,7 +35,7 @@ from edge_agent.report import Result
 from edge_agent.tls import client_context
 
 T = TypeVar("T")
-P = TypeVar("P", JobPage, NodePage, DatasetPage)
+P = TypeVar("P", JobPage, NodePage, DatasetPage, AuditPage)
 NONE: Mapping[str, str] = {}
 
 SOCKET = "api.sock"
@@ -161,6 +163,12 @@ class Client:
             self.upload(file, sha256)
         body = {"node": node, "job": job, "priority": priority, "expires_s": expires_s}
         return self._ask(JobView, "POST", "/jobs", content=msgspec.json.encode(body))
+
+    def audit(self, limit: int) -> list[Audited]:
+        requests: list[Audited] = []
+        for page in self._pages(AuditPage, "/audit", limit):
+            requests += page.items
+        return requests
 
     def tokens(self) -> list[Token]:
         return self._ask(list[Token], "GET", "/tokens")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,16 +31,20 @@ from litestar.handlers import BaseRouteHandler
 from litestar.params import FromPath, FromQuery, HeaderParameter, JSONBody, PathParameter, QueryParameter
 from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
+from litestar.types import ControllerRouterHandler, Message
 from msgspec import Meta
 
 from edge_agent.config import Api, Name
 from edge_agent.coordinator.access import Caller, Identify, NewToken, Scope, allow, local
 from edge_agent.coordinator.audience import Happening
 from edge_agent.coordinator.client import PROBLEM, SOCKET, VERSION, Problem
+from edge_agent.coordinator.limits import Limits, network
 from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
 from edge_agent.coordinator.ranges import ranged
 from edge_agent.coordinator.service import Service
 from edge_agent.coordinator.store import (
+    Audited,
+    AuditPage,
     CoordinatorOutcome,
     CoordinatorPhase,
     DatasetPage,
@@ -61,6 +67,7 @@ from edge_agent.errors import (
     EdgeAgentError,
     Forbidden,
     StateUnusable,
+    TooManyRequests,
     Unauthorized,
     Unknown,
     human_bytes,
@@ -81,6 +88,7 @@ MOST_UNHEARD = 1024
 """Events that wait for one reader."""
 STATUSES: dict[type[EdgeAgentError], int] = {
     Unauthorized: 401, Forbidden: 403, Unknown: 404, DatasetTooLarge: 413, DatasetEmpty: 422, DatasetSchema: 422, DatasetChecksum: 422,
+    TooManyRequests: 429,
 }  # fmt: skip
 """Of answers with an error; any other has 409."""
 HEADERS = {
@@ -90,11 +98,17 @@ HEADERS = {
 """Of every answer: it is for nobody to keep, and for no browser to run."""
 
 
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+METHODS = READING | {"POST", "PUT", "PATCH", "DELETE"}
+LONGEST_AUDITED = 300
+"""Characters of a path."""
+METRICS = "text/plain; version=1.0.0; charset=utf-8"
 MOST_ITEMS = 1000
 """Of one page of a list."""
 
 Limit = Annotated[int, QueryParameter(ge=1, le=MOST_ITEMS, description="Items at most.")]
 After = Annotated[str | None, QueryParameter(max_length=64, description="The `next` of the page before.")]
+Number = Annotated[str | None, QueryParameter(pattern="^[0-9]{1,18}$", description="The `next` of the page before.")]
 FileName = Annotated[str | None, QueryParameter(pattern=r"^[^/\x00-\x1f\x7f]{1,255}$", max_length=255)]
 Sha256InPath = Annotated[str, PathParameter(pattern=f"^{SHA256.pattern}$", max_length=64)]
 LastEventId = Annotated[str | None, HeaderParameter(name="Last-Event-ID", max_length=64, description="Of the last event that was heard.")]
@@ -120,12 +134,23 @@ class TokenRequest(Strict, frozen=True):
     """null: it does not expire."""
 
 
-def make_app(service: Service, identify: Identify) -> Litestar:
-    """Return the application over a running service; `identify` tells who asks."""
+@dataclass(frozen=True)
+class Door:
+    """How requests come in: who asks, and how often they may."""
+
+    identify: Identify = local
+    by_token: Limits | None = None
+    """null: as often as they like."""
+    by_address: Limits | None = None
+
+
+def make_app(service: Service, door: Door) -> Litestar:
+    """Return the application over a running service."""
     return Litestar(
-        [Router(VERSION, route_handlers=ROUTES)],
-        state=State({"service": service, "identify": identify}),
-        guards=[check_scope],
+        routes(),
+        state=State({"service": service, "door": door}),
+        guards=[check_scope, check_parameters],
+        before_send=[_account],
         exception_handlers={
             EdgeAgentError: _explain, HTTPException: _explain_http, sqlite3.Error: _explain_disk, OSError: _explain_disk,
             RecursionError: _explain_form, UnicodeError: _explain_form, concurrent.futures.TimeoutError: _explain_delay,
@@ -140,12 +165,44 @@ def make_app(service: Service, identify: Identify) -> Litestar:
 
 def check_scope(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
     """Let a request through whose caller has the scope of its route. A route without one is for nobody."""
-    caller: Caller = connection.app.state.identify(connection.headers.get("authorization"))
+    door: Door = connection.app.state.door
+    if door.by_address is not None:
+        door.by_address.take(network(connection.client.host if connection.client else ""))
+    caller = door.identify(connection.headers.get("authorization"))
+    connection.scope["state"]["caller"] = caller
+    if door.by_token is not None:
+        door.by_token.take(caller.name)
     needed: Scope | None = handler.opt.get("scope")
     if needed is None:
         raise Forbidden(caller.scope, "do what no token may")
     allow(caller, needed)
-    connection.scope["state"]["caller"] = caller
+
+
+def check_parameters(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """Refuse what a route does not read: a filter that is misspelled would let everything through."""
+    kinds = ((name, parameter.kwarg_definition) for name, parameter in handler.parsed_fn_signature.parameters.items())
+    known = {kind.name or name for name, kind in kinds if isinstance(kind, QueryParameter)}
+    if unknown := sorted(set(connection.query_params) - known):
+        raise ValidationException(f"there is no parameter {unknown[0][:80]!r} here; there is: {', '.join(sorted(known)) or 'none'}")
+
+
+async def _account(message: Message, scope: Any) -> None:
+    """Count an answer; keep a request that was to change something."""
+    if message["type"] != "http.response.start":
+        return
+    service: Service = scope["litestar_app"].state.service
+    method, status = scope["method"], message["status"]
+    known = method in METHODS
+    service.metrics.requests.labels(method if known else "other", scope.get("path_template") or "none", status).inc()
+    caller: Caller | None = scope["state"].get("caller")
+    if caller is None or method in READING:
+        return
+    client, made = scope.get("client"), dict(message["headers"]).get(b"location")
+    request = Audited(
+        time=time.time(), who=caller.name, address=client[0] if client else None, what=f"{method} {scope['path'][:LONGEST_AUDITED]}",
+        made=made.decode("latin-1") if made else None, status=status,
+    )  # fmt: skip
+    service.call_later(lambda: service.audit(request))
 
 
 @get("/nodes", scope="read", sync_to_thread=True)
@@ -177,7 +234,7 @@ def jobs(
     phase: FromQuery[CoordinatorPhase | None] = None,
     outcome: FromQuery[CoordinatorOutcome | None] = None,
     node: FromQuery[str | None] = None,
-    after: Annotated[str | None, QueryParameter(pattern="^[0-9]{1,18}$")] = None,
+    after: Number = None,
     limit: Limit = 100,
 ) -> JobPage:
     """Jobs, the newest first: all, or those of a phase, an outcome or a node."""
@@ -186,10 +243,10 @@ def jobs(
 
 
 @post("/jobs", scope="submit", sync_to_thread=True)
-def submit(state: State, data: JSONBody[Submission]) -> JobView:
+def submit(state: State, data: JSONBody[Submission]) -> Response[JobView]:
     """Keep a job; it is offered to its node until that answers."""
     service: Service = state.service
-    return service.call(lambda: service.submit(data.node, data.job, data.priority, data.expires_s))
+    return _made(service.call(lambda: service.submit(data.node, data.job, data.priority, data.expires_s)))
 
 
 @get("/jobs/{job_id:str}", scope="read", sync_to_thread=True)
@@ -214,10 +271,14 @@ def cancel(state: State, job_id: FromPath[str]) -> JobView:
 
 
 @post("/jobs/{job_id:str}/retry", scope="submit", sync_to_thread=True)
-def retry(state: State, job_id: FromPath[str]) -> JobView:
+def retry(state: State, job_id: FromPath[str]) -> Response[JobView]:
     """Hand in an ended job again, as a new job for the same node; `retry_of` says from which it came."""
     service: Service = state.service
-    return service.call(lambda: service.retry(job_id))
+    return _made(service.call(lambda: service.retry(job_id)))
+
+
+def _made(job: JobView) -> Response[JobView]:
+    return Response(job, headers={"Location": f"{VERSION}/jobs/{job.id}"})
 
 
 @post("/jobs/{job_id:str}/forget", scope="admin", status_code=200, sync_to_thread=True)
@@ -290,6 +351,20 @@ def remove_dataset(state: State, sha256: FromPath[str]) -> DatasetView:
     return service.call(lambda: service.remove_dataset(sha256))
 
 
+@get("/audit", scope="admin", sync_to_thread=True)
+def audit(state: State, after: Number = None, limit: Limit = 100) -> AuditPage:
+    """Requests that were to change something, the newest first."""
+    service: Service = state.service
+    return service.call(lambda: service.audited(after, limit))
+
+
+@get("/metrics", scope="read", sync_to_thread=True, media_type=METRICS)
+def metrics(state: State) -> bytes:
+    """What the coordinator counts and measures, in Prometheus' text format."""
+    service: Service = state.service
+    return service.metrics.text()
+
+
 @get("/tokens", scope="admin", sync_to_thread=True)
 def tokens(state: State) -> list[Token]:
     """All tokens, without their secrets."""
@@ -313,9 +388,14 @@ def revoke_token(state: State, name: FromPath[str]) -> Token:
 
 ROUTES = [
     nodes, drain, resume, jobs, submit, job, history, cancel, retry, forget, job_events, events, artifact,
-    datasets, upload, dataset, remove_dataset, tokens, new_token, revoke_token,
+    datasets, upload, dataset, remove_dataset, audit, tokens, new_token, revoke_token,
 ]  # fmt: skip
-"""All that can be asked. Each says what scope that takes."""
+"""All that can be asked, but for the metrics, which Prometheus looks for elsewhere. Each says what scope that takes."""
+
+
+def routes() -> list[ControllerRouterHandler]:
+    """Return the routes of an application."""
+    return [Router(VERSION, route_handlers=ROUTES), metrics]
 
 
 class DatasetWrong(EdgeAgentError):
@@ -338,7 +418,10 @@ def _problem(status: int, code: str, text: str, headers: Mapping[str, str] | Non
 def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Problem]:
     status = 422 if isinstance(error, DatasetWrong) else STATUSES.get(type(error), 409)
     found = error.found if isinstance(error, DatasetWrong) else None
-    return _problem(status, error.code, str(error), {"WWW-Authenticate": "Bearer"} if status == 401 else None, found)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if isinstance(error, TooManyRequests):
+        headers["Retry-After"] = str(math.ceil(error.wait_s))
+    return _problem(status, error.code, str(error), headers, found)
 
 
 def _explain_disk(_: Request[Any, Any, Any], error: OSError | sqlite3.Error) -> Response[Problem]:
@@ -442,7 +525,7 @@ def serve(service: Service, directory: Path) -> None:
         # uvicorn ends on these, and then raises them again for whoever handled them before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        uvicorn.Server(settings_of(make_app(service, local))).run(sockets=[listening])
+        uvicorn.Server(settings_of(make_app(service, Door()))).run(sockets=[listening])
     path.unlink(missing_ok=True)
 
 
@@ -455,6 +538,7 @@ def api_served(service: Service, api: Api | None) -> Iterator[None]:
     context = None
     if api.certificate_file is not None and api.key_file is not None:
         context = Certificate(api.certificate_file, api.key_file, None, "api").context
-    settings = settings_of(make_app(service, service.access.caller), limit_concurrency=MOST_CONNECTIONS)
+    door = Door(service.access.caller, Limits(api.token_limit), Limits(api.address_limit))
+    settings = settings_of(make_app(service, door), limit_concurrency=MOST_CONNECTIONS)
     with served(settings, context, api.host, api.port, "api"):
         yield

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 DAY_S = 24 * 3600.0
 MOST_CONNECTIONS = 256
+HEAD_S = 30.0
+"""From a connection to the end of the head of its first request."""
 
 
 @contextmanager
@@ -48,11 +50,16 @@ def served(settings: uvicorn.Config, context: ssl.SSLContext | None, host: str, 
 
 
 class Protocol(H11Protocol):
-    """Hands the application the connection: uvicorn by itself tells nothing of it."""
+    """Hands the application the connection, of which uvicorn by itself tells nothing, and ends one that asks for nothing."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = {**self.app_state, "transport": transport}
+        self.loop.call_later(HEAD_S, self._end_idle)
+
+    def _end_idle(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
 
 
 def settings_of(app: Any, **more: Any) -> uvicorn.Config:

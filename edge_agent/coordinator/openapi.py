@@ -10,31 +10,31 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Router
+from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 
-from edge_agent.coordinator.client import PROBLEM, VERSION, Problem
-from edge_agent.coordinator.http import ROUTES
+from edge_agent.coordinator.client import PROBLEM, Problem
+from edge_agent.coordinator.http import METRICS, routes
 
 Schema = dict[str, Any]
 
 REFERENCE = "#/components/schemas/{name}"
-FILES = {"artifact": "application/octet-stream", "events": "text/event-stream", "job_events": "text/event-stream"}
+FILES = {"artifact": "application/octet-stream", "events": "text/event-stream", "job_events": "text/event-stream", "metrics": METRICS}
 """What operations answer with that is not JSON."""
 BODIES = {"upload": "application/octet-stream"}
 """What operations take that is not JSON."""
-EVERY_STATUS = (401, 403, 500, 503)
+EVERY_STATUS = (400, 401, 403, 429, 500, 503)
 """Of problems that any request may meet."""
 
 
-FAILURES = (304, 400, 401, 403, 404, 409, 413, 416, 422, 500, 503)
+FAILURES = (304, 400, 401, 403, 404, 409, 413, 416, 422, 429, 500, 503)
 
 
 def document() -> Schema:
     """Return the OpenAPI document."""
     config = OpenAPIConfig("The coordinator of a fleet", "1", use_handler_docstrings=True)
-    app = Litestar([Router(VERSION, route_handlers=ROUTES)], openapi_config=config, logging_config=None)
+    app = Litestar(routes(), openapi_config=config, logging_config=None)
     handlers = {
         (route.path_format, method): handler
         for route in app.routes
@@ -75,8 +75,7 @@ def _complete(operation: Schema, path: str, method: str, handler: HTTPRouteHandl
     asked = {parameter["in"] for parameter in operation.get("parameters", ())}
     statuses = {*EVERY_STATUS, *handler.opt.get("statuses", ())}
     statuses |= {404} if "path" in asked else set()
-    statuses |= {400} if "query" in asked else set()
-    statuses |= {400, 413} if method in ("POST", "PUT") else set()
+    statuses |= {413} if method in ("POST", "PUT") else set()
     statuses |= {409} if method != "GET" else set()
     operation["responses"].pop("400", None)
     operation["responses"] |= {str(s): {"$ref": f"#/components/responses/{s}"} for s in sorted(statuses)}

@@ -24,8 +24,11 @@ from edge_agent.coordinator.access import Access
 from edge_agent.coordinator.audience import Audience, Listener
 from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
+from edge_agent.coordinator.metrics import Metrics, Standing
 from edge_agent.coordinator.store import (
     MANY,
+    Audited,
+    AuditPage,
     CoordinatorStore,
     DatasetPage,
     DatasetView,
@@ -105,7 +108,7 @@ class Service:
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
         self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s)
-        self.access = Access(self._store)
+        self.access, self.metrics = Access(self._store), Metrics()
         self.looking = threading.Lock()
         """Held by who looks into a dataset."""
         self.files = FileStore(config.state_directory / "files")
@@ -124,6 +127,7 @@ class Service:
         self._audience = Audience(self._ask_progress, self._store.epoch)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._commands = Commands(self._store, self._exchange, self._send, self._seal, self._changed)
+        self.metrics.watch(lambda: self.call(self._standing))
         self._failed: StateDamaged | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
@@ -203,6 +207,7 @@ class Service:
                 raise MessageInvalid(f"{node[:80]!r} can be no node's name")
             self._receive_up(node, parts[1:], message.payload, message.retained)
         except MessageInvalid as error:
+            self.metrics.refused.inc()
             log.warning("message_invalid topic=%s error=%s", message.topic, error)
         self._link.acknowledge(message)
 
@@ -226,6 +231,8 @@ class Service:
                 self._exchange.receive_block(node, sha256, number, payload)
             case _:
                 log.warning("topic_unknown node=%s topic=%s", node, "/".join(parts))
+                return
+        self.metrics.received.labels(parts[0]).inc()
 
     def _receive_of_job(self, node: str, job: str, kind: str, payload: bytes) -> None:
         match kind:
@@ -266,6 +273,7 @@ class Service:
             if message.data.reason == "replayed":
                 self._store.conclude(job, "its node has deleted what had not come yet")
             if not self._store.apply_status(self._store.job(job) or view, message):
+                self.metrics.gaps.inc()
                 self._commands.report(node)
             if view.phase == "ended" and message.data.phase != "ended":
                 self._send(node, Cancel(), "job", job, "cancel")  # it took an offer that had been given up
@@ -290,6 +298,7 @@ class Service:
         """All artifacts of a job are here: it has ended, and its node may know."""
         if view.phase != "ended" and view.result is not None:
             self._store.end(view.id, view.result.outcome, view.result.reason, view.result.text)
+            self.metrics.ended(view.result)
             log.info("job_ended job=%s node=%s outcome=%s reason=%s", view.id, view.node, view.result.outcome, view.result.reason)
         self._send(view.node, Ack(), "ack", message)
         self._changed(view.id)
@@ -417,6 +426,17 @@ class Service:
         self.files.remove(sha256)
         return view
 
+    def _standing(self) -> Standing:
+        nodes, jobs, unanswered = self._store.counts()
+        return Standing(nodes, jobs, unanswered, self._audience.size, self._store.late, self._link.connected)
+
+    def audit(self, request: Audited) -> None:
+        """Keep a request that was to change something."""
+        self._store.audit(request)
+
+    def audited(self, after: str | None, limit: int) -> AuditPage:
+        return self._store.audit_page(after, limit)
+
     def tokens(self) -> list[Token]:
         return self._store.tokens()
 
@@ -454,7 +474,7 @@ class Service:
         self._commands.drain(node)
         return self._store.node(node)  # type: ignore[return-value]
 
-    def listen(self, job: str, listener: Listener, heard: str | None) -> None:
+    def listen(self, job: str, listener: Listener, heard: str | None = None) -> None:
         """Hear of a job from where it stands, or from the id `heard` on; its node tells progress more often while somebody does."""
         self._audience.join(self.job(job), listener, heard)
 

@@ -29,6 +29,8 @@ from edge_agent.messages import (
 
 MANY = 2**31
 """As a limit: all."""
+MOST_AUDITED = 100_000
+"""Requests that are kept; the oldest go first."""
 VERSIONS = (
     """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -82,6 +84,15 @@ CREATE TABLE datasets (
     uploaded REAL NOT NULL,
     found BLOB NOT NULL                  -- JSON of its check
 );
+CREATE TABLE audit (
+    number INTEGER PRIMARY KEY,
+    time REAL NOT NULL,
+    who TEXT NOT NULL,                   -- name of the token, or local
+    address TEXT,                        -- null: on the socket
+    what TEXT NOT NULL,                  -- method and path
+    made TEXT,                           -- path of what it has made
+    status INTEGER NOT NULL
+);
 ALTER TABLE jobs ADD COLUMN retry_of TEXT; -- the job that it is run again for
 """,
 )
@@ -125,6 +136,12 @@ ON CONFLICT (sha256) DO UPDATE SET name = excluded.name, uploaded = excluded.upl
 GET_DATASET = "SELECT * FROM datasets WHERE sha256 = ?"
 LIST_DATASETS = "SELECT * FROM datasets WHERE ?1 IS NULL OR sha256 > ?1 ORDER BY sha256 LIMIT ?2"
 DELETE_DATASET = "DELETE FROM datasets WHERE sha256 = ?"
+ADD_AUDIT = "INSERT INTO audit (time, who, address, what, made, status) VALUES (?, ?, ?, ?, ?, ?)"
+CUT_AUDIT = "DELETE FROM audit WHERE number <= (SELECT max(number) FROM audit) - ?"
+LIST_AUDIT = "SELECT * FROM audit WHERE ?1 IS NULL OR number < ?1 ORDER BY number DESC LIMIT ?2"
+COUNT_NODES = "SELECT state, count(*) FROM nodes GROUP BY state"
+COUNT_UNANSWERED = "SELECT count(*) FROM jobs WHERE phase = 'offered' OR (cancel AND phase != 'ended') OR forget"
+COUNT_JOBS = "SELECT phase, ifnull(outcome, ''), count(*) FROM jobs GROUP BY 1, 2"
 ALL_TOKENS = "SELECT * FROM tokens ORDER BY name"
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
@@ -247,12 +264,37 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     expires: float | None
 
 
+class Audited(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that was to change something."""
+
+    time: float
+    who: str
+    """Name of the token, or `local`."""
+    address: str | None
+    """null: on the socket."""
+    what: str
+    """Method and path."""
+    made: str | None
+    """Path of what it has made."""
+    status: int
+
+
+class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests, the newest first."""
+
+    items: list[Audited]
+    next: str | None
+    """As of jobs."""
+
+
 class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
 
     def __init__(self, path: Path, lease_s: float) -> None:
         """`lease_s`: how long a node may be silent until what it has taken counts as lost."""
         self._db, self._lease_s = open_database(path, VERSIONS), lease_s
+        self.late = 0
+        """Messages that came after newer ones, since the start."""
         self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
 
     def close(self) -> None:
@@ -354,6 +396,7 @@ class CoordinatorStore:
         """Write a message into the history; False where it is there already."""
         if self._db.execute(KNOWN_MESSAGE, (message.id,)).fetchone():
             return False
+        self.late += late
         data = message.data
         row = (message.id, job, message.time.timestamp(), message.seq, message.attempt, phase, data.outcome, data.reason, data.text, late)
         self._db.execute(INSERT_HISTORY, row)
@@ -409,6 +452,25 @@ class CoordinatorStore:
 
     def delete_dataset(self, sha256: str) -> None:
         self._db.execute(DELETE_DATASET, (sha256,))
+
+    # what was asked for
+
+    def audit(self, request: Audited) -> None:
+        with transaction(self._db):
+            self._db.execute(ADD_AUDIT, (request.time, request.who, request.address, request.what, request.made, request.status))
+            self._db.execute(CUT_AUDIT, (MOST_AUDITED,))
+
+    def audit_page(self, after: str | None, limit: int) -> AuditPage:
+        """The newest requests first, from where a page before has ended."""
+        rows = self._db.execute(LIST_AUDIT, (None if after is None else int(after), limit + 1)).fetchall()
+        items = [msgspec.convert({name: row[name] for name in Audited.__struct_fields__}, Audited) for row in rows[:limit]]
+        return AuditPage(items=items, next=str(rows[limit - 1]["number"]) if len(rows) > limit else None)
+
+    def counts(self) -> tuple[dict[str, int], dict[tuple[str, str], int], int]:
+        """Return how many nodes there are by state, jobs by phase and outcome, and jobs that wait for an answer of their node."""
+        nodes: dict[str, int] = dict(map(tuple, self._db.execute(COUNT_NODES)))
+        jobs = {(phase, outcome): count for phase, outcome, count in self._db.execute(COUNT_JOBS)}
+        return nodes, jobs, self._db.execute(COUNT_UNANSWERED).fetchone()[0]
 
     # tokens
 
