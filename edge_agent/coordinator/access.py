@@ -51,8 +51,8 @@ class Access:
         self._digests = store.token_digests()
 
     def new(self, name: str, scope: Scope, expires_s: float | None) -> NewToken:
-        """Make a token. Raises Refused where there is one of that name."""
-        if name in self._digests:
+        """Make a token. Raises Refused where somebody has that name."""
+        if name in self._digests or name == LOCAL.name:
             raise Refused(f"there is a token {name!r} already; revoke it, or give another name")
         secret, now = secrets.token_urlsafe(SECRET_BYTES), time.time()
         token = Token(name=name, scope=scope, created=now, expires=None if expires_s is None else now + expires_s)

@@ -29,6 +29,8 @@ from edge_agent.messages import (
 
 MANY = 2**31
 """As a limit: all."""
+MOST_HISTORY = 1000
+"""Messages of a job that are told."""
 MOST_AUDITED = 100_000
 """Requests that are kept; the oldest go first."""
 VERSIONS = (
@@ -121,7 +123,8 @@ DELETE_HISTORY = "DELETE FROM history WHERE job = ?"
 SET_DRAIN = "UPDATE nodes SET drain = ? WHERE id = ?"
 KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
 INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ? ORDER BY time, message"
+GET_HISTORY = """SELECT * FROM (SELECT time, seq, attempt, phase, outcome, reason, text, late, message FROM history WHERE job = ?
+ORDER BY time DESC, message DESC LIMIT ?) ORDER BY time, message"""
 GET_NODE = "SELECT * FROM nodes WHERE id = ?"
 LIST_NODES = "SELECT * FROM nodes WHERE (?1 IS NULL OR id > ?1) AND (?2 IS NULL OR state = ?2) ORDER BY id LIMIT ?3"
 SET_STATE = """INSERT INTO nodes (id, state, boot, conn, seen) VALUES (?, ?, ?, ?, ?)
@@ -343,7 +346,9 @@ class CoordinatorStore:
         return time.time() - self._lease_s
 
     def history(self, job: str) -> list[HistoryRow]:
-        return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in self._db.execute(GET_HISTORY, (job,))]
+        """The last messages about a job, the oldest first."""
+        rows = self._db.execute(GET_HISTORY, (job, MOST_HISTORY))
+        return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in rows]
 
     def offered(self, job: str) -> None:
         self._db.execute(SET_PHASE, ("offered", time.time(), job))
