@@ -471,6 +471,8 @@ def test_metrics_count_what_happens(coordinator: ApiServer) -> None:
     for name, more in grown.items():
         old = _value(before, name) if f"\n{name} " in before else 0
         assert _value(after.text, name) - old == more, name
+    assert NODE not in after.text
+    assert job.id not in after.text
     documented = set(re.findall(r"^\| `(edge_agent_\w+)`", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M))
     assert documented == {line.split()[2] for line in after.text.splitlines() if line.startswith("# TYPE") and "_created" not in line}
 
@@ -506,6 +508,9 @@ def test_who_asks_too_often_waits(tmp_path: Path) -> None:
         assert limited.ask("GET", "/nodes", "submit").status_code == 200
         assert {limited.ask("GET", "/nodes", None).status_code for _ in range(5)} == {401}
         assert limited.ask("GET", "/nodes", "admin").status_code == 429
+        for _ in range(3):
+            _problem(limited.ask("POST", "/jobs", "submit", headers={"X-Forwarded-For": "192.0.2.1"}), 429, "too_many_requests")
+        assert limited.call(lambda: limited.service.audited(None, 9)).items == []
 
 
 def test_limits_keep_little(monkeypatch: pytest.MonkeyPatch) -> None:

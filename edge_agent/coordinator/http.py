@@ -187,7 +187,7 @@ def check_parameters(connection: ASGIConnection[Any, Any, Any, Any], handler: Ba
 
 
 async def _account(message: Message, scope: Any) -> None:
-    """Count an answer; keep a request that was to change something."""
+    """Count an answer; keep a request that was to change something, but for those that came too often: they would fill the disk."""
     if message["type"] != "http.response.start":
         return
     service: Service = scope["litestar_app"].state.service
@@ -195,7 +195,7 @@ async def _account(message: Message, scope: Any) -> None:
     known = method in METHODS
     service.metrics.requests.labels(method if known else "other", scope.get("path_template") or "none", status).inc()
     caller: Caller | None = scope["state"].get("caller")
-    if caller is None or method in READING:
+    if caller is None or method in READING or status == STATUSES[TooManyRequests]:
         return
     client, made = scope.get("client"), dict(message["headers"]).get(b"location")
     request = Audited(

@@ -65,7 +65,9 @@ class Protocol(H11Protocol):
 def settings_of(app: Any, **more: Any) -> uvicorn.Config:
     """Return what all servers of the coordinator have in common."""
     return uvicorn.Config(
-        app, http=Protocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1, server_header=False, **more
+        app, http=Protocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1, server_header=False,
+        proxy_headers=False,  # whoever is at the other end could say that he is another
+        **more,
     )  # fmt: skip
 
 
