@@ -41,6 +41,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, RestLimits, Size, Trust
 from edge_agent.coordinator.service import Service
+from edge_agent.coordinator.store import JobFilter
 from edge_agent.logs import JsonFormatter, tame
 from edge_agent.messages import (
     Artifact,
@@ -233,7 +234,8 @@ class Place:
 
     def _examine_coordinator(self, now: dict[str, Any], before: dict[str, Any]) -> list[str]:
         service: Any = self.sides["coordinator"].daemon
-        msgspec.json.encode([service.nodes(), service.jobs(2**31), *(service.history(job) for job in now)])  # what the HTTP API reads
+        listed = [service.nodes(None, None, 2**31), service.jobs(JobFilter(), None, 2**31)]
+        msgspec.json.encode([*listed, *(service.history(job) for job in now)])  # what the HTTP API reads
         lost = [f"coordinator: {job} was lost" for job in set(before) - set(now) - {DELETED}]
         return lost + [f"coordinator: {job} has changed" for job in (OTHERS, SETTLED) if now[job] != before[job]]
 

@@ -114,7 +114,7 @@ class SmallFleet:
         (self.directory / "mosquitto.conf").write_text(
             f"listener {self._broker_port} 127.0.0.1\nuser root\nallow_anonymous true\npersistence false\n"
         )
-        self.client = Client(self.directory / "coordinator")
+        self.client = Client.local(self.directory / "coordinator")
         for name in ("broker", "coordinator", "agent"):
             self.start(name)
         self.port = self._broker_port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import stat
@@ -26,6 +27,8 @@ AGENT_CONFIG = Path("/etc/edge-agent/agent.toml")
 COORDINATOR_CONFIG = Path("/etc/edge-agent/coordinator.toml")
 Seconds = Annotated[float, Meta(gt=0)]
 Price = Annotated[float, Meta(ge=0, le=1e9)]
+URL_VARIABLE, TOKEN_VARIABLE, AUTHORITY_VARIABLE = "EDGE_AGENT_URL", "EDGE_AGENT_TOKEN_FILE", "EDGE_AGENT_CA_FILE"
+"""Name the environment's variables by which the commands of a fleet find a coordinator elsewhere."""
 JUDGES_VARIABLE = "EDGE_AGENT_JUDGES"
 """Names the environment's variable in which an agent gives its trainer the endpoint of a job; the key stays in its file."""
 RAN_VARIABLE = "EDGE_AGENT_RAN_S"
@@ -82,7 +85,7 @@ class Proxy(Strict, frozen=True, kw_only=True):
         """User name and password, this read from its file. Raises ConfigInvalid where that is missing, open to others, or holds none."""
         if self.username is None or self.password_file is None:
             return None
-        return self.username, _read_key(self.password_file, "password_file of a proxy")
+        return self.username, read_key(self.password_file, "password_file of a proxy")
 
 
 class Broker(Strict, frozen=True):
@@ -172,7 +175,7 @@ class Endpoint(Strict, frozen=True, kw_only=True):
     @property
     def key(self) -> str | None:
         """Read from its file. Raises ConfigInvalid where that is missing, open to others, or holds no key."""
-        return None if self.key_file is None else _read_key(self.key_file, "key_file of a judge")
+        return None if self.key_file is None else read_key(self.key_file, "key_file of a judge")
 
     def check(self) -> None:
         """Raise ConfigInvalid or PackageMissing where it cannot be used."""
@@ -202,7 +205,7 @@ class FileServer(Strict, frozen=True, kw_only=True):
     @property
     def token(self) -> str | None:
         """Read from its file. Raises ConfigInvalid where that is missing, open to others, or holds no token."""
-        return None if self.token_file is None else _read_key(self.token_file, "token_file of a file server")
+        return None if self.token_file is None else read_key(self.token_file, "token_file of a file server")
 
 
 class Https(Strict, frozen=True, kw_only=True):
@@ -218,6 +221,27 @@ class Https(Strict, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=1, le=65535)] = 8443
     denied: tuple[Name, ...] = ()
     """Nodes that get and bring nothing, whatever certificate they have."""
+
+
+class Api(Strict, frozen=True, kw_only=True):
+    """Where a coordinator answers requests over the network. Who asks is known by a token."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=255)] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535)] = 8470
+    certificate_file: Path | None = None
+    """Of this server, for the host that its users name. null: plain HTTP, on loopback only."""
+    key_file: Path | None = None
+    """Its key; only its owner may read it."""
+    token_limit: Positive = 600
+    """Requests a minute that a token may make."""
+    address_limit: Positive = 1200
+    """Requests a minute that may come from an address, with whatever tokens."""
+
+    def __post_init__(self) -> None:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("`certificate_file` and `key_file` come together")
+        if self.certificate_file is None and not is_loopback(self.host):
+            raise ValueError(f"without `certificate_file` and `key_file` the `host` of `api` is on loopback, not {self.host!r}")
 
 
 class Trust(Strict, frozen=True):
@@ -277,13 +301,23 @@ class CoordinatorConfig(Strict, frozen=True):
     instance: Name = "main"
     broker: Broker = Broker()
     https: Https | None = None
-    """null: files travel over the broker alone, and no network port is open."""
+    """null: files travel over the broker alone."""
+    api: Api | None = None
+    """null: requests are answered on the socket in the state directory alone."""
     artifact_limit: Size = Size(4 * 2**30)
     """Largest file that is fetched from a node."""
     lease_s: Annotated[float, Meta(ge=300)] = 24 * 3600.0
     """How long a node may be silent until the jobs that it has taken are shown as lost, and a cancel ends them at once."""
     signing_key_file: Path | None = None
     """Private Ed25519 key in OpenSSH's format that signs all orders; only its owner may read it."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine can be at the other end."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 C = TypeVar("C", AgentConfig, CoordinatorConfig)
@@ -323,8 +357,8 @@ def read_judges(text: str) -> dict[str, Endpoint]:
     return msgspec.json.decode(text, type=dict[str, Endpoint], dec_hook=lambda kind, value: kind(value))
 
 
-def _read_key(path: Path, field: str) -> str:
-    """Read what stands in a header of requests."""
+def read_key(path: Path, field: str) -> str:
+    """Read what stands in a header of requests. Raises ConfigInvalid where it is missing, open to others, or no line of ASCII."""
     key = _read_secret(path, field)
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigInvalid(path, f"{field}: it must hold one line of ASCII")

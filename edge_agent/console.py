@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from edge_agent.answers import Comparison
-from edge_agent.coordinator.store import JobView, NodeView
+from edge_agent.coordinator.store import Audited, DatasetView, JobView, NodeView, Token
 from edge_agent.doctor import Check
 from edge_agent.errors import human_bytes
 from edge_agent.messages import JobProgress
@@ -325,6 +325,35 @@ def jobs_table(jobs: list[JobView]) -> Table:
         if job.result is not None and job.result.accepted is False:
             state.append(" not accepted", style="red")
         table.add_row(job.id, job.node, run, state, f"{accuracy} %" if accuracy else "-", _age(job.created))
+    return table
+
+
+def datasets_table(datasets: list[DatasetView]) -> Table:
+    """Return a row for each dataset of a coordinator."""
+    table = Table(Column("dataset", no_wrap=True), "name", "records", "size", "age", box=None, padding=(0, 2))
+    for dataset in datasets:
+        row = (printable(dataset.name), f"{dataset.found.records:,}", human_bytes(dataset.size_bytes), _age(dataset.uploaded))
+        table.add_row(dataset.sha256, *row)
+    return table
+
+
+def audit_table(requests: list[Audited]) -> Table:
+    """Return a row for each request."""
+    table = Table(Column("when", no_wrap=True), "who", "from", "what", "made", "status", box=None, padding=(0, 1))
+    for r in requests:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(r.time))
+        status = Text(str(r.status), style="" if r.status < 400 else "red")
+        table.add_row(when, r.who, r.address or "-", Text(printable(r.what)), r.made or "-", status)
+    return table
+
+
+def tokens_table(tokens: list[Token]) -> Table:
+    """Return a row for each token."""
+    table = Table(Column("token", no_wrap=True), "scope", "age", "expires", box=None, padding=(0, 2))
+    for token in tokens:
+        expires = "never" if token.expires is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(token.expires))
+        over = token.expires is not None and time.time() >= token.expires
+        table.add_row(token.name, token.scope, _age(token.created), Text(expires, style="red" if over else ""))
     return table
 
 

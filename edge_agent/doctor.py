@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import ipaddress
 import ssl
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import httpx
 import msgspec
 import psutil
 
-from edge_agent.config import AgentConfig, FileServer, read_config
+from edge_agent.config import AgentConfig, FileServer, is_loopback, read_config
 from edge_agent.enrolment import SOON_DAYS, days_left
 from edge_agent.errors import EdgeAgentError, human_bytes
 from edge_agent.https import open_client
@@ -240,16 +239,9 @@ def _access_rules(config: AgentConfig, found: Visit) -> str:
         told = "this node can neither speak nor hear as another, nor take another's id"
         return told if found.protocol == "5" else f"{told}, as far as MQTT {found.protocol} tells"
     told = f"the broker has no access rules, or too few: this node can {'; '.join(found.trespasses)}"
-    if config.broker.proxy is None and _is_loopback(config.broker.host):
+    if config.broker.proxy is None and is_loopback(config.broker.host):
         return f"{told}. It is on loopback: enough for a trial on one machine, not for a fleet"
     raise _Wrong(f"{told}; {RULES}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 CHECKS: dict[str, Callable[[AgentConfig], str]] = {

@@ -374,13 +374,15 @@ class MessageInvalid(EdgeAgentError):
 
 
 class CoordinatorUnreachable(EdgeAgentError):
-    """No coordinator answers on its socket."""
+    """No coordinator answers at its address."""
 
     code = "coordinator"
     exit_code = 14
 
-    def __init__(self, socket: Path, problem: str) -> None:
-        super().__init__(f"no coordinator answers at {socket} ({problem}); start `edge-agent coordinator`, or give its --socket")
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(
+            f"no coordinator answers at {place} ({problem}); start `edge-agent coordinator`, or give its --config or --coordinator"
+        )
 
 
 class Refused(EdgeAgentError):
@@ -388,6 +390,41 @@ class Refused(EdgeAgentError):
 
     code = "refused"
     exit_code = 14
+
+
+class Unknown(Refused):
+    """The coordinator has no such job, node, file or token."""
+
+
+class Unauthorized(EdgeAgentError):
+    """A request to the coordinator has no token that is valid."""
+
+    code = "unauthorized"
+    exit_code = 14
+
+    def __init__(self) -> None:
+        super().__init__("the coordinator does not know this token, or there is none; `edge-agent tokens new` makes one on its machine")
+
+
+class Forbidden(EdgeAgentError):
+    """A token is valid, and not for this request."""
+
+    code = "forbidden"
+    exit_code = 14
+
+    def __init__(self, scope: str, needed: str) -> None:
+        super().__init__(f"this token may {scope}, the request takes one that may {needed}")
+
+
+class TooManyRequests(EdgeAgentError):
+    """Somebody asks the coordinator more often than they may."""
+
+    code = "too_many_requests"
+    exit_code = 14
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__(f"too many requests; the next one is answered in {wait_s:.1f} s")
+        self.wait_s = wait_s
 
 
 class DemoFailed(EdgeAgentError):

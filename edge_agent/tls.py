@@ -6,7 +6,7 @@ import os
 import ssl
 from pathlib import Path
 
-from edge_agent.config import Https, Tls, check_private
+from edge_agent.config import Tls, check_private
 from edge_agent.errors import ConfigInvalid
 
 
@@ -31,14 +31,20 @@ def client_context(tls: Tls, field: str) -> ssl.SSLContext:
     return context
 
 
-def server_context(https: Https) -> ssl.SSLContext:
-    """Return the context of a server whose clients have certificates. Raises ConfigInvalid where a file is not what it should be."""
-    check_private(https.key_file, "https.key_file")
+def server_context(certificate_file: Path, key_file: Path, ca_file: Path | None, table: str) -> ssl.SSLContext:
+    """Return the context of a server; with `ca_file` one whose clients have certificates of that authority.
+
+    `table` is that of the configuration which names the files. Raises ConfigInvalid where one is not what it should be.
+    """
+    check_private(key_file, f"{table}.key_file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version, context.verify_mode = ssl.TLSVersion.TLSv1_2, ssl.CERT_REQUIRED
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(https.certificate_file, https.key_file)
-        context.load_verify_locations(https.ca_file)
+        context.load_cert_chain(certificate_file, key_file)
+        if ca_file is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(ca_file)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigInvalid(https.certificate_file, f"https.certificate_file, key_file and ca_file: {error}") from None
+        names = "certificate_file, key_file and ca_file" if ca_file is not None else "certificate_file and key_file"
+        raise ConfigInvalid(certificate_file, f"{table}.{names}: {error}") from None
     return context

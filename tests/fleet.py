@@ -92,7 +92,7 @@ class Fleet:
         signing = 'signing_key_file = "signing.key"\n' if secure else ""
         for name, text in (("agent", self._agent_toml(agent)), ("coordinator", f'state_directory = "coordinator"\n{signing}')):
             (self.directory / f"{name}.toml").write_text(text + self._broker_toml(name, protocol))
-        self.client = Client(self.directory / "coordinator")
+        self.client = Client.local(self.directory / "coordinator")
 
     @staticmethod
     def _agent_toml(more: str) -> str:

@@ -10,12 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from orders import make_offer, make_order
 
-from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.store import VERSIONS, CoordinatorStore
+from edge_agent.database import open_database
 from edge_agent.job import Dataset, Job
 from edge_agent.messages import (
     Artifact,
@@ -241,6 +243,21 @@ def test_node_is_silent_only_while_the_coordinator_listens(tmp_path: Path, monke
         assert not _lost(store, job)
         now += 3601
         assert _lost(store, job)
+
+
+def test_file_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
+    """A database from before there were tokens and datasets keeps its jobs, and has them from then on."""
+    path = tmp_path / "coordinator.sqlite"
+    order = make_order(Job(model="tiny", dataset=Dataset(EMPTY), budget_bytes=2**30), 0, node="n")
+    with closing(open_database(path, VERSIONS[:1])) as db:
+        envelope = msgspec.json.encode(make_offer(order).order)
+        columns = "id, node, digest, envelope, created, changed, phase"
+        db.execute(f"INSERT INTO jobs ({columns}) VALUES (?, 'n', ?, ?, 1, 1, 'created')", (order.id, DIGEST, envelope))  # noqa: S608
+    with closing(CoordinatorStore(path, 3600)) as store:
+        view = store.job(order.id)
+        assert view is not None
+        assert (view.order, view.retry_of, store.envelope(order.id)) == (order, None, make_offer(order).order)
+        assert (store.tokens(), store.dataset_page(None, 9).items, store.audit_page(None, 9).items) == ([], [], [])
 
 
 def _lost(store: CoordinatorStore, job: str) -> bool:

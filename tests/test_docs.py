@@ -23,6 +23,7 @@ from edge_agent.asyncapi import CHANNELS, channel_of
 from edge_agent.cli import EXIT_CODES, PANELS, app
 from edge_agent.config import (
     AgentConfig,
+    Api,
     Broker,
     CoordinatorConfig,
     Endpoint,
@@ -155,11 +156,12 @@ METHODS = {options.__struct_config__.tag: options for options in _method_options
 JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
 CONFIG_FIELDS = {
     "Agent": _fields(AgentConfig, (Broker, Endpoint, FileServer, RestLimits, Timers, Trust)),
-    "Coordinator": _fields(CoordinatorConfig, (Broker, Https)),
+    "Coordinator": _fields(CoordinatorConfig, (Api, Broker, Https)),
     "Broker": _fields(Broker, (), "broker."),
     "Judges": _fields(Endpoint, (), "judges.*."),
     "File servers": _fields(FileServer, (), "file_servers.*."),
     "HTTPS": _fields(Https, (), "https."),
+    "API": _fields(Api, (), "api."),
     "Trust": _fields(Trust, (), "trust."),
     "Timers": _fields(Timers, (), "timers."),
     "Rest": _fields(RestLimits, (), "rest."),
@@ -228,7 +230,7 @@ def _size(kind: type, value: Any) -> Any:
     ("name", "kind", "sections"),
     [
         ("agent.toml", AgentConfig, ("Agent", "Judges", "File servers", "Broker", "Trust", "Timers", "Rest")),
-        ("coordinator.toml", CoordinatorConfig, ("Coordinator", "HTTPS", "Broker")),
+        ("coordinator.toml", CoordinatorConfig, ("Coordinator", "HTTPS", "API", "Broker")),
     ],
 )
 def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple[str, ...], tmp_path: Path) -> None:
@@ -346,7 +348,7 @@ COMMANDS = dict(_commands(typer.main.get_command(app), "edge-agent"))
 def test_commands_documented_are_those_of_a_fleet() -> None:
     """docs/fleet.md names the commands of a node and of a fleet, and no others."""
     commands = {f"edge-agent {command.__name__}" for panel, members in PANELS.items() if panel != "On this machine" for command in members}
-    commands |= {name for name in COMMANDS if name.split()[1] in ("enroll", "keys")}
+    commands |= {name for name in COMMANDS if name.split()[1] in ("datasets", "enroll", "keys", "tokens")}
     assert set(_rows("fleet.md", "Commands", "Command")) == commands
     assert commands < set(COMMANDS)
 

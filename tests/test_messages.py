@@ -89,6 +89,9 @@ CODES_OF_PROCESSES = {
     "state",
     "state_damaged",
     "stopped",
+    "unauthorized",
+    "forbidden",
+    "too_many_requests",
 }
 """Errors of a command or daemon itself: no job ends with them."""
 REASONS_OF_NODES = {

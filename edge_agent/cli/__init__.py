@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import enroll, fleet, keys, local
+from edge_agent.cli import datasets, enroll, fleet, keys, local, tokens
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -18,10 +18,14 @@ app = typer.Typer(
 )  # fmt: skip
 dataset_app = typer.Typer(no_args_is_help=True, help="Look at datasets, and build them.")
 app.add_typer(dataset_app, name="dataset")
+datasets_app = typer.Typer(no_args_is_help=True, help="List and remove the datasets that a coordinator has.")
+app.add_typer(datasets_app, name="datasets")
 enroll_app = typer.Typer(no_args_is_help=True, help="Make the certificates by which a broker, a coordinator and nodes know each other.")
 app.add_typer(enroll_app, name="enroll")
 keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys that sign orders.")
 app.add_typer(keys_app, name="keys")
+tokens_app = typer.Typer(no_args_is_help=True, help="Make, list and end the tokens by which a coordinator knows who asks.")
+app.add_typer(tokens_app, name="tokens")
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "On this machine": (local.train, local.plan, local.evaluate, local.compare, local.saliency, local.demo),
@@ -33,10 +37,12 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         fleet.jobs,
         fleet.watch,
         fleet.cancel,
+        fleet.retry,
         fleet.fetch,
         fleet.forget,
         fleet.drain,
         fleet.resume,
+        tokens.audit,
     ),
 }
 for panel, commands in PANELS.items():
@@ -48,6 +54,11 @@ for command in (enroll.node, enroll.coordinator, enroll.broker):
     enroll_app.command(epilog=EXIT_CODES)(command)
 keys_app.command("new", epilog=EXIT_CODES)(keys.new)
 keys_app.command("show", epilog=EXIT_CODES)(keys.show)
+datasets_app.command("list", epilog=EXIT_CODES)(datasets.list_)
+datasets_app.command("remove", epilog=EXIT_CODES)(datasets.remove)
+tokens_app.command("new", epilog=EXIT_CODES)(tokens.new)
+tokens_app.command("list", epilog=EXIT_CODES)(tokens.list_)
+tokens_app.command("revoke", epilog=EXIT_CODES)(tokens.revoke)
 
 
 @app.callback()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,17 @@ from edge_agent.cli.shared import (
     explained,
     print_json,
 )
-from edge_agent.config import AGENT_CONFIG, COORDINATOR_CONFIG, CoordinatorConfig, read_config
+from edge_agent.config import (
+    AGENT_CONFIG,
+    AUTHORITY_VARIABLE,
+    COORDINATOR_CONFIG,
+    TOKEN_VARIABLE,
+    URL_VARIABLE,
+    CoordinatorConfig,
+    read_config,
+)
 from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, summary
+from edge_agent.coordinator.store import JobFilter
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, EdgeAgentError, JobEnded
 from edge_agent.job_building import build_job
 from edge_agent.messages import LONGEST_ORDER_S, ORDER_S
@@ -34,6 +44,13 @@ CoordinatorConfigOption = Annotated[
     Path,
     typer.Option("--config", envvar="EDGE_AGENT_COORDINATOR", help="The coordinator's configuration, which names its state directory."),
 ]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator", envvar=URL_VARIABLE, metavar="URL",
+        help=f"A coordinator elsewhere, instead of --config. The file with its token: {TOKEN_VARIABLE}, else ~/.config/edge-agent/token.",
+    ),
+]  # fmt: skip
 NodeArgument = Annotated[str, typer.Argument(help="The node's name.")]
 JobArgument = Annotated[str, typer.Argument(help="The job's id.")]
 
@@ -50,7 +67,7 @@ def coordinator(config: CoordinatorConfigOption = COORDINATOR_CONFIG) -> None:
     with explained(False):
         from edge_agent import logs
         from edge_agent.coordinator.file_server import files_served
-        from edge_agent.coordinator.http import serve
+        from edge_agent.coordinator.http import api_served, serve
         from edge_agent.coordinator.service import Service
 
         logs.set_up()
@@ -58,7 +75,7 @@ def coordinator(config: CoordinatorConfigOption = COORDINATOR_CONFIG) -> None:
         service = Service(read)
         service.start()
         try:
-            with files_served(service, read.https):
+            with files_served(service, read.https), api_served(service, read.api):
                 serve(service, read.state_directory)
         finally:
             service.stop()
@@ -82,9 +99,9 @@ def doctor(config: AgentConfigOption = AGENT_CONFIG, as_json: JsonOption = False
             raise typer.Exit(EdgeAgentError.exit_code)
 
 
-def nodes(config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+def nodes(config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False) -> None:
     """List the nodes that the coordinator knows."""
-    with explained(as_json), _client(config) as client:
+    with explained(as_json), client_of(config, url) as client:
         found = client.nodes()
         if as_json:
             print_json(found)
@@ -94,12 +111,16 @@ def nodes(config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOpt
 
 def jobs(
     limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Show at most this many, the newest first.")] = 30,
+    node: Annotated[str | None, typer.Option("--node", help="Only those of this node.")] = None,
+    phase: Annotated[str | None, typer.Option("--phase", help="Only those in this phase, such as running; see docs/fleet.md.")] = None,
+    outcome: Annotated[str | None, typer.Option("--outcome", help="Only those with this outcome, such as failed.")] = None,
     config: CoordinatorConfigOption = COORDINATOR_CONFIG,
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List jobs, the newest first."""
-    with explained(as_json), _client(config) as client:
-        found = client.jobs(limit)
+    with explained(as_json), client_of(config, url) as client:
+        found = client.jobs(limit, JobFilter(phase=phase, outcome=outcome, node=node))  # type: ignore[arg-type]  # the coordinator looks
         if as_json:
             print_json(found)
         else:
@@ -123,10 +144,11 @@ def submit(
         float, typer.Option("--expires-s", min=1, max=LONGEST_ORDER_S, help="Give up if the node has not answered by then.")
     ] = ORDER_S,
     config: CoordinatorConfigOption = COORDINATOR_CONFIG,
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Send a job to a node and print its id. The dataset travels with it; `edge-agent watch` shows how it goes."""
-    with explained(as_json), _client(config) as client:
+    with explained(as_json), client_of(config, url) as client:
         if data is None or budget is None:
             raise typer.BadParameter("give --data and --budget")
         fields = {
@@ -146,9 +168,11 @@ def submit(
             typer.echo(view.id)
 
 
-def watch(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+def watch(
+    job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False
+) -> None:
     """Show a job live until it has ended, then its summary. Exits as a local run of the job would."""
-    with explained(as_json), _client(config) as client:
+    with explained(as_json), client_of(config, url) as client:
         console = Console(stderr=as_json)
         try:
             with FleetView(console) as view:
@@ -168,9 +192,11 @@ def watch(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG
             raise typer.Exit(NOT_ACCEPTED_EXIT_CODE)
 
 
-def cancel(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+def cancel(
+    job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False
+) -> None:
     """Ask for the end of a job. Its outcome is `canceled`, or whatever was faster."""
-    with explained(as_json), _client(config) as client:
+    with explained(as_json), client_of(config, url) as client:
         view = client.cancel(job)
         if as_json:
             print_json(view)
@@ -178,9 +204,23 @@ def cancel(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFI
             typer.echo(f"{view.id}  {view.outcome or 'cancel requested'}")
 
 
-def forget(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+def retry(
+    job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False
+) -> None:
+    """Hand in an ended job again and print the id of the new one."""
+    with explained(as_json), client_of(config, url) as client:
+        view = client.retry(job)
+        if as_json:
+            print_json(view)
+        else:
+            typer.echo(view.id)
+
+
+def forget(
+    job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False
+) -> None:
     """Delete an ended job with its dataset, report and adapter, at the coordinator and on its node, now or when that is back."""
-    with explained(as_json), _client(config) as client:
+    with explained(as_json), client_of(config, url) as client:
         view = client.forget(job)
         if as_json:
             print_json(view)
@@ -188,18 +228,22 @@ def forget(job: JobArgument, config: CoordinatorConfigOption = COORDINATOR_CONFI
             typer.echo(f"{view.id}  deleted as soon as node {view.node} has done so")
 
 
-def drain(node: NodeArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+def drain(
+    node: NodeArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False
+) -> None:
     """Have a node finish the jobs that it has and take no new ones, now or when it is back, until `resume`."""
-    _set_drain(node, True, config, as_json)
+    _set_drain(node, True, config, url, as_json)
 
 
-def resume(node: NodeArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, as_json: JsonOption = False) -> None:
+def resume(
+    node: NodeArgument, config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption = None, as_json: JsonOption = False
+) -> None:
     """Have a node take jobs again."""
-    _set_drain(node, False, config, as_json)
+    _set_drain(node, False, config, url, as_json)
 
 
-def _set_drain(node: str, wanted: bool, config: Path, as_json: bool) -> None:
-    with explained(as_json), _client(config) as client:
+def _set_drain(node: str, wanted: bool, config: Path, url: str | None, as_json: bool) -> None:
+    with explained(as_json), client_of(config, url) as client:
         view = client.drain(node, wanted)
         if as_json:
             print_json(view)
@@ -213,10 +257,11 @@ def fetch(
         Path | None, typer.Option("--out", help="Where adapter/ and result.json go; default: a directory named by the id.")
     ] = None,
     config: CoordinatorConfigOption = COORDINATOR_CONFIG,
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the adapter and the report of an ended job into a directory."""
-    with explained(as_json), _client(config) as client:
+    with explained(as_json), client_of(config, url) as client:
         directory = out or Path(job)
         written = client.fetch(job, directory)
         if as_json:
@@ -226,7 +271,13 @@ def fetch(
                 typer.echo(str(file))
 
 
-def _client(config: Path):  # type: ignore[no-untyped-def]  # its type is imported with it: httpx is of no use to the other commands
+def client_of(config: Path, url: str | None):  # type: ignore[no-untyped-def]  # its type is imported with it: httpx is of no use to the other commands
+    """Return the client of the coordinator that a configuration is of, or of that at a URL."""
     from edge_agent.coordinator.client import Client
 
-    return Client(read_config(config, CoordinatorConfig).state_directory)
+    if url is None:
+        return Client.local(read_config(config, CoordinatorConfig).state_directory)
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
+    token_file = Path(os.environ.get(TOKEN_VARIABLE) or home / "edge-agent" / "token")
+    authority = os.environ.get(AUTHORITY_VARIABLE)
+    return Client.remote(url, token_file.expanduser(), Path(authority).expanduser() if authority else None)

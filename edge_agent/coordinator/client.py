@@ -3,27 +3,68 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
 import msgspec
 
-from edge_agent.coordinator.store import HistoryRow, JobView, NodeView
+from edge_agent.config import Tls, is_loopback, read_key
+from edge_agent.coordinator.access import NewToken, Scope
+from edge_agent.coordinator.store import (
+    Audited,
+    AuditPage,
+    DatasetPage,
+    DatasetView,
+    HistoryRow,
+    JobFilter,
+    JobPage,
+    JobView,
+    NodePage,
+    NodeView,
+    Token,
+)
 from edge_agent.dataset import check_sha256
-from edge_agent.errors import CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, exit_code_of
+from edge_agent.dataset_check import Check
+from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, exit_code_of
 from edge_agent.job import Job
 from edge_agent.messages import ORDER_S, JobProgress, is_ulid
 from edge_agent.report import Result
+from edge_agent.tls import client_context
 
 T = TypeVar("T")
+P = TypeVar("P", JobPage, NodePage, DatasetPage, AuditPage)
+NONE: Mapping[str, str] = {}
 
 SOCKET = "api.sock"
 """In the coordinator's state directory, which only its owner can enter."""
+VERSION = "/v1"
+"""Before the path of every request."""
+PROBLEM = "application/problem+json"
+TIMEOUT_S = 60.0
+UPLOAD_S = 600.0
+"""Without a byte of the answer to an upload: a large dataset is looked into first."""
+PAGE = 500
+MOST_NODES = 100_000
 AWAY_S = 60.0
 """How long a watcher waits for a coordinator that has gone."""
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request is answered with that failed (RFC 9457)."""
+
+    type: Literal["about:blank"] = "about:blank"
+    title: str
+    """Of the status."""
+    status: int
+    detail: str
+    """What, where and what to do."""
+    code: str
+    """Of the error (docs/errors.md)."""
+    found: Check | None = None
+    """What is in a dataset that was not kept."""
 
 
 class Answered(EdgeAgentError):
@@ -40,9 +81,31 @@ class Answered(EdgeAgentError):
 class Client:
     """Requests to one coordinator. All methods raise CoordinatorUnreachable or Answered."""
 
-    def __init__(self, state_directory: Path) -> None:
-        self._socket = state_directory / SOCKET
-        self._http = httpx.Client(transport=httpx.HTTPTransport(uds=str(self._socket)), base_url="http://coordinator", timeout=60)
+    def __init__(self, http: httpx.Client, place: str) -> None:
+        self._http, self._place = http, place
+
+    @classmethod
+    def local(cls, state_directory: Path) -> Client:
+        """Return the client of the coordinator that works in a directory of this machine."""
+        path = str(state_directory / SOCKET)
+        return cls(httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url=f"http://coordinator{VERSION}", timeout=TIMEOUT_S), path)
+
+    @classmethod
+    def remote(cls, url: str, token_file: Path, ca_file: Path | None = None) -> Client:
+        """Return the client of a coordinator elsewhere. Raises ConfigInvalid for a token, certificate or address that cannot be used."""
+        try:
+            parts = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ConfigInvalid(Path("--coordinator"), f"{url!r} is no URL: {error}") from None
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.host)):
+            raise ConfigInvalid(Path("--coordinator"), f"{url!r} does not begin with https:, and the token is for nobody else to read")
+        token = read_key(token_file, "the token of --coordinator")
+        http = httpx.Client(
+            verify=client_context(Tls(ca_file), "--coordinator") if parts.scheme == "https" else True, timeout=TIMEOUT_S,
+            base_url=parts.join(f"{parts.path.rstrip('/')}{VERSION}"), headers={"Authorization": f"Bearer {token}"}, follow_redirects=False,
+            trust_env=parts.scheme == "https",  # on loopback the token goes through no proxy
+        )  # fmt: skip
+        return cls(http, url)
 
     def __enter__(self) -> Client:
         return self
@@ -51,39 +114,77 @@ class Client:
         self._http.close()
 
     def nodes(self) -> list[NodeView]:
-        return self._ask(list[NodeView], "GET", "/nodes")
+        nodes: list[NodeView] = []
+        for page in self._pages(NodePage, "/nodes", MOST_NODES):
+            nodes += page.items
+        return nodes
 
     def drain(self, node: str, drain: bool) -> NodeView:
         return self._ask(NodeView, "POST", f"/nodes/{quote(node, safe='')}/{'drain' if drain else 'resume'}")
 
-    def jobs(self, limit: int) -> list[JobView]:
-        return self._ask(list[JobView], "GET", f"/jobs?limit={limit}")
+    def jobs(self, limit: int, which: JobFilter = JobFilter()) -> list[JobView]:  # noqa: B008
+        jobs: list[JobView] = []
+        for page in self._pages(JobPage, "/jobs", limit, {k: v for k, v in msgspec.structs.asdict(which).items() if v is not None}):
+            jobs += page.items
+        return jobs
 
     def job(self, job: str) -> JobView:
-        return self._ask(JobView, "GET", _place(job))
+        return self._ask(JobView, "GET", _path(job))
 
     def history(self, job: str) -> list[HistoryRow]:
-        return self._ask(list[HistoryRow], "GET", f"{_place(job)}/history")
+        return self._ask(list[HistoryRow], "GET", f"{_path(job)}/history")
 
     def cancel(self, job: str) -> JobView:
-        return self._ask(JobView, "POST", f"{_place(job)}/cancel")
+        return self._ask(JobView, "POST", f"{_path(job)}/cancel")
+
+    def retry(self, job: str) -> JobView:
+        return self._ask(JobView, "POST", f"{_path(job)}/retry")
+
+    def datasets(self, limit: int) -> list[DatasetView]:
+        datasets: list[DatasetView] = []
+        for page in self._pages(DatasetPage, "/datasets", limit):
+            datasets += page.items
+        return datasets
+
+    def upload(self, file: Path, sha256: str) -> DatasetView:
+        """Hand in a dataset."""
+        with file.open("rb") as stream:
+            return self._ask(DatasetView, "PUT", f"/datasets/{sha256}", params={"name": file.name}, content=stream, timeout=UPLOAD_S)
+
+    def remove_dataset(self, sha256: str) -> DatasetView:
+        return self._ask(DatasetView, "DELETE", f"/datasets/{quote(sha256, safe='')}")
 
     def forget(self, job: str) -> JobView:
-        return self._ask(JobView, "POST", f"{_place(job)}/forget")
+        return self._ask(JobView, "POST", f"{_path(job)}/forget")
 
     def submit(self, node: str, job: Job, files: dict[str, Path], priority: int, expires_s: float = ORDER_S) -> JobView:
         """Upload files by their sha256, then submit the job over them."""
         for sha256, file in files.items():
-            with file.open("rb") as stream:
-                self._send("PUT", f"/files/{sha256}", content=stream)
+            self.upload(file, sha256)
         body = {"node": node, "job": job, "priority": priority, "expires_s": expires_s}
         return self._ask(JobView, "POST", "/jobs", content=msgspec.json.encode(body))
+
+    def audit(self, limit: int) -> list[Audited]:
+        requests: list[Audited] = []
+        for page in self._pages(AuditPage, "/audit", limit):
+            requests += page.items
+        return requests
+
+    def tokens(self) -> list[Token]:
+        return self._ask(list[Token], "GET", "/tokens")
+
+    def new_token(self, name: str, scope: Scope, expires_s: float | None) -> NewToken:
+        body = {"name": name, "scope": scope, "expires_s": expires_s}
+        return self._ask(NewToken, "POST", "/tokens", content=msgspec.json.encode(body))
+
+    def revoke_token(self, name: str) -> Token:
+        return self._ask(Token, "DELETE", f"/tokens/{quote(name, safe='')}")
 
     def result(self, view: JobView) -> Result | None:
         """Return the report of an ended job, if it made one."""
         for artifact in view.artifacts:
             if artifact.name == "result.json":
-                return msgspec.json.decode(self._send("GET", f"/files/{artifact.sha256}").content, type=Result)
+                return msgspec.json.decode(self._send("GET", f"{_path(view.id)}/artifacts/{artifact.name}").content, type=Result)
         return None
 
     def fetch(self, job: str, directory: Path) -> list[Path]:
@@ -99,32 +200,33 @@ class Client:
             (directory / "adapter").mkdir(parents=True, exist_ok=True)
             for artifact in view.artifacts:
                 path = directory / artifact.name if artifact.name == "result.json" else directory / "adapter" / artifact.name
-                self._save(artifact.sha256, path)
+                self._save(f"{_path(job)}/artifacts/{artifact.name}", artifact.sha256, path)
                 written.append(path)
         except OSError as error:
             raise DirectoryUnusable(directory, error.strerror or type(error).__name__) from None
         return written
 
-    def _save(self, sha256: str, path: Path) -> None:
+    def _save(self, place: str, sha256: str, path: Path) -> None:
         part = path.with_name(f".{path.name}.part")
         try:
-            with self._http.stream("GET", f"/files/{sha256}") as response, part.open("wb") as file:
+            with self._http.stream("GET", place) as response, part.open("wb") as file:
                 self._check(response)
                 for chunk in response.iter_bytes():
                     file.write(chunk)
             check_sha256(part, sha256)
             part.replace(path)
         except httpx.TransportError as error:
-            raise CoordinatorUnreachable(self._socket, _why(error)) from None
+            raise CoordinatorUnreachable(self._place, _why(error)) from None
         finally:
             part.unlink(missing_ok=True)
 
     def watch(self, job: str) -> Iterator[JobView | JobProgress]:
         """Yield the job at every change and its progress as it comes, until it has ended; a restarted coordinator is awaited."""
         away_since: float | None = None
+        heard: list[str] = []
         while True:
             try:
-                for item in self._events(job):
+                for item in self._events(job, heard):
                     away_since = None
                     yield item
                     if isinstance(item, JobView) and item.phase == "ended":
@@ -135,21 +237,34 @@ class Client:
             now = time.monotonic()
             away_since = away_since or now
             if now - away_since > AWAY_S:
-                raise CoordinatorUnreachable(self._socket, why)
+                raise CoordinatorUnreachable(self._place, why)
             time.sleep(0.5)
 
-    def _events(self, job: str) -> Iterator[JobView | JobProgress]:
-        with self._http.stream("GET", f"{_place(job)}/events") as response:
+    def _events(self, job: str, heard: list[str]) -> Iterator[JobView | JobProgress]:
+        """Yield events, after that whose id is the last of `heard`, which grows with them."""
+        with self._http.stream("GET", f"{_path(job)}/events", headers={"Last-Event-ID": heard[-1]} if heard else {}) as response:
             self._check(response)
             kind = b""
             for line in _lines(response):
                 name, _, value = line.rstrip(b"\r").partition(b": ")
                 if name == b"event":
                     kind = value
+                elif name == b"id":
+                    heard[:] = [value.decode()]
                 elif name == b"data" and value:
                     item: JobView | JobProgress
                     item = msgspec.json.decode(value, type=JobProgress) if kind == b"progress" else msgspec.json.decode(value, type=JobView)
                     yield item
+
+    def _pages(self, kind: type[P], path: str, limit: int, params: Mapping[str, str] = NONE) -> Iterator[P]:
+        """Yield the pages of a list, up to a number of items."""
+        after: dict[str, str] = {}
+        while limit > 0:
+            page = self._ask(kind, "GET", path, params=dict(params) | after | {"limit": str(min(limit, PAGE))})
+            yield page
+            if page.next is None:
+                return
+            limit, after = limit - len(page.items), {"after": page.next}
 
     def _ask(self, kind: type[T], method: str, path: str, **options: Any) -> T:
         try:
@@ -161,7 +276,7 @@ class Client:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
-            raise CoordinatorUnreachable(self._socket, _why(error)) from None
+            raise CoordinatorUnreachable(self._place, _why(error)) from None
         self._check(response)
         return response
 
@@ -171,13 +286,13 @@ class Client:
             return
         response.read()
         try:
-            error = msgspec.json.decode(response.content)["error"]
-        except (msgspec.DecodeError, KeyError, TypeError):
+            problem = msgspec.json.decode(response.content, type=Problem)
+        except msgspec.DecodeError:
             raise Answered("internal", f"the coordinator answered with status {response.status_code}") from None
-        raise Answered(error["code"], error["text"])
+        raise Answered(problem.code, problem.detail)
 
 
-def _place(job: str) -> str:
+def _path(job: str) -> str:
     """Return the path of a job. Raises Answered for what can be no job's id."""
     if not is_ulid(job):
         raise Answered("refused", f"{job[:80]!r} is no job; `edge-agent jobs` lists them")

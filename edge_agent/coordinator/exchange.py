@@ -51,7 +51,7 @@ class Exchange:
             if file.size_bytes <= room and self._files.has(file.sha256):
                 contents[file.sha256] = self._files.path(file.sha256).read_bytes()
                 room -= file.size_bytes
-        return Offer(envelope or view.envelope, contents)
+        return Offer(envelope or self._store.envelope(view.id), contents)
 
     def may_have(self, node: str, sha256: str) -> bool:
         """Whether one of the node's open jobs needs a file; no other file goes to it."""

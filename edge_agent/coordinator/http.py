@@ -1,40 +1,118 @@
-"""The coordinator's HTTP API, on a Unix socket that only its owner can open. The command line is its client."""
+"""The coordinator's HTTP API: one definition, on a Unix socket that only its owner can open, and on a port for whoever has a token.
+
+The command line is its client.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
+import math
 import os
 import signal
 import socket
 import sqlite3
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import uvicorn
-from litestar import Litestar, Request, Response, get, post, put
+from litestar import Litestar, Request, Response, Router, delete, get, post, put
+from litestar.connection import ASGIConnection
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException
-from litestar.params import Parameter
-from litestar.response import File, ServerSentEvent
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.handlers import BaseRouteHandler
+from litestar.params import FromPath, FromQuery, HeaderParameter, JSONBody, PathParameter, QueryParameter
+from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
+from litestar.types import ControllerRouterHandler, Message
 from msgspec import Meta
 
-from edge_agent.coordinator.client import SOCKET
+from edge_agent.config import Api, Name
+from edge_agent.coordinator.access import Caller, Identify, NewToken, Scope, allow, local
+from edge_agent.coordinator.audience import Happening
+from edge_agent.coordinator.client import PROBLEM, SOCKET, VERSION, Problem
+from edge_agent.coordinator.limits import Limits, network
+from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
+from edge_agent.coordinator.ranges import ranged
 from edge_agent.coordinator.service import Service
-from edge_agent.coordinator.store import HistoryRow, JobView, NodeView
-from edge_agent.errors import EdgeAgentError, Refused, StateUnusable, human_bytes
+from edge_agent.coordinator.store import (
+    Audited,
+    AuditPage,
+    CoordinatorOutcome,
+    CoordinatorPhase,
+    DatasetPage,
+    DatasetView,
+    HistoryRow,
+    JobFilter,
+    JobPage,
+    JobView,
+    NodePage,
+    NodeView,
+    Token,
+)
+from edge_agent.dataset import check_sha256
+from edge_agent.dataset_check import Check, check
+from edge_agent.errors import (
+    DatasetChecksum,
+    DatasetEmpty,
+    DatasetSchema,
+    DatasetTooLarge,
+    EdgeAgentError,
+    Forbidden,
+    StateUnusable,
+    TooManyRequests,
+    Unauthorized,
+    Unknown,
+    human_bytes,
+)
 from edge_agent.job import Job, Strict
 from edge_agent.json_items import MAX_FILE_BYTES
-from edge_agent.messages import LONGEST_ORDER_S, ORDER_S, JobProgress
+from edge_agent.messages import LONGEST_ORDER_S, ORDER_S, ArtifactName, new_id
+from edge_agent.transfer import SHA256
 
 log = logging.getLogger(__name__)
 
 LONGEST_SOCKET_PATH = 107
 """Of the kernel, in bytes."""
+MAX_BODY_BYTES = 1024 * 1024
+"""Of a request that brings no file."""
 PING_S = 5.0
+MOST_UNHEARD = 1024
+"""Events that wait for one reader."""
+STATUSES: dict[type[EdgeAgentError], int] = {
+    Unauthorized: 401, Forbidden: 403, Unknown: 404, DatasetTooLarge: 413, DatasetEmpty: 422, DatasetSchema: 422, DatasetChecksum: 422,
+    TooManyRequests: 429,
+}  # fmt: skip
+"""Of answers with an error; any other has 409."""
+HEADERS = {
+    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}  # fmt: skip
+"""Of every answer: it is for nobody to keep, and for no browser to run."""
+
+
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+METHODS = READING | {"POST", "PUT", "PATCH", "DELETE"}
+LONGEST_AUDITED = 300
+"""Characters of a path."""
+METRICS = "text/plain; version=1.0.0; charset=utf-8"
+MOST_ITEMS = 1000
+"""Of one page of a list."""
+
+Limit = Annotated[int, QueryParameter(ge=1, le=MOST_ITEMS, description="Items at most.")]
+After = Annotated[str | None, QueryParameter(max_length=64, description="The `next` of the page before.")]
+Number = Annotated[str | None, QueryParameter(pattern="^[0-9]{1,18}$", description="The `next` of the page before.")]
+FileName = Annotated[str | None, QueryParameter(pattern=r"^[^/\x00-\x1f\x7f]{1,255}$", max_length=255)]
+Sha256InPath = Annotated[str, PathParameter(pattern=f"^{SHA256.pattern}$", max_length=64)]
+LastEventId = Annotated[str | None, HeaderParameter(name="Last-Event-ID", max_length=64, description="Of the last event that was heard.")]
+Presence = Literal["init", "ready", "draining", "offline", "lost"]
 
 
 class Submission(Strict, frozen=True):
@@ -47,167 +125,393 @@ class Submission(Strict, frozen=True):
     """Until the node has answered; its order is worth nothing then."""
 
 
-def make_app(service: Service) -> Litestar:
+class TokenRequest(Strict, frozen=True):
+    """A token to make."""
+
+    name: Name
+    scope: Scope
+    expires_s: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    """null: it does not expire."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """How requests come in: who asks, and how often they may."""
+
+    identify: Identify = local
+    by_token: Limits | None = None
+    """null: as often as they like."""
+    by_address: Limits | None = None
+
+
+def make_app(service: Service, door: Door) -> Litestar:
     """Return the application over a running service."""
     return Litestar(
-        [nodes, drain, resume, jobs, submit, job, history, cancel, forget, events, upload, download],
-        state=State({"service": service}),
-        exception_handlers={EdgeAgentError: _explain, HTTPException: _explain_http, sqlite3.Error: _explain_disk, OSError: _explain_disk},
+        routes(),
+        state=State({"service": service, "door": door}),
+        guards=[check_scope, check_parameters],
+        before_send=[_account],
+        exception_handlers={
+            EdgeAgentError: _explain, HTTPException: _explain_http, sqlite3.Error: _explain_disk, OSError: _explain_disk,
+            RecursionError: _explain_form, UnicodeError: _explain_form, concurrent.futures.TimeoutError: _explain_delay,
+            500: _explain_defect,
+        },
+        response_headers=HEADERS,
+        request_max_body_size=MAX_BODY_BYTES,
         logging_config=None,
         openapi_config=None,
-    )
+    )  # fmt: skip
 
 
-@get("/nodes", sync_to_thread=True)
-def nodes(state: State) -> list[NodeView]:
-    """All nodes that have ever been seen."""
+def check_scope(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """Let a request through whose caller has the scope of its route. A route without one is for nobody."""
+    door: Door = connection.app.state.door
+    if door.by_address is not None:
+        door.by_address.take(network(connection.client.host if connection.client else ""))
+    caller = door.identify(connection.headers.get("authorization"))
+    connection.scope["state"]["caller"] = caller
+    if door.by_token is not None:
+        door.by_token.take(caller.name)
+    needed: Scope | None = handler.opt.get("scope")
+    if needed is None:
+        raise Forbidden(caller.scope, "do what no token may")
+    allow(caller, needed)
+
+
+def check_parameters(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """Refuse what a route does not read: a filter that is misspelled would let everything through."""
+    kinds = ((name, parameter.kwarg_definition) for name, parameter in handler.parsed_fn_signature.parameters.items())
+    known = {kind.name or name for name, kind in kinds if isinstance(kind, QueryParameter)}
+    if unknown := sorted(set(connection.query_params) - known):
+        raise ValidationException(f"there is no parameter {unknown[0][:80]!r} here; there is: {', '.join(sorted(known)) or 'none'}")
+
+
+async def _account(message: Message, scope: Any) -> None:
+    """Count an answer; keep a request that was to change something, but for those that came too often: they would fill the disk."""
+    if message["type"] != "http.response.start":
+        return
+    service: Service = scope["litestar_app"].state.service
+    method, status = scope["method"], message["status"]
+    known = method in METHODS
+    service.metrics.requests.labels(method if known else "other", scope.get("path_template") or "none", status).inc()
+    caller: Caller | None = scope["state"].get("caller")
+    if caller is None or method in READING or status == STATUSES[TooManyRequests]:
+        return
+    client, made = scope.get("client"), dict(message["headers"]).get(b"location")
+    request = Audited(
+        time=time.time(), who=caller.name, address=client[0] if client else None, what=f"{method} {scope['path'][:LONGEST_AUDITED]}",
+        made=made.decode("latin-1") if made else None, status=status,
+    )  # fmt: skip
+    service.call_later(lambda: service.audit(request))
+
+
+@get("/nodes", scope="read", sync_to_thread=True)
+def nodes(
+    state: State, node_state: Annotated[Presence | None, QueryParameter(name="state")] = None, after: After = None, limit: Limit = 100
+) -> NodePage:
+    """Nodes that have ever been seen, by their names."""
     service: Service = state.service
-    return service.call(service.nodes)
+    return service.call(lambda: service.nodes(node_state, after, limit))
 
 
-@post("/nodes/{node_id:str}/drain", sync_to_thread=True)
-def drain(state: State, node_id: str) -> NodeView:
+@post("/nodes/{node_id:str}/drain", scope="admin", status_code=200, sync_to_thread=True)
+def drain(state: State, node_id: FromPath[str]) -> NodeView:
     """Have a node take no new jobs."""
     service: Service = state.service
     return service.call(lambda: service.drain(node_id, True))
 
 
-@post("/nodes/{node_id:str}/resume", sync_to_thread=True)
-def resume(state: State, node_id: str) -> NodeView:
+@post("/nodes/{node_id:str}/resume", scope="admin", status_code=200, sync_to_thread=True)
+def resume(state: State, node_id: FromPath[str]) -> NodeView:
     """Have a node take jobs again."""
     service: Service = state.service
     return service.call(lambda: service.drain(node_id, False))
 
 
-@get("/jobs", sync_to_thread=True)
-def jobs(state: State, limit: Annotated[int, Parameter(ge=1, le=10_000)] = 100) -> list[JobView]:
-    """The newest jobs first."""
+@get("/jobs", scope="read", sync_to_thread=True)
+def jobs(
+    state: State,
+    phase: FromQuery[CoordinatorPhase | None] = None,
+    outcome: FromQuery[CoordinatorOutcome | None] = None,
+    node: FromQuery[str | None] = None,
+    after: Number = None,
+    limit: Limit = 100,
+) -> JobPage:
+    """Jobs, the newest first: all, or those of a phase, an outcome or a node."""
     service: Service = state.service
-    return service.call(lambda: service.jobs(limit))
+    return service.call(lambda: service.jobs(JobFilter(phase=phase, outcome=outcome, node=node), after, limit))
 
 
-@post("/jobs", sync_to_thread=True)
-def submit(state: State, data: Submission) -> JobView:
+@post("/jobs", scope="submit", sync_to_thread=True)
+def submit(state: State, data: JSONBody[Submission]) -> Response[JobView]:
     """Keep a job; it is offered to its node until that answers."""
     service: Service = state.service
-    return service.call(lambda: service.submit(data.node, data.job, data.priority, data.expires_s))
+    return _made(service.call(lambda: service.submit(data.node, data.job, data.priority, data.expires_s)))
 
 
-@get("/jobs/{job_id:str}", sync_to_thread=True)
-def job(state: State, job_id: str) -> JobView:
+@get("/jobs/{job_id:str}", scope="read", sync_to_thread=True)
+def job(state: State, job_id: FromPath[str]) -> JobView:
     """One job."""
     service: Service = state.service
     return service.call(lambda: service.job(job_id))
 
 
-@get("/jobs/{job_id:str}/history", sync_to_thread=True)
-def history(state: State, job_id: str) -> list[HistoryRow]:
+@get("/jobs/{job_id:str}/history", scope="read", sync_to_thread=True)
+def history(state: State, job_id: FromPath[str]) -> list[HistoryRow]:
     """What the node has said of a job, the oldest first."""
     service: Service = state.service
     return service.call(lambda: service.history(job_id))
 
 
-@post("/jobs/{job_id:str}/cancel", sync_to_thread=True)
-def cancel(state: State, job_id: str) -> JobView:
+@post("/jobs/{job_id:str}/cancel", scope="submit", status_code=200, sync_to_thread=True)
+def cancel(state: State, job_id: FromPath[str]) -> JobView:
     """Ask for the end of a job."""
     service: Service = state.service
     return service.call(lambda: service.cancel(job_id))
 
 
-@post("/jobs/{job_id:str}/forget", sync_to_thread=True)
-def forget(state: State, job_id: str) -> JobView:
+@post("/jobs/{job_id:str}/retry", scope="submit", sync_to_thread=True)
+def retry(state: State, job_id: FromPath[str]) -> Response[JobView]:
+    """Hand in an ended job again, as a new job for the same node; `retry_of` says from which it came."""
+    service: Service = state.service
+    return _made(service.call(lambda: service.retry(job_id)))
+
+
+def _made(job: JobView) -> Response[JobView]:
+    return Response(job, headers={"Location": f"{VERSION}/jobs/{job.id}"})
+
+
+@post("/jobs/{job_id:str}/forget", scope="admin", status_code=200, sync_to_thread=True)
+def forget(state: State, job_id: FromPath[str]) -> JobView:
     """Ask for the deletion of an ended job."""
     service: Service = state.service
     return service.call(lambda: service.forget(job_id))
 
 
-@get("/jobs/{job_id:str}/events")
-async def events(state: State, job_id: str) -> ServerSentEvent:
+@get("/jobs/{job_id:str}/events", scope="read")
+async def job_events(
+    state: State, job_id: FromPath[str], request: Request[Any, Any, Any], last_event_id: LastEventId = None
+) -> ServerSentEvent:
     """The job and its progress, as server-sent events, until it has ended."""
     service: Service = state.service
     await asyncio.to_thread(service.call, lambda: service.job(job_id))
-    return ServerSentEvent(_events(service, job_id))
+    return ServerSentEvent(_events(service, job_id, Ear(request), last_event_id))
 
 
-@put("/files/{sha256:str}", request_max_body_size=None)
-async def upload(state: State, sha256: str, request: Request[Any, Any, Any]) -> None:
-    """Keep a file under its sha256."""
-    await _receive_file(state.service, sha256, request)
+@get("/events", scope="read")
+async def events(state: State, request: Request[Any, Any, Any], last_event_id: LastEventId = None) -> ServerSentEvent:
+    """What happens in the fleet, as server-sent events: jobs, their progress, nodes. The first says whether some of it is lost."""
+    return ServerSentEvent(_events(state.service, None, Ear(request), last_event_id))
 
 
-@get("/files/{sha256:str}", sync_to_thread=True)
-def download(state: State, sha256: str) -> File:
-    """A file of a job."""
+@get("/jobs/{job_id:str}/artifacts/{name:str}", scope="read", statuses=(206, 304, 400, 416))
+async def artifact(state: State, job_id: FromPath[str], name: FromPath[ArtifactName], request: Request[Any, Any, Any]) -> Response[bytes]:
+    """A file that a job has made, or a range of it; its ETag is its sha256."""
     service: Service = state.service
-    if not service.files.has(sha256):
-        raise Refused(f"there is no file {sha256}")
-    return File(service.files.path(sha256), filename=sha256)
+    sha256 = await asyncio.to_thread(service.call, lambda: service.artifact(job_id, name))
+    return ranged(service.files.path(sha256), sha256, request.headers, name)
 
 
-def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Any]:
-    return Response({"error": {"code": error.code, "text": str(error)}}, status_code=409)
+@get("/datasets", scope="read", sync_to_thread=True)
+def datasets(state: State, after: After = None, limit: Limit = 100) -> DatasetPage:
+    """Datasets by their sha256."""
+    service: Service = state.service
+    return service.call(lambda: service.datasets(after, limit))
 
 
-def _explain_disk(_: Request[Any, Any, Any], error: OSError | sqlite3.Error) -> Response[Any]:
-    log.error("storage_error error=%r", error)
-    text = f"the coordinator cannot use its disk: {error}; look whether it is full, and try again"
-    return Response({"error": {"code": "state", "text": text}}, status_code=503)
-
-
-def _explain_http(_: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
-    text = "; ".join([error.detail, *(str(e) for e in error.extra or [])])
-    return Response(
-        {"error": {"code": "job_schema" if error.status_code == 400 else "refused", "text": text}}, status_code=error.status_code
-    )
-
-
-async def _receive_file(service: Service, sha256: str, request: Request[Any, Any, Any]) -> None:
-    """Keep an uploaded file under its sha256. Raises Refused where it is too long or another one."""
-    part = service.files.incoming / f"upload-{os.getpid()}-{id(request)}"
-    service.files.path(sha256)
+@put("/datasets/{sha256:str}", scope="submit", request_max_body_size=None, statuses=(422,))
+async def upload(state: State, sha256: Sha256InPath, request: Request[Any, Any, Any], name: FileName = None) -> DatasetView:
+    """Keep a dataset, sent as it is, under its sha256, and say what is in it. One with a wrong line is not kept."""
+    service: Service = state.service
+    part = service.files.incoming / f"{sha256}.upload-{new_id()}"
     try:
-        size = 0
-        with part.open("wb") as file:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > MAX_FILE_BYTES:
-                    raise Refused(f"the file is over the limit of {human_bytes(MAX_FILE_BYTES)}")
-                file.write(chunk)
-        if not await asyncio.to_thread(service.files.take, part, sha256):
-            raise Refused(f"the uploaded file does not have the sha256 {sha256}; upload it again")
+        await _receive_file(part, request)
+        found = await asyncio.to_thread(_look_into, service, part, sha256)
+        view = DatasetView(
+            sha256=sha256, name=name or sha256[:12], size_bytes=part.stat().st_size, uploaded=time.time(),
+            found=msgspec.structs.replace(found, file=name or sha256[:12]),
+        )  # fmt: skip
+        await asyncio.to_thread(service.files.take, part, sha256)
+        return await asyncio.to_thread(service.call, lambda: service.keep_dataset(view))
     finally:
         part.unlink(missing_ok=True)
 
 
-async def _events(service: Service, job: str) -> AsyncIterator[ServerSentEventMessage]:
-    """Yield `job` with the job's view at the start and after each change, `progress` as it comes; ends with the job."""
-    loop, heard = asyncio.get_running_loop(), asyncio.Queue[JobProgress | None]()
+@get("/datasets/{sha256:str}", scope="read", sync_to_thread=True)
+def dataset(state: State, sha256: FromPath[str]) -> DatasetView:
+    """What is in a dataset."""
+    service: Service = state.service
+    return service.call(lambda: service.dataset(sha256))
 
-    def listener(progress: JobProgress | None) -> None:
-        loop.call_soon_threadsafe(heard.put_nowait, progress)
 
-    await asyncio.to_thread(service.call, lambda: service.listen(job, listener))
-    heard.put_nowait(None)
+@delete("/datasets/{sha256:str}", scope="submit", status_code=200, sync_to_thread=True)
+def remove_dataset(state: State, sha256: FromPath[str]) -> DatasetView:
+    """Delete a dataset that no job has."""
+    service: Service = state.service
+    return service.call(lambda: service.remove_dataset(sha256))
+
+
+@get("/audit", scope="admin", sync_to_thread=True)
+def audit(state: State, after: Number = None, limit: Limit = 100) -> AuditPage:
+    """Requests that were to change something, the newest first."""
+    service: Service = state.service
+    return service.call(lambda: service.audited(after, limit))
+
+
+@get("/metrics", scope="read", sync_to_thread=True, media_type=METRICS)
+def metrics(state: State) -> bytes:
+    """What the coordinator counts and measures, in Prometheus' text format."""
+    service: Service = state.service
+    return service.metrics.text()
+
+
+@get("/tokens", scope="admin", sync_to_thread=True)
+def tokens(state: State) -> list[Token]:
+    """All tokens, without their secrets."""
+    service: Service = state.service
+    return service.call(service.tokens)
+
+
+@post("/tokens", scope="admin", sync_to_thread=True)
+def new_token(state: State, data: JSONBody[TokenRequest]) -> NewToken:
+    """Make a token. Its secret is in this answer alone."""
+    service: Service = state.service
+    return service.call(lambda: service.access.new(data.name, data.scope, data.expires_s))
+
+
+@delete("/tokens/{name:str}", scope="admin", status_code=200, sync_to_thread=True)
+def revoke_token(state: State, name: FromPath[str]) -> Token:
+    """End a token at once."""
+    service: Service = state.service
+    return service.call(lambda: service.access.revoke(name))
+
+
+ROUTES = [
+    nodes, drain, resume, jobs, submit, job, history, cancel, retry, forget, job_events, events, artifact,
+    datasets, upload, dataset, remove_dataset, audit, tokens, new_token, revoke_token,
+]  # fmt: skip
+"""All that can be asked, but for the metrics, which Prometheus looks for elsewhere. Each says what scope that takes."""
+
+
+def routes() -> list[ControllerRouterHandler]:
+    """Return the routes of an application."""
+    return [Router(VERSION, route_handlers=ROUTES), metrics]
+
+
+class DatasetWrong(EdgeAgentError):
+    """An uploaded dataset has wrong lines; the answer holds its check."""
+
+    code = "dataset_schema"
+    exit_code = 3
+
+    def __init__(self, found: Check, why: str) -> None:
+        super().__init__(why)
+        self.found = found
+
+
+def _problem(status: int, code: str, text: str, headers: Mapping[str, str] | None = None, found: Check | None = None) -> Response[Problem]:
+    """Return the answer to a request that failed (RFC 9457)."""
+    problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=text, code=code, found=found)
+    return Response(problem, status_code=status, media_type=PROBLEM, headers=HEADERS | dict(headers or {}))
+
+
+def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Problem]:
+    status = 422 if isinstance(error, DatasetWrong) else STATUSES.get(type(error), 409)
+    found = error.found if isinstance(error, DatasetWrong) else None
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if isinstance(error, TooManyRequests):
+        headers["Retry-After"] = str(math.ceil(error.wait_s))
+    return _problem(status, error.code, str(error), headers, found)
+
+
+def _explain_disk(_: Request[Any, Any, Any], error: OSError | sqlite3.Error) -> Response[Problem]:
+    log.error("storage_error error=%r", error)
+    return _problem(503, "state", f"the coordinator cannot use its disk: {error}; look whether it is full, and try again")
+
+
+def _explain_delay(_: Request[Any, Any, Any], error: concurrent.futures.TimeoutError) -> Response[Problem]:
+    return _problem(503, "state", "the coordinator did not get to it in a minute; look at its log, and try again")
+
+
+def _explain_form(_: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
+    return _problem(400, "job_schema", f"the request cannot be read: {error}")
+
+
+def _explain_http(_: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
+    texts = [error.detail]
+    if isinstance(error, ValidationException):
+        texts = [": ".join(str(e[k]) for k in ("key", "message") if e.get(k)) for e in error.extra or [] if isinstance(e, dict)] or texts
+    code = "job_schema" if error.status_code == 400 else "refused"
+    return _problem(error.status_code, code, "; ".join(texts), error.headers)
+
+
+def _explain_defect(_: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
+    log.error("request_failed", exc_info=error)
+    return _problem(500, EdgeAgentError.code, "a defect of the coordinator; its log has the traceback")
+
+
+async def _receive_file(part: Path, request: Request[Any, Any, Any]) -> None:
+    """Write a body. Raises DatasetTooLarge."""
+    size = 0
+    with part.open("wb") as file:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MAX_FILE_BYTES:
+                raise DatasetTooLarge("the file", f"{size:,} bytes", human_bytes(MAX_FILE_BYTES))
+            await asyncio.to_thread(file.write, chunk)
+
+
+def _look_into(service: Service, part: Path, sha256: str) -> Check:
+    """Return what is in an uploaded dataset. Raises a DatasetError where it is another one, or one that is wrong."""
+    check_sha256(part, sha256)
+    with service.looking:  # one after the other: a check holds the whole file
+        found, _ = check(part)
+    if found.error is not None:
+        raise DatasetWrong(found, found.error.text)
+    return found
+
+
+class Ear:
+    """Hears for one connection, from the coordinator's thread, and keeps little of what has not gone out: who is slower is cut off."""
+
+    def __init__(self, request: Request[Any, Any, Any]) -> None:
+        self._loop, self.heard = asyncio.get_running_loop(), asyncio.Queue[Happening](MOST_UNHEARD)
+        self._transport: asyncio.Transport = request.scope["state"]["transport"]
+
+    def __call__(self, happening: Happening) -> None:
+        with suppress(RuntimeError):  # the server has ended
+            self._loop.call_soon_threadsafe(self._put, happening)
+
+    def _put(self, happening: Happening) -> None:
+        if self.heard.full():
+            self._transport.abort()
+        else:
+            self.heard.put_nowait(happening)
+
+
+async def _events(service: Service, job: str | None, ear: Ear, heard: str | None) -> AsyncIterator[ServerSentEventMessage]:
+    """Yield what an ear hears, up to the end of its job, and a comment where it hears nothing."""
     try:
+        if job is not None:
+            await asyncio.to_thread(service.call, lambda: service.listen(job, ear, heard))
+        else:
+            start, lost = await asyncio.to_thread(service.call, lambda: service.listen_to_all(ear, heard))
+            yield ServerSentEventMessage(event="start", id=start, data=msgspec.json.encode({"lost": lost}).decode())
         while True:
             try:
-                progress = await asyncio.wait_for(heard.get(), PING_S)
+                happening = await asyncio.wait_for(ear.heard.get(), PING_S)
             except asyncio.TimeoutError:
-                yield ServerSentEventMessage(comment="still here")
+                yield ServerSentEventMessage(data=None, comment="still here")
                 continue
-            if progress is not None:
-                yield ServerSentEventMessage(event="progress", data=msgspec.json.encode(progress).decode())
-                continue
-            view = await asyncio.to_thread(service.call, lambda: service.job(job))
-            yield ServerSentEventMessage(event="job", data=msgspec.json.encode(view).decode())
-            if view.phase == "ended":
+            yield ServerSentEventMessage(event=happening.kind, id=happening.id, data=happening.data.decode())
+            if job is not None and happening.ended:
                 return
     finally:
-        service.call_later(lambda: service.stop_listening(job, listener))
+        service.call_later(lambda: service.stop_listening(job, ear))
 
 
 def serve(service: Service, directory: Path) -> None:
-    """Serve the API until SIGTERM or SIGINT. Raises StateUnusable where the socket's path is too long for the kernel."""
+    """Serve the API on its socket until SIGTERM or SIGINT. Raises StateUnusable where its path is too long for the kernel."""
     path = directory / SOCKET
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
         raise StateUnusable(directory, f"the path of its socket is longer than {LONGEST_SOCKET_PATH} bytes; give a shorter one")
@@ -221,6 +525,20 @@ def serve(service: Service, directory: Path) -> None:
         # uvicorn ends on these, and then raises them again for whoever handled them before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        settings = uvicorn.Config(make_app(service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
-        uvicorn.Server(settings).run(sockets=[listening])
+        uvicorn.Server(settings_of(make_app(service, Door()))).run(sockets=[listening])
     path.unlink(missing_ok=True)
+
+
+@contextmanager
+def api_served(service: Service, api: Api | None) -> Iterator[None]:
+    """Serve the API on a port too, where that is configured. Raises ConfigInvalid where it can never work."""
+    if api is None:
+        yield
+        return
+    context = None
+    if api.certificate_file is not None and api.key_file is not None:
+        context = Certificate(api.certificate_file, api.key_file, None, "api").context
+    door = Door(service.access.caller, Limits(api.token_limit), Limits(api.address_limit))
+    settings = settings_of(make_app(service, door), limit_concurrency=MOST_CONNECTIONS)
+    with served(settings, context, api.host, api.port, "api"):
+        yield

@@ -18,11 +18,27 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
+from edge_agent.coordinator.access import Access
 from edge_agent.coordinator.audience import Audience, Listener
 from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
-from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
-from edge_agent.errors import MessageInvalid, Refused, StateDamaged, human_bytes
+from edge_agent.coordinator.metrics import Metrics, Standing
+from edge_agent.coordinator.store import (
+    MANY,
+    Audited,
+    AuditPage,
+    CoordinatorStore,
+    DatasetPage,
+    DatasetView,
+    HistoryRow,
+    JobFilter,
+    JobPage,
+    JobView,
+    NodePage,
+    NodeView,
+    Token,
+)
+from edge_agent.errors import MessageInvalid, Refused, StateDamaged, Unknown, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
 from edge_agent.messages import (
@@ -58,9 +74,8 @@ from edge_agent.transfer import FileStore, Place
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-ALL = 2**31
 UPLOAD_S = 24 * 3600.0
-"""A file that was uploaded, and for which no job was handed in, is deleted at the first start that long after."""
+"""A file that is no dataset and of no job, as an end in between may leave one, is deleted at the first start that long after."""
 NODE_NAME = re.compile(NAME_PATTERN)
 
 T = TypeVar("T")
@@ -91,10 +106,14 @@ class Service:
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
         self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s)
+        self.access, self.metrics = Access(self._store), Metrics()
+        self.looking = threading.Lock()
+        """Held by who looks into a dataset."""
         self.files = FileStore(config.state_directory / "files")
-        jobs = self._store.jobs(ALL)
+        jobs = self._store.jobs(MANY)
         self.files.sweep({sha256 for view in jobs if view.phase != "ended" for sha256 in view.files})
-        self.files.remove_old({sha256 for view in jobs for sha256 in view.files}, UPLOAD_S)
+        kept = {view.sha256 for view in self._store.dataset_page(None, MANY).items}
+        self.files.remove_old(kept.union(*(view.files for view in jobs)), UPLOAD_S)
         self._source = f"edge1/{config.fleet}/coordinator/{config.instance}"
         self._link = Link(
             config.broker,
@@ -103,9 +122,10 @@ class Service:
             self._events,
             self._birth,
         )
-        self._audience = Audience(self._ask_progress)
+        self._audience = Audience(self._ask_progress, self._store.epoch)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._commands = Commands(config.fleet, self._store, self._exchange, self._send, self._seal, self._changed)
+        self.metrics.watch(lambda: self.call(self._standing))
         self._failed: StateDamaged | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
@@ -191,6 +211,7 @@ class Service:
                 raise MessageInvalid(f"{node[:80]!r} can be no node's name")
             self._receive_up(node, parts[1:], message.payload, message.retained)
         except MessageInvalid as error:
+            self.metrics.refused.inc()
             log.warning("message_invalid topic=%s error=%s", message.topic, error)
         self._link.acknowledge(message)
 
@@ -202,8 +223,10 @@ class Service:
                 self._node_state(node, decode(payload, NodeState).data, retained)
             case ["info"]:
                 self._store.set_info(node, decode(payload, NodeInfo).data)
+                self._heard_of(node)
             case ["heartbeat"]:
                 self._store.set_heartbeat(node, decode(payload, Heartbeat).data)
+                self._heard_of(node)
             case ["job", job, kind] if is_ulid(job):
                 self._receive_of_job(node, job, kind, payload)
             case ["file", sha256, "request"]:
@@ -212,6 +235,8 @@ class Service:
                 self._exchange.receive_block(node, sha256, number, payload)
             case _:
                 log.warning("topic_unknown node=%s topic=%s", node, "/".join(parts))
+                return
+        self.metrics.received.labels(parts[0]).inc()
 
     def _receive_of_job(self, node: str, job: str, kind: str, payload: bytes) -> None:
         match kind:
@@ -232,6 +257,7 @@ class Service:
             log.info("stale_state_ignored node=%s boot=%d conn=%d", node, state.boot, state.conn)
             return
         log.info("node_state node=%s state=%s boot=%d conn=%d", node, state.state, state.boot, state.conn)
+        self._heard_of(node)
         self._commands.node_spoke(node)
 
     def _own(self, node: str, job: str) -> JobView | None:
@@ -251,6 +277,7 @@ class Service:
             if message.data.reason == "replayed":
                 self._store.conclude(job, "its node has deleted what had not come yet")
             if not self._store.apply_status(self._store.job(job) or view, message):
+                self.metrics.gaps.inc()
                 self._commands.report(node)
             # It took an offer that had been given up, or was lost. An end that was told in its name stops nothing: anyone may have told it.
             if view.phase == "ended" and message.data.phase != "ended" and (view.cancel or view.outcome == "expired"):
@@ -276,6 +303,7 @@ class Service:
         """All artifacts of a job are here: it has ended, and its node may know."""
         if view.phase != "ended" and view.result is not None:
             self._store.end(view.id, view.result.outcome, view.result.reason, view.result.text)
+            self.metrics.ended(view.result)
             log.info("job_ended job=%s node=%s outcome=%s reason=%s", view.id, view.node, view.result.outcome, view.result.reason)
         self._acknowledge(view.node, message)
         self._changed(view.id)
@@ -296,15 +324,15 @@ class Service:
             return
         self._store.delete_job(job)
         self._commands.at_once(job)
-        for sha256 in view.files - {s for other in self._store.jobs(ALL) for s in other.files}:
+        for sha256 in view.files - {s for other in self._store.jobs(MANY) for s in other.files}:
+            self._store.delete_dataset(sha256)
             self.files.remove(sha256)
         log.info("job_forgotten job=%s", job)
-        self._changed(job)
 
     # requests; `call` runs them in the coordinator's thread
 
-    def submit(self, node: str, job: Job, priority: int, expires_s: float) -> JobView:
-        """Keep a job and return it. Raises Refused where the node is unknown or a file is missing."""
+    def submit(self, node: str, job: Job, priority: int, expires_s: float, retry_of: str | None = None) -> JobView:
+        """Keep a job and return it. Raises Refused where its node is unknown or does not take it, or a file is missing."""
         known = self._store.node(node)
         if known is None:
             names = ", ".join(n.id for n in self._store.nodes()) or "none"
@@ -326,9 +354,18 @@ class Service:
             raise Refused(
                 f"the job document has {size:,} bytes, at most {self._link.payload_limit // 4:,} can be sent; shorten its prompts"
             )
-        self._store.add_job(order, envelope)
+        self._store.add_job(order, envelope, retry_of)
         log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
+        self._changed(order.id)
         return self.job(order.id)
+
+    def retry(self, job: str) -> JobView:
+        """Hand in the document of an ended job again, as a new job for the same node. Raises Refused, Unknown."""
+        view = self.job(job)
+        if view.phase != "ended":
+            raise Refused(f"job {job} has not ended ({view.phase}); what has not ended is not run again")
+        order = view.order
+        return self.submit(view.node, order.job, order.priority, (order.expires - order.issued).total_seconds(), view.id)
 
     def may_have(self, node: str, sha256: str) -> bool:
         """Whether a file is here, and one that a node may fetch."""
@@ -348,20 +385,66 @@ class Service:
         return File(sha256, self.files.path(sha256).stat().st_size)
 
     def job(self, job: str) -> JobView:
-        """Return a job. Raises Refused for an unknown one."""
+        """Return a job. Raises Unknown."""
         view = self._store.job(job)
         if view is None:
-            raise Refused(f"there is no job {job!r}; `edge-agent jobs` lists them")
+            raise Unknown(f"there is no job {job!r}; `edge-agent jobs` lists them")
         return view
 
-    def jobs(self, limit: int) -> list[JobView]:
-        return self._store.jobs(limit)
+    def jobs(self, which: JobFilter, after: str | None, limit: int) -> JobPage:
+        return self._store.job_page(which, after, limit)
 
-    def history(self, job: str) -> list[Any]:
+    def artifact(self, job: str, name: str) -> str:
+        """Return the sha256 of a file that a job has made. Raises Unknown where it is not here."""
+        found = next((a.sha256 for a in self.job(job).artifacts if a.name == name), None)
+        if found is None or not self.files.has(found):
+            raise Unknown(f"job {job} has no {name} here")
+        return found
+
+    def history(self, job: str) -> list[HistoryRow]:
         return self._store.history(self.job(job).id)
 
-    def nodes(self) -> list[Any]:
-        return self._store.nodes()
+    def nodes(self, state: str | None, after: str | None, limit: int) -> NodePage:
+        return self._store.node_page(state, after, limit)
+
+    def datasets(self, after: str | None, limit: int) -> DatasetPage:
+        return self._store.dataset_page(after, limit)
+
+    def dataset(self, sha256: str) -> DatasetView:
+        """Return a dataset. Raises Unknown."""
+        view = self._store.dataset(sha256)
+        if view is None:
+            raise Unknown(f"there is no dataset {sha256[:80]!r}; `edge-agent datasets list` shows them")
+        return view
+
+    def keep_dataset(self, view: DatasetView) -> DatasetView:
+        """Keep what is known of a dataset whose file is here."""
+        self._store.keep_dataset(view)
+        return view
+
+    def remove_dataset(self, sha256: str) -> DatasetView:
+        """Delete a dataset. Raises Refused where a job has it, Unknown."""
+        view = self.dataset(sha256)
+        if users := [job.id for job in self._store.jobs(MANY) if sha256 in job.files]:
+            more = f" and {len(users) - 1:,} more" if len(users) > 1 else ""
+            raise Refused(f"dataset {sha256} is that of job {users[0]}{more}; `edge-agent forget` deletes it with its last job")
+        self._store.delete_dataset(sha256)
+        self.files.remove(sha256)
+        return view
+
+    def _standing(self) -> Standing:
+        nodes, jobs, unanswered = self._store.counts()
+        return Standing(nodes, jobs, unanswered, self._audience.size, self._store.late, self._link.connected)
+
+    def audit(self, request: Audited) -> None:
+        """Keep a request that was to change something."""
+        self._store.audit(request)
+
+    def audited(self, after: str | None, limit: int) -> AuditPage:
+        return self._store.audit_page(after, limit)
+
+    def tokens(self) -> list[Token]:
+        return self._store.tokens()
 
     def cancel(self, job: str) -> JobView:
         """Ask for the end of a job. One that no node has heard of, or whose node is lost, ends at once."""
@@ -381,7 +464,7 @@ class Service:
         return self.job(job)
 
     def forget(self, job: str) -> JobView:
-        """Ask for the deletion of an ended job here and on its node. Raises Refused where it has not ended."""
+        """Ask for the deletion of an ended job here and on its node. Raises Refused where it has not ended, Unknown."""
         view = self.job(job)
         if view.phase != "ended":
             raise Refused(f"job {job} has not ended ({view.phase}); `edge-agent cancel {job}` ends it")
@@ -390,18 +473,22 @@ class Service:
         return self.job(job)
 
     def drain(self, node: str, drain: bool) -> NodeView:
-        """Have a node take no new jobs, or take them again, now or when it is back. Raises Refused for an unknown one."""
+        """Have a node take no new jobs, or take them again, now or when it is back. Raises Unknown."""
         if self._store.node(node) is None:
-            raise Refused(f"node {node!r} has never been seen; `edge-agent nodes` lists those that have")
+            raise Unknown(f"node {node!r} has never been seen; `edge-agent nodes` lists those that have")
         self._store.set_drain(node, drain)
         self._commands.drain(node)
         return self._store.node(node)  # type: ignore[return-value]
 
-    def listen(self, job: str, listener: Listener) -> None:
-        """Hear the progress of a job; its node tells it more often while somebody does."""
-        self._audience.join(self.job(job).id, listener)
+    def listen(self, job: str, listener: Listener, heard: str | None = None) -> None:
+        """Hear of a job from where it stands, or from the id `heard` on; its node tells progress more often while somebody does."""
+        self._audience.join(self.job(job), listener, heard)
 
-    def stop_listening(self, job: str, listener: Listener) -> None:
+    def listen_to_all(self, listener: Listener, heard: str | None) -> tuple[str, bool]:
+        """Hear of all jobs and nodes; see Audience.join_all."""
+        return self._audience.join_all(listener, heard)
+
+    def stop_listening(self, job: str | None, listener: Listener) -> None:
         self._audience.leave(job, listener)
 
     def _ask_progress(self, job: str, watch: Watch) -> None:
@@ -411,4 +498,10 @@ class Service:
 
     def _changed(self, job: str) -> None:
         view = self._store.job(job)
-        self._audience.changed(job, view is not None and view.phase == "ended")
+        if view is not None:
+            self._audience.changed(view)
+
+    def _heard_of(self, node: str) -> None:
+        view = self._store.node(node)
+        if view is not None:
+            self._audience.node(view)

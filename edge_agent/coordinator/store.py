@@ -13,6 +13,7 @@ import msgspec
 
 from edge_agent.clocks import RunningTime
 from edge_agent.database import open_database, transaction
+from edge_agent.dataset_check import Check
 from edge_agent.messages import (
     Artifact,
     Envelope,
@@ -29,6 +30,12 @@ from edge_agent.messages import (
     read_order,
 )
 
+MANY = 2**31
+"""As a limit: all."""
+MOST_HISTORY = 1000
+"""Messages of a job that are told."""
+MOST_AUDITED = 100_000
+"""Requests that are kept; the oldest go first."""
 VERSIONS = (
     """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -74,16 +81,44 @@ ALTER TABLE nodes ADD COLUMN told INTEGER NOT NULL DEFAULT 0;           -- and t
     """
 ALTER TABLE nodes ADD COLUMN heard REAL NOT NULL DEFAULT 0;  -- as `seen`, in seconds that the coordinator has run, over all its starts
 """,
+    """
+CREATE TABLE tokens (
+    name TEXT PRIMARY KEY,
+    digest BLOB NOT NULL,                -- sha256 of its secret
+    scope TEXT NOT NULL,
+    created REAL NOT NULL,
+    expires REAL                         -- null: never
+);
+CREATE TABLE datasets (
+    sha256 TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    uploaded REAL NOT NULL,
+    found BLOB NOT NULL                  -- JSON of its check
+);
+CREATE TABLE audit (
+    number INTEGER PRIMARY KEY,
+    time REAL NOT NULL,
+    who TEXT NOT NULL,                   -- name of the token, or local
+    address TEXT,                        -- null: on the socket
+    what TEXT NOT NULL,                  -- method and path
+    made TEXT,                           -- path of what it has made
+    status INTEGER NOT NULL
+);
+ALTER TABLE jobs ADD COLUMN retry_of TEXT; -- the job that it is run again for
+""",
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
 COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
 RETURNING value"""
-INSERT_JOB = "INSERT INTO jobs (id, node, digest, envelope, created, changed, phase) VALUES (?, ?, ?, ?, ?, ?, 'created')"
-JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND ifnull(heard, 0) < ? AS lost
+INSERT_JOB = "INSERT INTO jobs (id, node, digest, envelope, created, changed, phase, retry_of) VALUES (?, ?, ?, ?, ?, ?, 'created', ?)"
+JOBS = """SELECT jobs.*, jobs.rowid AS number, phase NOT IN ('created', 'offered', 'ended') AND ifnull(heard, 0) < ?1 AS lost
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
-GET_JOB = f"{JOBS} WHERE jobs.id = ?"
-ALL_JOBS = f"{JOBS} ORDER BY jobs.rowid DESC LIMIT ?"
+GET_JOB = f"{JOBS} WHERE jobs.id = ?2"
+LIST_JOBS = f"""{JOBS} WHERE (?2 IS NULL OR jobs.rowid < ?2) AND (?3 IS NULL OR phase = ?3) AND (?4 IS NULL OR outcome = ?4)
+AND (?5 IS NULL OR node = ?5) ORDER BY jobs.rowid DESC LIMIT ?6"""
+GET_ENVELOPE = "SELECT envelope FROM jobs WHERE id = ?"
 OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY jobs.rowid"
 SET_PHASE = "UPDATE jobs SET phase = ?, changed = ? WHERE id = ?"
 SET_STATUS = """UPDATE jobs SET phase = ?, outcome = ?, reason = ?, text = ?, attempt = ?, boot = ?, seq = ?, changed = ?, result = NULL
@@ -98,9 +133,24 @@ DELETE_HISTORY = "DELETE FROM history WHERE job = ?"
 SET_DRAIN = "UPDATE nodes SET drain = ?, drain_command = max(drain_command, min(told, ?)) + 1 WHERE id = ?"
 KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
 INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-GET_HISTORY = "SELECT time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ? ORDER BY rowid"
+GET_HISTORY = """SELECT * FROM (SELECT rowid AS number, time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ?
+ORDER BY rowid DESC LIMIT ?) ORDER BY number"""
 GET_NODE = "SELECT * FROM nodes WHERE id = ?"
-ALL_NODES = "SELECT * FROM nodes ORDER BY id"
+LIST_NODES = "SELECT * FROM nodes WHERE (?1 IS NULL OR id > ?1) AND (?2 IS NULL OR state = ?2) ORDER BY id LIMIT ?3"
+INSERT_TOKEN = "INSERT INTO tokens (name, digest, scope, created, expires) VALUES (?, ?, ?, ?, ?)"  # noqa: S105
+DELETE_TOKEN = "DELETE FROM tokens WHERE name = ?"  # noqa: S105
+KEEP_DATASET = """INSERT INTO datasets VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (sha256) DO UPDATE SET name = excluded.name, uploaded = excluded.uploaded, found = excluded.found"""
+GET_DATASET = "SELECT * FROM datasets WHERE sha256 = ?"
+LIST_DATASETS = "SELECT * FROM datasets WHERE ?1 IS NULL OR sha256 > ?1 ORDER BY sha256 LIMIT ?2"
+DELETE_DATASET = "DELETE FROM datasets WHERE sha256 = ?"
+ADD_AUDIT = "INSERT INTO audit (time, who, address, what, made, status) VALUES (?, ?, ?, ?, ?, ?)"
+CUT_AUDIT = "DELETE FROM audit WHERE number <= (SELECT max(number) FROM audit) - ?"
+LIST_AUDIT = "SELECT * FROM audit WHERE ?1 IS NULL OR number < ?1 ORDER BY number DESC LIMIT ?2"
+COUNT_NODES = "SELECT state, count(*) FROM nodes GROUP BY state"
+COUNT_UNANSWERED = "SELECT count(*) FROM jobs WHERE phase = 'offered' OR (cancel AND phase != 'ended') OR forget"
+COUNT_JOBS = "SELECT phase, ifnull(outcome, ''), count(*) FROM jobs GROUP BY 1, 2"
+ALL_TOKENS = "SELECT * FROM tokens ORDER BY name"
 SET_STATE = """INSERT INTO nodes (id, state, boot, conn, told, seen, heard) VALUES (?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, told = excluded.told"""
 SET_SEEN = "UPDATE nodes SET seen = ?, heard = ? WHERE id = ?"
@@ -112,6 +162,7 @@ MOST_TOLD = 2**52
 """What a node says of the last command that it has done is not signed: no higher number is believed, so there is always one above it."""
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
+CoordinatorOutcome = Outcome | Literal["expired"]
 
 
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,13 +171,11 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     node: str
     digest: str
-    envelope: Envelope
     order: Order
-    """In the envelope."""
     created: float
     changed: float
     phase: CoordinatorPhase
-    outcome: Outcome | Literal["expired"] | None
+    outcome: CoordinatorOutcome | None
     reason: Reason | None
     text: str | None
     attempt: int
@@ -137,6 +186,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     lost: bool
     """Whether it is at a node that has been silent for longer than the lease: it may be lost, and may come back."""
     result: JobResult | None
+    retry_of: str | None = None
+    """The job that it is run again for."""
 
     @property
     def files(self) -> set[str]:
@@ -146,6 +197,22 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         return self.result.artifacts if self.result else ()
+
+
+class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which jobs a list has; null: whatever they have."""
+
+    phase: CoordinatorPhase | None = None
+    outcome: CoordinatorOutcome | None = None
+    node: str | None = None
+
+
+class JobPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Jobs, the newest first."""
+
+    items: list[JobView]
+    next: str | None
+    """What `after` is to be for the page that follows; null: there is none."""
 
 
 class HistoryRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,6 +249,65 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
         return self.state in ("ready", "draining")
 
 
+class NodePage(msgspec.Struct, frozen=True, kw_only=True):
+    """Nodes by their names."""
+
+    items: list[NodeView]
+    next: str | None
+    """As of jobs."""
+
+
+class DatasetView(msgspec.Struct, frozen=True, kw_only=True):
+    """A dataset that was uploaded."""
+
+    sha256: str
+    name: str
+    size_bytes: int
+    uploaded: float
+    found: Check
+    """What is in it."""
+
+
+class DatasetPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Datasets by their sha256."""
+
+    items: list[DatasetView]
+    next: str | None
+    """As of jobs."""
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True):
+    """What is told of a token; nobody can tell its secret."""
+
+    name: str
+    scope: Literal["read", "submit", "admin"]
+    created: float
+    expires: float | None
+
+
+class Audited(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that was to change something."""
+
+    time: float
+    who: str
+    """Name of the token, or `local`."""
+    address: str | None
+    """null: on the socket."""
+    what: str
+    """Method and path."""
+    made: str | None
+    """Path of what it has made."""
+    status: int
+
+
+class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests, the newest first."""
+
+    items: list[Audited]
+    next: str | None
+    """As of jobs."""
+
+
 class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
 
@@ -189,6 +315,8 @@ class CoordinatorStore:
         """`lease_s`: how long a node may be silent, while the coordinator runs, until what it has taken counts as lost."""
         self._db, self._lease_s = open_database(path, VERSIONS), lease_s
         self.clock = RunningTime(self._db, clock)
+        self.late = 0
+        """Messages that came after newer ones, since the start."""
         self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
 
     def close(self) -> None:
@@ -204,27 +332,44 @@ class CoordinatorStore:
         if view is not None and view.result is not None and view.phase != "ended":
             self.end(job, view.result.outcome, view.result.reason, text)
 
-    def add_job(self, order: Order, envelope: Envelope) -> None:
+    def add_job(self, order: Order, envelope: Envelope, retry_of: str | None = None) -> None:
         """Keep an order and the envelope that it is in."""
         now = time.time()
-        self._db.execute(INSERT_JOB, (order.id, order.node, order.job.digest, msgspec.json.encode(envelope), now, now))
+        self._db.execute(INSERT_JOB, (order.id, order.node, order.job.digest, msgspec.json.encode(envelope), now, now, retry_of))
 
     def job(self, job: str) -> JobView | None:
         found = self._jobs(GET_JOB, job)
         return found[0] if found else None
 
+    def envelope(self, job: str) -> Envelope:
+        """That around the order of a job which is there."""
+        return msgspec.json.decode(self._db.execute(GET_ENVELOPE, (job,)).fetchone()["envelope"], type=Envelope)
+
     def jobs(self, limit: int) -> list[JobView]:
         """The newest jobs first."""
-        return self._jobs(ALL_JOBS, limit)
+        return self.job_page(JobFilter(), None, limit).items
+
+    def job_page(self, which: JobFilter, after: str | None, limit: int) -> JobPage:
+        """The newest jobs first, from where a page before has ended."""
+        before = None if after is None else int(after)
+        rows = self._db.execute(LIST_JOBS, (self._silent, before, which.phase, which.outcome, which.node, limit + 1)).fetchall()
+        return JobPage(items=[_job(row) for row in rows[:limit]], next=str(rows[limit - 1]["number"]) if len(rows) > limit else None)
 
     def open_jobs(self) -> list[JobView]:
         return self._jobs(OPEN_JOBS)
 
     def _jobs(self, query: str, *arguments: object) -> list[JobView]:
-        return [_job(row) for row in self._db.execute(query, (self.clock.now() - self._lease_s, *arguments))]
+        return [_job(row) for row in self._db.execute(query, (self._silent, *arguments))]
+
+    @property
+    def _silent(self) -> float:
+        """A node that has not spoken since then is lost."""
+        return self.clock.now() - self._lease_s
 
     def history(self, job: str) -> list[HistoryRow]:
-        return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in self._db.execute(GET_HISTORY, (job,))]
+        """The last messages about a job, the oldest first."""
+        rows = self._db.execute(GET_HISTORY, (job, MOST_HISTORY))
+        return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in rows]
 
     def offered(self, job: str) -> None:
         self._db.execute(SET_PHASE, ("offered", time.time(), job))
@@ -277,6 +422,7 @@ class CoordinatorStore:
         """Write a message into the history; False where it is there already."""
         if self._db.execute(KNOWN_MESSAGE, (message.id,)).fetchone():
             return False
+        self.late += late
         data = message.data
         row = (message.id, job, message.time.timestamp(), message.seq, message.attempt, phase, data.outcome, data.reason, data.text, late)
         self._db.execute(INSERT_HISTORY, row)
@@ -289,7 +435,11 @@ class CoordinatorStore:
         return _node(row) if row else None
 
     def nodes(self) -> list[NodeView]:
-        return [_node(row) for row in self._db.execute(ALL_NODES)]
+        return self.node_page(None, None, MANY).items
+
+    def node_page(self, state: str | None, after: str | None, limit: int) -> NodePage:
+        nodes = [_node(row) for row in self._db.execute(LIST_NODES, (after, state, limit + 1))]
+        return NodePage(items=nodes[:limit], next=nodes[limit - 1].id if len(nodes) > limit else None)
 
     def set_state(self, node: str, state: NodeState, *, retained: bool) -> bool:
         """Keep the presence of a node; False where it is of an earlier connection than the one that is known.
@@ -318,6 +468,58 @@ class CoordinatorStore:
             self._db.execute(SET_HEARTBEAT, (msgspec.json.encode(heartbeat), node))
             self._db.execute(SET_SEEN, (time.time(), self.clock.now(), node))
 
+    # datasets
+
+    def keep_dataset(self, view: DatasetView) -> None:
+        row = (view.sha256, view.name, view.size_bytes, view.uploaded, msgspec.json.encode(view.found))
+        self._db.execute(KEEP_DATASET, row)
+
+    def dataset(self, sha256: str) -> DatasetView | None:
+        row = self._db.execute(GET_DATASET, (sha256,)).fetchone()
+        return _dataset(row) if row else None
+
+    def dataset_page(self, after: str | None, limit: int) -> DatasetPage:
+        datasets = [_dataset(row) for row in self._db.execute(LIST_DATASETS, (after, limit + 1))]
+        return DatasetPage(items=datasets[:limit], next=datasets[limit - 1].sha256 if len(datasets) > limit else None)
+
+    def delete_dataset(self, sha256: str) -> None:
+        self._db.execute(DELETE_DATASET, (sha256,))
+
+    # what was asked for
+
+    def audit(self, request: Audited) -> None:
+        with transaction(self._db):
+            self._db.execute(ADD_AUDIT, (request.time, request.who, request.address, request.what, request.made, request.status))
+            self._db.execute(CUT_AUDIT, (MOST_AUDITED,))
+
+    def audit_page(self, after: str | None, limit: int) -> AuditPage:
+        """The newest requests first, from where a page before has ended."""
+        rows = self._db.execute(LIST_AUDIT, (None if after is None else int(after), limit + 1)).fetchall()
+        items = [msgspec.convert({name: row[name] for name in Audited.__struct_fields__}, Audited) for row in rows[:limit]]
+        return AuditPage(items=items, next=str(rows[limit - 1]["number"]) if len(rows) > limit else None)
+
+    def counts(self) -> tuple[dict[str, int], dict[tuple[str, str], int], int]:
+        """Return how many nodes there are by state, jobs by phase and outcome, and jobs that wait for an answer of their node."""
+        nodes: dict[str, int] = dict(map(tuple, self._db.execute(COUNT_NODES)))
+        jobs = {(phase, outcome): count for phase, outcome, count in self._db.execute(COUNT_JOBS)}
+        return nodes, jobs, self._db.execute(COUNT_UNANSWERED).fetchone()[0]
+
+    # tokens
+
+    def add_token(self, token: Token, digest: bytes) -> None:
+        self._db.execute(INSERT_TOKEN, (token.name, digest, token.scope, token.created, token.expires))
+
+    def delete_token(self, name: str) -> None:
+        self._db.execute(DELETE_TOKEN, (name,))
+
+    def tokens(self) -> list[Token]:
+        return [token for token, _ in self.token_digests().values()]
+
+    def token_digests(self) -> dict[str, tuple[Token, bytes]]:
+        """All tokens by their names, with the digests of their secrets."""
+        rows = self._db.execute(ALL_TOKENS)
+        return {row["name"]: (msgspec.convert({k: row[k] for k in Token.__struct_fields__}, Token), row["digest"]) for row in rows}
+
 
 def _place(message: Message[Any], view: JobView) -> tuple[int, int]:
     """Where a message stands among those about its job: a later start of the agent is newer, and so is a higher number.
@@ -334,11 +536,14 @@ def _job(row: sqlite3.Row) -> JobView:
         "cancel": bool(row["cancel"]),
         "forget": bool(row["forget"]),
         "lost": bool(row["lost"]),
-        "envelope": envelope,
         "order": read_order(envelope.payload),
         "result": result,
     }
     return msgspec.convert(dict(row) | fields, JobView)
+
+
+def _dataset(row: sqlite3.Row) -> DatasetView:
+    return msgspec.convert(dict(row) | {"found": msgspec.json.decode(row["found"])}, DatasetView)
 
 
 def _node(row: sqlite3.Row) -> NodeView:

@@ -62,7 +62,7 @@ class Processes:
         this = [sys.executable, "-m", "edge_agent"]
         self._start("coordinator", [*this, "coordinator", "--config", str(self._directory / "coordinator.toml")])
         self._start("agent", [*this, "run", "--config", str(self._directory / "agent.toml")])
-        self.client = self._stack.enter_context(Client(self._directory / "coordinator"))
+        self.client = self._stack.enter_context(Client.local(self._directory / "coordinator"))
         self._wait("coordinator", lambda: self._nodes() is not None)
         self._wait("agent", lambda: any(n.id == NODE and n.present for n in self._nodes() or []))
 

@@ -1,0 +1,64 @@
+"""The API's document is the API: it is what the code says, and nothing that a client draws from it meets another answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+import pytest
+import schemathesis
+import yaml
+from api_server import ApiServer
+from conftest import ROOT, write_lines
+from hypothesis import HealthCheck, Phase, settings
+from orders import NODE
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from edge_agent.coordinator.openapi import document
+from edge_agent.dataset import file_sha256
+
+CONFIG = schemathesis.Config.from_dict(
+    {"operations": [{"include-name": "POST /v1/jobs", "phases": {"coverage": {"enabled": False}}}]}  # of a whole job it makes thousands
+)
+SCHEMA = schemathesis.openapi.from_dict(document(), config=CONFIG)
+ENDLESS = "/v1/events"
+"""Its answer does not end; tests/test_api.py has it."""
+
+
+def test_document_is_what_the_code_says() -> None:
+    """docs/openapi.yaml is what `python -m edge_agent.coordinator.openapi` prints."""
+    assert yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text(encoding="utf-8")) == msgspec.to_builtins(document())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """A coordinator with a dataset and a job, whose ids are among those that are asked for."""
+    with ExitStack() as ends:
+        served = ApiServer(tmp_path_factory.mktemp("openapi"), ends)
+        file = write_lines(served.root / "data.jsonl", {"question": "How many?", "answer": "#### 1"})
+        with served.client("submit") as client:
+            client.upload(file, file_sha256(file))
+            job = served.submit(file_sha256(file)).id
+            client.cancel(job)  # so its events end
+        served.known = {"node_id": NODE, "sha256": file_sha256(file), "job_id": job}
+        yield served
+
+
+@SCHEMA.exclude(path=ENDLESS).parametrize()
+@settings(max_examples=8, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=[*HealthCheck])
+def test_no_answer_is_of_another_kind(case: schemathesis.Case, server: ApiServer) -> None:
+    """Whatever is asked: no status, type or form of an answer that the document does not have, none above 499, and what has not the form
+    that it should have is refused."""
+    if server.turn():  # every other time of what is there
+        case.path_parameters = {name: server.known.get(name, value) for name, value in (case.path_parameters or {}).items()}
+    answer = case.call(base_url=server.url, headers={"Authorization": f"Bearer {server.secrets['admin']}"}, verify=str(server.ca_file))
+    assert answer.status_code < 500, answer.text
+    checks: list[Any] = [status_code_conformance, content_type_conformance, response_schema_conformance, negative_data_rejection]
+    case.validate_response(answer, checks=checks)
