@@ -32,13 +32,13 @@ from edge_agent.coordinator.service import NODE_NAME, Service
 from edge_agent.enrolment import tell_expiry
 from edge_agent.errors import ConfigInvalid, EdgeAgentError
 from edge_agent.https import OFFSET
+from edge_agent.mqtt import DAY_S
 from edge_agent.tls import server_context
 from edge_agent.topics import COORDINATOR
 from edge_agent.transfer import SHA256, Place
 
 log = logging.getLogger(__name__)
 
-DAY_S = 24 * 3600.0
 PUT_S = 120.0
 """A request may take as long, however steadily it drips."""
 MOST_CONNECTIONS = 256
