@@ -1,7 +1,7 @@
 # make test      install what is missing into .venv and run the tests (at most 15 minutes on 2 cores)
 # make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
 # make check     lint and types
-# make test-all  the tests, and what takes longer: training on plain PyTorch, a hundred plugs pulled, a million damaged messages, a thousand
+# make test-all  the tests, and what takes longer: training on plain PyTorch, a hundred plugs pulled, what repairs gain, a million damaged messages, a thousand
 #                jobs through one node, the second Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from errno import EISDIR
 from pathlib import Path
@@ -15,8 +15,11 @@ from typing import IO
 from edge_agent.errors import NO_SPACE, DirectoryUnusable, DiskFull, StateUnusable
 
 
-def write_file(path: Path, data: bytes, private: bool = False) -> None:
-    """Replace `path` atomically; a private file is its owner's only. Raises DiskFull, leaving the old file and nothing else."""
+def write_file(path: Path, data: bytes | Iterable[bytes], private: bool = False) -> None:
+    """Replace `path` atomically by bytes or parts of them; a private file is its owner's only.
+
+    Raises DiskFull, leaving the old file and nothing else.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         if private:
@@ -28,7 +31,7 @@ def write_file(path: Path, data: bytes, private: bool = False) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         if error.errno in NO_SPACE:
-            raise DiskFull(str(path), len(data)) from error
+            raise DiskFull(str(path), len(data) if isinstance(data, bytes) else None) from error
         raise
 
 
@@ -124,9 +127,9 @@ def lock_state(directory: Path) -> IO[str]:
     return lock
 
 
-def _write_flushed(path: Path, data: bytes) -> None:
+def _write_flushed(path: Path, data: bytes | Iterable[bytes]) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())
 

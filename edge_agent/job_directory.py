@@ -3,7 +3,8 @@
 job.json dataset.jsonl [evaluation.jsonl]        in
 events.jsonl before.jsonl outputs.jsonl
 repairs.jsonl judgments.jsonl records.jsonl      on the way, kept for a later run of the same job
-scores.safetensors rescored.jsonl checkpoint.safetensors
+scores.safetensors products.bin rescored.bin
+checkpoint.safetensors
 misses.jsonl plan.json profile.jsonl
 after.jsonl adapter/ saliency.json result.json   out
 trace.json memory_snapshot.pickle                out, where a trace was asked for
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 MADE = (
     "before.jsonl", "outputs.jsonl", "repairs.jsonl", "judgments.jsonl", "records.jsonl", "after.jsonl", "saliency.json", "result.json",
-    "misses.jsonl", "rescored.jsonl", "trace.json", "memory_snapshot.pickle",
+    "misses.jsonl", "trace.json", "memory_snapshot.pickle",
 )  # fmt: skip
 """Files of a run, which belong to one job and model."""
 
@@ -166,7 +167,7 @@ class JobDirectory:
 
     def forget_parts(self) -> None:
         """Remove what only an unfinished run needs, and the leftovers of writes that were cut off."""
-        for name in ("checkpoint.safetensors", "scores.safetensors", "rescored.jsonl"):
+        for name in ("checkpoint.safetensors", "scores.safetensors", "products.bin", "rescored.bin"):
             (self.path / name).unlink(missing_ok=True)
         for part in self.path.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()

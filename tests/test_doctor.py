@@ -202,7 +202,7 @@ def test_visit_leaves_a_running_agent_as_it_was(place: Place) -> None:
         assert heard == [down(FLEET, NODE, "ack", f"n{number}") for number in (2, 3)]
 
 
-def test_visit_leaves_nothingat_the_broker(open_port: int) -> None:
+def test_visit_leaves_nothing_at_the_broker(open_port: int) -> None:
     """Who comes under its id later finds no subscription and no message."""
     config = _open_config(open_port)
     with _coordinator(config.broker):

@@ -143,7 +143,7 @@ def test_scores_of_another_vocabulary_are_taken_again(tmp_path: Path, monkeypatc
     nothing = SimpleNamespace(job=job, method=None, tokenizer=tokenizer, progress=None)
     for quantized, resumed in ((False, False), (False, True), (True, False), (True, True), (False, False)):
         plan = SimpleNamespace(vocabulary={"quantized_head": quantized, "embedding_on_host": False})
-        (scores, _), found = run._score(directory, None, nothing, [None], plan, nothing, "key")  # type: ignore[arg-type,list-item]
+        (scores, _), found = run._score(directory, None, nothing, [None], plan, nothing, "key", None)  # type: ignore[arg-type,list-item]
         assert found is resumed
         assert scores[0].base_logp_T.tolist() == [1, 1]
     assert len(taken) == 3

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from edge_agent.dataset import Record
 from edge_agent.job import NlftOptions
+from edge_agent.saliency import Saliency
 from edge_agent.training import saliency_scores
 from edge_agent.training.contexts import Sample
 from edge_agent.training.methods.method import Scores, Target, Weights
-from edge_agent.training.saliency_scores import Rescorings, inner_products, product_spans, saliency_file, token_texts
+from edge_agent.training.saliency_scores import Rescorings, SaliencyParts, inner_products, product_spans, token_texts
+from edge_agent.training.slots import Slots
 from quantization.load import load_tokenizer
 from quantization.model_files import find_model
 
@@ -61,20 +64,48 @@ def test_file_has_a_bound_and_says_what_it_leaves_out(monkeypatch: pytest.Monkey
     tokenizer = load_tokenizer(find_model(str(tiny_model)))
     samples = _samples(4, 6, 50)
     monkeypatch.setattr(saliency_scores, "MAX_TOKENS", 30)
-    rescorings = Rescorings(tmp_path, samples, epochs=6)
+    parts = SaliencyParts(tmp_path, samples, NlftOptions(), epochs=6)
     for epoch in range(1, 7):
-        rescorings.add([(epoch, i, Scores(torch.full((len(s.answer),), -float(epoch)))) for i, s in enumerate(samples)])
-    scores = [Scores(torch.tensor([-0.5] * len(s.answer)), products_TP=torch.ones(len(s.answer), 1)) for s in samples]
+        parts.rescorings.add([(epoch, i, Scores(torch.full((len(s.answer),), -float(epoch)))) for i, s in enumerate(samples)])
+    for i, sample in enumerate(samples):
+        parts.products.add(i, torch.ones(len(sample.answer), 2))
+    scores = [Scores(torch.tensor([-0.5] * len(s.answer))) for s in samples]
     weights = [Weights(torch.ones(len(s.answer)), torch.zeros(len(s.answer))) for s in samples]
-    saliency = json.loads(saliency_file(tokenizer, NlftOptions(), samples, scores, weights, rescorings))
-    assert saliency["left_out"] == 1
-    assert [len(r["tokens"]) for r in saliency["records"]] == [4, 6]
-    assert [[s["epoch"] for s in r["rescored"]] for r in saliency["records"]] == [[3, 6], [3, 6]]
-    assert saliency["records"][1]["rescored"][1]["base"] == [-6.0] * 6
-    assert saliency["records"][0]["base"] == [-0.5] * 4
-    # What a crash cut off is scored again, and counts once.
-    with (tmp_path / "rescored.jsonl").open("a") as file:
-        file.write('[{"epoch":6,"sam')
-    again = Rescorings(tmp_path, samples, epochs=6)
-    again.add([(6, 0, Scores(torch.full((4,), -7.0)))])
-    assert [s.base[0] for s in Rescorings(tmp_path, samples, epochs=6).of(0)] == [-3.0, -7.0]
+    saliency = msgspec.json.decode(b"".join(parts.file(tokenizer, scores, weights)), type=Saliency)
+    assert saliency.left_out == 1
+    assert [len(r.tokens) for r in saliency.records] == [4, 6]
+    assert [[s.epoch for s in r.rescored] for r in saliency.records] == [[3, 6], [3, 6]]
+    assert saliency.records[1].rescored[1].base == [-6.0] * 6
+    assert saliency.records[0].base == [-0.5] * 4
+    assert [len(r.products or b"") for r in saliency.records] == [4 * 4 * 4, 4 * 6 * 6]
+
+
+def test_scores_that_are_taken_again_count_once(tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint repeats updates: what was there of them is replaced, what came before them stays."""
+    samples = _samples(4, 6)
+    first = Rescorings(tmp_path, samples, epochs=2)
+    first.add([(1, 0, Scores(torch.full((4,), -1.0), judge_logp_T=torch.full((4,), -2.0))), (2, 0, Scores(torch.full((4,), -3.0)))])
+    again = Rescorings(tmp_path, samples, epochs=2)
+    again.add([(2, 0, Scores(torch.full((4,), -7.0)))])
+    assert [(s.base[0], s.standard, s.judge and s.judge[0]) for s in Rescorings(tmp_path, samples, epochs=2).of(0)] == [
+        (-1.0, None, -2.0),
+        (-7.0, None, None),
+    ]
+    assert again.of(1) == []
+
+
+def test_a_slot_is_whole_or_not_there(tmp_path: Path) -> None:
+    """In any order, and again; what was never written, or cut off, is not there; only its owner reads the file."""
+    slots = Slots(tmp_path / "file", [("a", 3), ("b", 0), ("c", 2)])
+    assert [slots.read(key) for key in "abc"] == [None, None, None]
+    slots.write("c", b"xy")
+    slots.write("b", b"")
+    assert [slots.read(key) for key in "abc"] == [None, b"", b"xy"]
+    slots.write("a", b"123")
+    slots.write("a", b"456")
+    assert [Slots(tmp_path / "file", [("a", 3), ("b", 0), ("c", 2)]).read(key) for key in "abc"] == [b"456", b"", b"xy"]
+    with pytest.raises(ValueError, match="a: 2 bytes do not fill 3"):
+        slots.write("a", b"12")
+    os.truncate(tmp_path / "file", 7)
+    assert slots.read("c") is None
+    assert (tmp_path / "file").stat().st_mode & 0o077 == 0

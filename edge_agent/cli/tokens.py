@@ -11,8 +11,8 @@ from edge_agent.cli.fleet import CoordinatorConfigOption, UrlOption, client_of
 from edge_agent.cli.shared import JsonOption, explained, print_json
 from edge_agent.config import COORDINATOR_CONFIG
 from edge_agent.console import audit_table, tokens_table
+from edge_agent.mqtt import DAY_S
 
-DAY_S = 24 * 3600.0
 NameArgument = Annotated[str, typer.Argument(help="Of small letters, digits and hyphens: whose it is, or what it is for.")]
 
 

@@ -18,11 +18,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge_agent.enrolment import tell_expiry
 from edge_agent.errors import ConfigInvalid
+from edge_agent.mqtt import DAY_S
 from edge_agent.tls import server_context
 
 log = logging.getLogger(__name__)
 
-DAY_S = 24 * 3600.0
 MOST_CONNECTIONS = 256
 HEAD_S = 30.0
 """From a connection to the end of the head of its first request."""

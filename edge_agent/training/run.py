@@ -31,9 +31,9 @@ from edge_agent.training.packing import reads_trees
 from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, learn_overhead, prepare, usable_profile
 from edge_agent.training.repair import repair_outputs, turning_point
 from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
-from edge_agent.training.saliency_scores import Rescorings, product_spans, saliency_file
+from edge_agent.training.saliency_scores import SaliencyParts
 from edge_agent.training.scores_file import Scored, load_scores, save_scores
-from edge_agent.training.scoring import weigh
+from edge_agent.training.scoring import unheard, weigh
 from edge_agent.training.trace import traced
 from edge_agent.training.weighted import Weighted
 from profiles.device import detect_profile, device_name
@@ -119,15 +119,15 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         samples, development = _encode(work, records)
         row.tokens = sum(len(p) + len(s.answer) for s in samples for p in s.prompts.values())
     model, key = attach_adapter(model, job.lora, job.seed, job.model), _key(job, work, samples)
+    epochs = -(-total_updates(job.schedule, len(samples)) * job.schedule.batch // len(samples))
+    saliency = SaliencyParts(directory.path, samples, job.method, epochs) if isinstance(job.method, NlftOptions) else None
     with reporter.stage("score") as row:
-        (scores, weights), row.resumed = _score(directory, model, work, samples, plan, reporter, key)
+        (scores, weights), row.resumed = _score(directory, model, work, samples, plan, reporter, key, saliency)
     with reporter.stage("train") as row:
-        epochs = -(-total_updates(job.schedule, len(samples)) * job.schedule.batch // len(samples))
-        rescorings = Rescorings(directory.path, samples, epochs) if isinstance(job.method, NlftOptions) else None
         training = Training(
             key, job.schedule, job.seed, plan, work.tokenizer, directory.path, work.method, work.verifier,
             job.evaluation.max_new_tokens, work.files.context_tokens, development,
-            rescorings.add if rescorings else None,
+            saliency.rescorings.add if saliency else None,
         )  # fmt: skip
         objective = OBJECTIVES.get(type(job.method), Weighted)(model, samples, weights, training)
         with traced(directory, reporter.progress) if trace else nullcontext(reporter.progress) as progress:
@@ -137,9 +137,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         directory.write_rows("after.jsonl", after)
     with reporter.stage("save"):
         sha256 = save_adapter(model, directory.adapter, job.model)
-        if isinstance(job.method, NlftOptions) and rescorings is not None:
-            file = saliency_file(work.tokenizer, job.method, samples, scores, weights, rescorings)
-            write_file(directory.saliency, file, private=True)
+        if saliency:
+            write_file(directory.saliency, saliency.file(work.tokenizer, scores, weights), private=True)
     measured = measure(before, after)
     accepted, acceptance = accept(measured, job.evaluation.accept_if)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -185,15 +184,18 @@ def _load(work: Prepared, plan: Plan, reporter: Reporter) -> Any:
 
 
 def _score(
-    directory: JobDirectory, model: Any, work: Prepared, samples: list[Sample], plan: Plan, reporter: Reporter, key: str
-) -> tuple[Scored, bool]:
+    directory: JobDirectory, model: Any, work: Prepared, samples: list[Sample], plan: Plan, reporter: Reporter, key: str,
+    saliency: SaliencyParts | None,
+) -> tuple[Scored, bool]:  # fmt: skip
     """Return scores and weights, and whether an earlier run has taken them; a vocabulary that is held otherwise gives other ones."""
     key = f"{key} {plan.vocabulary}"
     scored = load_scores(directory.path, key, len(samples))
     if scored is not None:
         return scored, True
-    spans = product_spans(samples, work.job.method) if isinstance(work.job.method, NlftOptions) else {}
-    scored = weigh(model, work.method, samples, plan, work.tokenizer.pad_token_id, reporter.progress, spans)
+    on_hidden = saliency.products.add if saliency else unheard
+    scored = weigh(model, work.method, samples, plan, work.tokenizer.pad_token_id, reporter.progress, on_hidden)
+    if saliency:
+        saliency.products.flush()
     save_scores(directory.path, key, scored)
     return scored, False
 

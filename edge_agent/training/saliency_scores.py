@@ -13,15 +13,16 @@ import msgspec
 import torch
 
 from edge_agent.job import NlftOptions
-from edge_agent.journal import Journal
-from edge_agent.saliency import MAX_PRODUCTS_BYTES, MAX_TOKENS, SPAN, Rescored, SaliencyRecord
+from edge_agent.saliency import MAX_PRODUCTS_BYTES, MAX_TOKENS, SPAN, Rescored, Saliency, SaliencyRecord
 from edge_agent.training.contexts import Sample
-from edge_agent.training.methods.method import Scores, Weights
+from edge_agent.training.methods.method import Context, Scores, Weights
+from edge_agent.training.slots import Slots
 
 BLOCK = 64
 """Hidden states that are widened to 32 bits at once."""
 TEXT_WINDOW = 8
 """Tokens before one that its text may depend on."""
+CONTEXTS: tuple[Context, ...] = ("base", "standard", "judge")
 
 
 def recorded(samples: Sequence[Sample]) -> int:
@@ -69,14 +70,26 @@ def inner_products(hidden_TD: torch.Tensor, span: int) -> torch.Tensor:
     return products_TP
 
 
-class KeptScores(msgspec.Struct, frozen=True):
-    """Scores of one sample in an epoch, as 32-bit numbers."""
+class Products:
+    """Inner products of the hidden states of samples, before training: on disk, because only the end of the run needs them."""
 
-    epoch: int
-    sample: int
-    base: bytes
-    standard: bytes | None
-    judge: bytes | None
+    def __init__(self, directory: Path, samples: Sequence[Sample], options: NlftOptions) -> None:
+        self._spans = product_spans(samples, options)
+        lengths = ((number, 4 * len(samples[number].answer) * (span + 1)) for number, span in self._spans.items())
+        self._slots = Slots(directory / "products.bin", lengths)
+
+    def add(self, sample: int, hidden_TD: torch.Tensor) -> None:
+        """Keep what there is room for of a sample. Raises DiskFull."""
+        if sample in self._spans:
+            self._slots.write(sample, _packed(inner_products(hidden_TD, self._spans[sample])))
+
+    def flush(self) -> None:
+        """Wait until all are on disk."""
+        self._slots.flush()
+
+    def of(self, sample: int) -> bytes | None:
+        """Return those of a sample, T x (span + 1) little-endian 32-bit numbers; None where there was no room."""
+        return self._slots.read(sample) if sample in self._spans else None
 
 
 class Rescorings:
@@ -84,38 +97,33 @@ class Rescorings:
 
     def __init__(self, directory: Path, samples: Sequence[Sample], epochs: int) -> None:
         self._samples = recorded(samples)
-        tokens = sum(len(sample.answer) for sample in samples[: self._samples])
-        room = MAX_TOKENS // max(1, tokens) - 1
-        self._epochs = {epochs - epochs * n // room for n in range(room)} if room < epochs else set(range(1, epochs + 1))
-        self._journal = Journal(directory / "rescored.jsonl", list[KeptScores])
-        self._kept: dict[int, dict[int, KeptScores]] = {}
-        for row in self._journal.rows:
-            self._take(row)
+        tokens = [len(sample.answer) for sample in samples[: self._samples]]
+        room = MAX_TOKENS // max(1, sum(tokens)) - 1
+        self._epochs = sorted({epochs - epochs * n // room for n in range(room)} if room < epochs else set(range(1, epochs + 1)))
+        kept = ((epoch, number, context) for epoch in self._epochs for number in range(self._samples) for context in CONTEXTS)
+        self._slots = Slots(directory / "rescored.bin", ((key, 4 * tokens[key[1]]) for key in kept))
 
     def add(self, scored: Sequence[tuple[int, int, Scores]]) -> None:
-        """Keep (epoch, number of the sample, scores) of one update. Raises DiskFull."""
-        row = [
-            KeptScores(epoch, sample, _packed(s.base_logp_T) or b"", _packed(s.standard_logp_T), _packed(s.judge_logp_T))
-            for epoch, sample, s in scored
-            if epoch in self._epochs and sample < self._samples
-        ]
-        if row:
-            self._journal.append(row)
-            self._take(row)
-
-    def _take(self, row: list[KeptScores]) -> None:
-        """An update that is made again gives the same scores again."""
-        for kept in row:
-            self._kept.setdefault(kept.sample, {})[kept.epoch] = kept
+        """Keep (epoch, number of the sample, scores) of one update; one that is made again gives them again. Raises DiskFull."""
+        for epoch, sample, scores in scored:
+            if epoch in self._epochs and sample < self._samples:
+                for context, logp_T in zip(CONTEXTS, (scores.base_logp_T, scores.standard_logp_T, scores.judge_logp_T), strict=True):
+                    if logp_T is not None:
+                        self._slots.write((epoch, sample, context), _packed(logp_T))
+        self._slots.flush()
 
     def of(self, sample: int) -> list[Rescored]:
         """Return the scores of a sample, by epoch."""
-        kept = self._kept.get(sample, {})
-        return [Rescored(e, _numbers(k.base) or [], _numbers(k.standard), _numbers(k.judge)) for e, k in sorted(kept.items())]
+        found = []
+        for epoch in self._epochs:
+            base, standard, judge = (_numbers(self._slots.read((epoch, sample, context))) for context in CONTEXTS)
+            if base is not None:
+                found.append(Rescored(epoch, base, standard, judge))
+        return found
 
 
-def _packed(logp_T: torch.Tensor | None) -> bytes | None:
-    return None if logp_T is None else logp_T.float().numpy().tobytes()
+def _packed(numbers: torch.Tensor) -> bytes:
+    return numbers.float().numpy().tobytes()
 
 
 def _numbers(numbers: torch.Tensor | bytes | None) -> list[float] | None:
@@ -126,30 +134,30 @@ def _numbers(numbers: torch.Tensor | bytes | None) -> list[float] | None:
     return [float(f"{value:.9g}") for value in values.tolist()]
 
 
-def saliency_file(
-    tokenizer: Any, options: NlftOptions, samples: Sequence[Sample], scores: list[Scores], weights: list[Weights], rescorings: Rescorings
-) -> bytes:
-    """Return `saliency.json`. One record at a time is held as numbers, which take several times the memory of their text."""
-    count = recorded(samples)
-    rows = _records(tokenizer, samples[:count], scores, weights, rescorings)
-    encoded = [msgspec.Raw(msgspec.json.encode(row)) for row in rows]
-    return msgspec.json.encode({"version": 1, "options": options, "left_out": len(samples) - count, "records": encoded})
+class SaliencyParts:
+    """What a run keeps on disk for `saliency.json`, and the file made of it."""
 
+    def __init__(self, directory: Path, samples: Sequence[Sample], options: NlftOptions, epochs: int) -> None:
+        self._samples, self._options = samples, options
+        self.products, self.rescorings = Products(directory, samples, options), Rescorings(directory, samples, epochs)
 
-def _records(
-    tokenizer: Any, samples: Sequence[Sample], scores: list[Scores], weights: list[Weights], rescorings: Rescorings
-) -> Iterator[SaliencyRecord]:
-    for number, sample in enumerate(samples):
-        s, w, target = scores[number], weights[number], sample.target
-        yield SaliencyRecord(
-            id=target.record.id or "", standard_answer=target.standard_answer, kind=target.kind,
-            question=target.record.question, answer=target.record.answer,
-            judgment=target.record.judgment if target.kind == "incorrect" else None,
-            tokens=token_texts(tokenizer, sample.answer),
-            base=_numbers(s.base_logp_T) or [], standard=_numbers(s.standard_logp_T), judge=_numbers(s.judge_logp_T),
-            likelihood=_numbers(w.likelihood_T) or [], unlikelihood=_numbers(w.unlikelihood_T) or [],
-            products=_packed(s.products_TP), rescored=rescorings.of(number),
-        )  # fmt: skip
+    def file(self, tokenizer: Any, scores: list[Scores], weights: list[Weights]) -> Iterator[bytes]:
+        """Yield the file a record at a time: as numbers they take several times the memory of their text."""
+        count = recorded(self._samples)
+        yield msgspec.json.encode(Saliency(1, self._options, len(self._samples) - count, [])).removesuffix(b"]}")
+        for number, sample in enumerate(self._samples[:count]):
+            s, w, target = scores[number], weights[number], sample.target
+            record = SaliencyRecord(
+                id=target.record.id or "", standard_answer=target.standard_answer, kind=target.kind,
+                question=target.record.question, answer=target.record.answer,
+                judgment=target.record.judgment if target.kind == "incorrect" else None,
+                tokens=token_texts(tokenizer, sample.answer),
+                base=_numbers(s.base_logp_T) or [], standard=_numbers(s.standard_logp_T), judge=_numbers(s.judge_logp_T),
+                likelihood=_numbers(w.likelihood_T) or [], unlikelihood=_numbers(w.unlikelihood_T) or [],
+                products=self.products.of(number), rescored=self.rescorings.of(number),
+            )  # fmt: skip
+            yield b"," * (number > 0) + msgspec.json.encode(record)
+        yield b"]}"
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

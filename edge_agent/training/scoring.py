@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,27 +14,29 @@ from edge_agent.training.head import answer_logp
 from edge_agent.training.methods.method import Context, Method, Scores, Weights
 from edge_agent.training.packing import answer_hidden, longest_first, pack
 from edge_agent.training.reporter import OnProgress
-from edge_agent.training.saliency_scores import inner_products
 from quantization.plan import Plan
 
-NONE: Mapping[int, int] = MappingProxyType({})
+OnHidden = Callable[[int, torch.Tensor], None]
+"""Hears the number of a sample and the hidden states of its base context, T x D, on the device."""
+
+
+def unheard(_: int, __: torch.Tensor) -> None:
+    """Nobody needs the hidden states."""
 
 
 @torch.no_grad()
 def score(
     model: Any, samples: list[Sample], batch: int, chunk: int, pad_id: int, progress: Callable[[int, int, int], None],
-    hidden: bool = False, of_pass: bool = False, spans: Mapping[int, int] = NONE,
+    hidden: bool = False, of_pass: bool = False, on_hidden: OnHidden = unheard,
 ) -> Iterator[tuple[int, Scores]]:  # fmt: skip
     """Yield (index, scores) of each sample once its last context is scored, on the CPU.
 
     `batch` contexts are scored at once; `progress` hears (done, total, tokens). With `hidden`, base contexts come last, so that no hidden
     state has to wait for another context of its sample. With `of_pass`, the base context of a sample that is trained in it is left out,
-    and is all NaN: its training pass will give it. `spans` says of which samples the inner products of their hidden states are kept, and
-    with how many states before each.
+    and is all NaN: its training pass will give it.
     """
     model.eval()
     logp: dict[tuple[int, Context], torch.Tensor] = {}
-    products: dict[int, torch.Tensor] = {}
     left_out = {i for i, sample in enumerate(samples) if of_pass and sample.target.prompt == "base"}
     for i in left_out:
         logp[i, "base"] = unscored(samples[i])
@@ -55,13 +56,13 @@ def score(
         progress(min(start + batch, len(work)), len(work), packed.tokens)
         for (i, context), logp_T, hidden_TD in zip(group, logp_N.split(packed.lengths), hidden_ND.split(packed.lengths), strict=True):
             logp[i, context] = logp_T
-            if context == "base" and i in spans:
-                products[i] = inner_products(hidden_TD, spans[i])
+            if context == "base":
+                on_hidden(i, hidden_TD)
             open_[i] -= 1
             if not open_[i]:
                 standard, judge = logp.pop((i, "standard"), None), logp.pop((i, "judge"), None)
                 hidden_TD = hidden_TD.float().cpu() if hidden else None
-                yield i, Scores(logp.pop((i, "base")), standard, judge, hidden_TD, products.pop(i, None))
+                yield i, Scores(logp.pop((i, "base")), standard, judge, hidden_TD)
 
 
 def unscored(sample: Sample) -> torch.Tensor:
@@ -71,9 +72,9 @@ def unscored(sample: Sample) -> torch.Tensor:
 
 def score_all(
     model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress, of_pass: bool = False,
-    spans: Mapping[int, int] = NONE,
+    on_hidden: OnHidden = unheard,
 ) -> Iterator[tuple[int, Scores]]:  # fmt: skip
-    """Yield (index, scores) of every sample, in no order, with what the method asks for; `of_pass` and `spans` as `score` has them."""
+    """Yield (index, scores) of every sample, in no order, with what the method asks for; `of_pass` and `on_hidden` as `score` has them."""
 
     def count(done: int, total: int, tokens: int) -> None:
         progress(done, total, tokens, None, "score")
@@ -82,17 +83,17 @@ def score_all(
     yield from ((i, Scores(unscored(s))) for i, s in enumerate(samples) if s.target.contexts is None)
     found = score(
         model, [samples[i] for i in scored], 2 * plan.micro_batch, plan.head_chunk, pad_id, count, method.needs_hidden, of_pass,
-        {place: spans[i] for place, i in enumerate(scored) if i in spans},
+        lambda place, hidden_TD: on_hidden(scored[place], hidden_TD),
     )  # fmt: skip
     yield from ((scored[place], scores) for place, scores in found)
 
 
 def weigh(
-    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress, spans: Mapping[int, int] = NONE
+    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress, on_hidden: OnHidden = unheard
 ) -> tuple[list[Scores], list[Weights]]:
-    """Return the scores that a method asks for, without hidden states, and the token weights that it makes of them; `spans` as above."""
+    """Return the scores that a method asks for, without hidden states, and the weights that it makes of them; `on_hidden` as above."""
     found: dict[int, tuple[Scores, Weights]] = {}
-    for i, scores in score_all(model, method, samples, plan, pad_id, progress, spans=spans):
+    for i, scores in score_all(model, method, samples, plan, pad_id, progress, on_hidden=on_hidden):
         found[i] = replace(scores, hidden_TD=None), method.weights(samples[i].target, scores)
     every = [found[i] for i in range(len(samples))]
     return [scores for scores, _ in every], [weights for _, weights in every]

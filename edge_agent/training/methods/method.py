@@ -50,8 +50,6 @@ class Scores:
     standard_logp_T: torch.Tensor | None = None
     judge_logp_T: torch.Tensor | None = None
     hidden_TD: torch.Tensor | None = None
-    products_TP: torch.Tensor | None = None
-    """Inner products of hidden states, for the Saliency Map only."""
 
 
 @dataclass(frozen=True)
