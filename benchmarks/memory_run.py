@@ -48,11 +48,13 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
     import torch
 
     from edge_agent.job import Lora, Schedule
+    from edge_agent.saliency import SPAN
     from edge_agent.training.generate import generate
     from edge_agent.training.head import answer_logp, weighted_loss
     from edge_agent.training.loop import trained
     from edge_agent.training.optimizer import make_optimizer
     from edge_agent.training.packing import answer_hidden, pack
+    from edge_agent.training.saliency_scores import inner_products
     from profiles.device import device_profile
     from profiles.memory import fix_malloc, trim_heap
     from quantization.adapter import attach_adapter, checkpoint_activations
@@ -76,7 +78,10 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
     @torch.no_grad()
     def score() -> None:
         packed = pack(adapted, rows(2 * case.micro_batch), 1)
-        answer_logp(adapted, answer_hidden(adapted, packed), packed.target_ids_N, rung.head_chunk).cpu()
+        hidden_ND = answer_hidden(adapted, packed)
+        answer_logp(adapted, hidden_ND, packed.target_ids_N, rung.head_chunk).cpu()
+        for hidden_TD in hidden_ND.split(packed.lengths):
+            inner_products(hidden_TD, SPAN)
 
     phase(peaks, "score", score)
     parameters, schedule = trained(adapted), Schedule()
