@@ -402,7 +402,7 @@ def test_events_of_the_fleet_go_on_where_they_were(coordinator: ApiServer) -> No
         kind, start, data = next(events)
         assert (kind, data) == ("start", {"lost": False})
         for boot in (1, 2, 3):
-            coordinator.hear("state", NodeState("ready", boot, 1))
+            coordinator.hear("state", NodeState("ready", boot, 1, 0))
         told = [next(events) for _ in range(3)]
         assert [(kind, data["id"], data["boot"]) for kind, _, data in told] == [("node", NODE, boot) for boot in (1, 2, 3)]
         ids = [int(number.partition("-")[2]) for _, number, _ in told]
