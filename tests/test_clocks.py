@@ -112,11 +112,11 @@ def test_node_whose_number_was_lost_is_known_again(trial: Trial) -> None:
     known = node._store.boot + 10**9
     coordinator.hear(up(FLEET, NODE, "state").encode(), encode(NodeState("ready", known, 4, 0), "test"))
     _connect(trial, answers=False)
-    assert coordinator.daemon.nodes()[0].boot == known
+    assert coordinator.daemon.nodes(None, None, 9).items[0].boot == known
     _connect(trial)
     assert node._store.boot == known + 1
     _connect(trial)  # as the link does, whose last will is a new one
-    [view] = coordinator.daemon.nodes()
+    [view] = coordinator.daemon.nodes(None, None, 9).items
     assert (view.boot, view.present) == (known + 1, True)
 
 

@@ -161,7 +161,7 @@ def test_commands_are_numbered_above_what_the_node_has_done(fresh: Trial) -> Non
         return [kind for kind in _report(fresh, state, "state") if kind in ("drain", "resume")]
 
     def number() -> int:
-        return int(service.nodes()[0].drain_command)
+        return int(service.nodes(None, None, 9).items[0].drain_command)
 
     wire.published.clear()
     service.drain(NODE, True)
