@@ -7,9 +7,11 @@ import logging
 import os
 import re
 import shutil
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, RestLimits, Size, Trust
+from edge_agent.coordinator.database import Database
 from edge_agent.coordinator.service import Service
 from edge_agent.coordinator.store import JobFilter
 from edge_agent.logs import JsonFormatter, tame
@@ -206,7 +209,7 @@ class Place:
 
     def changes(self) -> int:
         """Rows that were ever written."""
-        return sum(side.daemon._store._db.total_changes for side in self.sides.values())
+        return sum(_written(side.daemon._store._db) for side in self.sides.values())
 
     def _jobs(self) -> dict[str, dict[str, Any]]:
         return {
@@ -245,6 +248,14 @@ FILES = re.compile(r"agent\.sqlite(-wal|-shm)?|process\.lock|files/sha256/[0-9a-
 
 def _listed(root: Path) -> Iterator[str]:
     return (str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+
+
+def _written(db: sqlite3.Connection | Database) -> int:
+    """Rows that a daemon has written since it opened its file."""
+    if isinstance(db, sqlite3.Connection):
+        return db.total_changes
+    with closing(db._engine.raw_connection()) as connection:
+        return int(connection.driver_connection.total_changes)  # type: ignore[union-attr]
 
 
 def _is_ours(job: str, payload: bytes) -> bool:

@@ -13,13 +13,13 @@ GET = "SELECT value FROM meta WHERE name = 'ran_s'"
 SET = "INSERT INTO meta VALUES ('ran_s', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 
 
-class RunningTime:
-    """Seconds that a daemon has run, over all its starts, kept in its database. Time in which it was off does not count."""
+class Ran:
+    """Seconds that a daemon has run, over all its starts. Time in which it was off does not count."""
 
-    def __init__(self, db: sqlite3.Connection, clock: Callable[[], float] = time.monotonic) -> None:
-        row = db.execute(GET).fetchone()
-        self._db, self._clock = db, clock
-        self._kept_s, self._kept_at = float(row[0]) if row else 0.0, clock()
+    def __init__(self, kept_s: float, write: Callable[[float], object], clock: Callable[[], float] = time.monotonic) -> None:
+        """`kept_s`: how long earlier starts have run; `write` keeps it for the next."""
+        self._write, self._clock = write, clock
+        self._kept_s, self._kept_at = kept_s, clock()
 
     def now(self) -> float:
         return self._kept_s + self._clock() - self._kept_at
@@ -27,13 +27,21 @@ class RunningTime:
     def keep(self) -> float:
         """Write down how long it has run, and return that: what is stored with it lies in the past of every later start."""
         self._kept_s, self._kept_at = self.now(), self._clock()
-        self._db.execute(SET, (self._kept_s,))
+        self._write(self._kept_s)
         return self._kept_s
 
     def tick(self) -> None:
         """Write it down where that is due."""
         if self._clock() - self._kept_at >= KEEP_S:
             self.keep()
+
+
+class RunningTime(Ran):
+    """The same, kept in an SQLite file."""
+
+    def __init__(self, db: sqlite3.Connection, clock: Callable[[], float] = time.monotonic) -> None:
+        row = db.execute(GET).fetchone()
+        super().__init__(float(row[0]) if row else 0.0, lambda ran_s: db.execute(SET, (ran_s,)), clock)
 
 
 class ToldTime:

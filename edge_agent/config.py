@@ -11,7 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -244,6 +244,40 @@ class Api(Strict, frozen=True, kw_only=True):
             raise ValueError(f"without `certificate_file` and `key_file` the `host` of `api` is on loopback, not {self.host!r}")
 
 
+class Database(Strict, frozen=True, kw_only=True):
+    """A PostgreSQL server that has a coordinator's state."""
+
+    url: Annotated[str, Meta(pattern=r"^postgresql\+psycopg://[!-~]*\Z", max_length=2048)]
+    """Such as `postgresql+psycopg://edge-agent@db.example.org/edge_agent?sslmode=verify-full`, without a password."""
+    password_file: Path | None = None
+    """Holds the password alone; only its owner may read it."""
+
+    def __post_init__(self) -> None:
+        url = urlsplit(self.url)
+        query = dict(parse_qsl(url.query))
+        if url.password is not None or any(name.endswith("password") for name in query):
+            raise ValueError("the password of a `database` stands in its `password_file`, not in its `url`")
+        host = query.get("hostaddr") or query.get("host") or unquote(url.hostname or "")
+        here = not host or host.startswith("/") or is_loopback(host)
+        if "sslmode" not in query and (not here or "," in url.netloc):
+            raise ValueError("the `url` of a `database` elsewhere says `?sslmode=verify-full`, or `disable` in a network of your own")
+
+    @property
+    def where(self) -> str:
+        """What may be said of it."""
+        return self.url.partition("?")[0]
+
+    @property
+    def address(self) -> str:
+        """The URL as PostgreSQL's own library reads it."""
+        return self.url.replace("+psycopg", "", 1)
+
+    @property
+    def password(self) -> str | None:
+        """Read from its file. Raises ConfigInvalid where that is missing or others can read it."""
+        return None if self.password_file is None else _read_secret(self.password_file, "database.password_file")
+
+
 class Trust(Strict, frozen=True):
     """Who may give this node orders: to take, stop and delete jobs, to take no more, to keep messages no longer."""
 
@@ -300,6 +334,8 @@ class CoordinatorConfig(Strict, frozen=True):
     fleet: Name = "default"
     instance: Name = "main"
     broker: Broker = Broker()
+    database: Database | None = None
+    """null: the state is in an SQLite file in the state directory."""
     https: Https | None = None
     """null: files travel over the broker alone."""
     api: Api | None = None

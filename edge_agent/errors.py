@@ -354,6 +354,26 @@ class StateUnusable(EdgeAgentError):
         super().__init__(f"state directory {path}: {problem}")
 
 
+class DatabaseUnusable(StateUnusable):
+    """The database server of a coordinator can be reached, and its database cannot be used."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        EdgeAgentError.__init__(self, f"database {where}: {problem}")
+
+
+class DatabaseAway(EdgeAgentError):
+    """The database server of a coordinator does not answer, or has no room or leave to store something now."""
+
+    code = "database_away"
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(
+            f"database {where} does not answer ({problem}); look whether it runs, can be reached and has room: "
+            f"the coordinator goes on as soon as it is back, and nodes keep what they say until then"
+        )
+        self.where, self.problem = where, problem
+
+
 class StateDamaged(EdgeAgentError):
     """A daemon's database has broken while it worked."""
 

@@ -57,8 +57,9 @@ class Commands:
     def tick(self, now: float) -> None:
         """Tell what is due. A node is offered no more than its queue holds."""
         waiting: Counter[str] = Counter()
+        nodes = self._store.busy_nodes()
         for view in self._store.open_jobs():
-            node = self._store.node(view.node)
+            node = nodes.get(view.node)
             waiting[view.node] += view.phase in ("offered", "accepted", "staging", "ready")
             full = node is not None and node.info is not None and waiting[view.node] >= node.info.limits.queue
             if self._expired(view):
@@ -67,18 +68,17 @@ class Commands:
                 self._offer(view, node, now)
                 waiting[view.node] += view.phase == "created"
         for view in self._store.forgotten_jobs():
-            self._forget(view, now)
+            self._forget(view, nodes.get(view.node), now)
 
     def node_spoke(self, node: str) -> None:
         """A node has said where it stands: what it has to do is due."""
         self.drain(node)
         known = self._store.node(node)
-        for view in self._store.open_jobs():
-            if view.node == node:
-                self.at_once(view.id)
-                # The same offer again: a node that has the job says where it stands, one that has lost its disk takes it anew.
-                if known is not None and known.state == "ready" and view.phase not in ("created", "offered") and not view.cancel:
-                    self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer")
+        for view in self._store.open_jobs(node):
+            self.at_once(view.id)
+            # The same offer again: a node that has the job says where it stands, one that has lost its disk takes it anew.
+            if known is not None and known.state == "ready" and view.phase not in ("created", "offered") and not view.cancel:
+                self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer")
 
     def drain(self, node: str) -> None:
         """Tell a node whether it is to take new jobs, unless it says that it has been told that, or something later."""
@@ -121,9 +121,9 @@ class Commands:
                 self._store.offered(view.id)
                 self._changed(view.id)
 
-    def _forget(self, view: JobView, now: float) -> None:
+    def _forget(self, view: JobView, node: NodeView | None, now: float) -> None:
         """Ask a node to delete a job until it has."""
-        node, retry = self._store.node(view.node), self._retries.setdefault(view.id, Retry())
+        retry = self._retries.setdefault(view.id, Retry())
         if node is None or not node.present or now < retry.due:
             return
         if self._send(view.node, self._seal(Forget(self._fleet, view.node, view.id)), "command", "forget"):

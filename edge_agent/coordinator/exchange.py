@@ -55,7 +55,7 @@ class Exchange:
 
     def may_have(self, node: str, sha256: str) -> bool:
         """Whether one of the node's open jobs needs a file; no other file goes to it."""
-        return any(sha256 == file.sha256 for view in self._store.open_jobs() if view.node == node for file in view.order.files)
+        return any(sha256 == file.sha256 for view in self._store.open_jobs(node) for file in view.order.files)
 
     def awaited(self, node: str, sha256: str) -> Incoming | None:
         """A file that is awaited from a node."""

@@ -60,6 +60,7 @@ from edge_agent.coordinator.store import (
 from edge_agent.dataset import check_sha256
 from edge_agent.dataset_check import Check, check
 from edge_agent.errors import (
+    DatabaseAway,
     DatasetChecksum,
     DatasetEmpty,
     DatasetSchema,
@@ -88,7 +89,7 @@ MOST_UNHEARD = 1024
 """Events that wait for one reader."""
 STATUSES: dict[type[EdgeAgentError], int] = {
     Unauthorized: 401, Forbidden: 403, Unknown: 404, DatasetTooLarge: 413, DatasetEmpty: 422, DatasetSchema: 422, DatasetChecksum: 422,
-    TooManyRequests: 429,
+    TooManyRequests: 429, DatabaseAway: 503,
 }  # fmt: skip
 """Of answers with an error; any other has 409."""
 HEADERS = {

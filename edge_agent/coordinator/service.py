@@ -38,7 +38,7 @@ from edge_agent.coordinator.store import (
     NodeView,
     Token,
 )
-from edge_agent.errors import MessageInvalid, Refused, StateDamaged, Unknown, human_bytes
+from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
 from edge_agent.messages import (
@@ -105,7 +105,7 @@ class Service:
         self._signing_key = read_private_key(config.signing_key_file) if config.signing_key_file else None
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
-        self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s)
+        self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s, server=config.database)
         self.access, self.metrics = Access(self._store), Metrics()
         self.looking = threading.Lock()
         """Held by who looks into a dataset."""
@@ -126,7 +126,7 @@ class Service:
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._commands = Commands(config.fleet, self._store, self._exchange, self._send, self._seal, self._changed)
         self.metrics.watch(lambda: self.call(self._standing))
-        self._failed: StateDamaged | None = None
+        self._failed: StateDamaged | StateUnusable | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
     def start(self) -> None:
@@ -135,7 +135,7 @@ class Service:
         log.info("coordinator_started fleet=%s instance=%s epoch=%d", self._config.fleet, self._config.instance, self._store.epoch)
 
     def stop(self) -> None:
-        """End the thread, tell the fleet, and close. Raises StateDamaged where the thread has ended by that."""
+        """End the thread, tell the fleet, and close. Raises StateDamaged or StateUnusable where that has ended the thread."""
         self._events.put(END)
         self._thread.join()
         topic = coordinator_state(self._config.fleet, self._config.instance)
@@ -147,7 +147,9 @@ class Service:
             raise self._failed
 
     def call(self, run: Callable[[], T]) -> T:
-        """Run a request in the coordinator's thread and return what it returns or raises."""
+        """Run a request in the coordinator's thread and return what it returns or raises. Raises DatabaseAway at once where it is."""
+        if (away := self._store.away) is not None:
+            raise DatabaseAway(away.where, away.problem)
         future: Future[T] = Future()
         self._events.put(Call(run, future))
         return future.result(timeout=60)
@@ -159,7 +161,7 @@ class Service:
     def _serve(self) -> None:
         try:
             serve(self._events, self._handle, self._tick, self._drop, TICK_S)
-        except StateDamaged as error:
+        except (StateDamaged, StateUnusable) as error:
             self._failed = error
             os.kill(os.getpid(), signal.SIGTERM)  # ends the API, whose end ends this
 
@@ -310,6 +312,7 @@ class Service:
 
     def _tick(self, now: float) -> None:
         self._link.supervise()
+        self._store.look()
         self._store.clock.tick()
         if not self._link.connected:
             return

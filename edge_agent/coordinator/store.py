@@ -1,19 +1,23 @@
-"""What a coordinator must not lose: jobs, what nodes have said of them, and nodes, in one SQLite file. All its SQL is here."""
+"""What a coordinator must not lose: jobs, what nodes have said of them, and nodes, in an SQLite file or PostgreSQL.
+
+All its SQL is here, and that of the tables in schema.py; SQLite and PostgreSQL read the same text.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from edge_agent.clocks import RunningTime
-from edge_agent.database import open_database, transaction
+from edge_agent import config
+from edge_agent.clocks import Ran
 from edge_agent.dataset_check import Check
+from edge_agent.errors import DatabaseAway
 from edge_agent.messages import (
     Artifact,
     Envelope,
@@ -30,133 +34,72 @@ from edge_agent.messages import (
     read_order,
 )
 
+Row = dict[str, Any]
+
 MANY = 2**31
 """As a limit: all."""
 MOST_HISTORY = 1000
 """Messages of a job that are told."""
 MOST_AUDITED = 100_000
 """Requests that are kept; the oldest go first."""
-VERSIONS = (
-    """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
-CREATE TABLE jobs (
-    id TEXT PRIMARY KEY,
-    node TEXT NOT NULL,
-    digest TEXT NOT NULL,
-    envelope BLOB NOT NULL,              -- JSON of the envelope with the order
-    created REAL NOT NULL,               -- seconds since 1970, as all times here
-    changed REAL NOT NULL,
-    phase TEXT NOT NULL,                 -- created, offered, then the phases of the agent
-    outcome TEXT, reason TEXT, text TEXT,
-    attempt INTEGER NOT NULL DEFAULT 0,
-    boot INTEGER NOT NULL DEFAULT 0,     -- the start of the agent that the newest message about this job came from
-    seq INTEGER NOT NULL DEFAULT 0,      -- and its number
-    cancel INTEGER NOT NULL DEFAULT 0,   -- whether somebody has asked for its end
-    forget INTEGER NOT NULL DEFAULT 0,   -- whether somebody has asked for its deletion, which awaits its node
-    result BLOB                          -- JSON of the JobResult, once it has come
-);
-CREATE TABLE history (
-    message TEXT PRIMARY KEY,            -- id of the message: a repeated one is known here
-    job TEXT NOT NULL,
-    time REAL NOT NULL,
-    seq INTEGER, attempt INTEGER,
-    phase TEXT NOT NULL,
-    outcome TEXT, reason TEXT, text TEXT,
-    late INTEGER NOT NULL                -- whether it came after a newer one and changed nothing
-);
-CREATE INDEX history_of_job ON history (job, time);
-CREATE TABLE nodes (
-    id TEXT PRIMARY KEY,
-    state TEXT NOT NULL,
-    boot INTEGER NOT NULL, conn INTEGER NOT NULL,
-    seen REAL NOT NULL,                  -- when the node itself last spoke
-    info BLOB, heartbeat BLOB,
-    drain INTEGER                        -- whether it is to take no new jobs; null: nobody has said
-);
-""",
-    """
-ALTER TABLE nodes ADD COLUMN drain_command INTEGER NOT NULL DEFAULT 0;  -- the number under which it is told so
-ALTER TABLE nodes ADD COLUMN told INTEGER NOT NULL DEFAULT 0;           -- and that which it says to have done last
-""",
-    """
-ALTER TABLE nodes ADD COLUMN heard REAL NOT NULL DEFAULT 0;  -- as `seen`, in seconds that the coordinator has run, over all its starts
-""",
-    """
-CREATE TABLE tokens (
-    name TEXT PRIMARY KEY,
-    digest BLOB NOT NULL,                -- sha256 of its secret
-    scope TEXT NOT NULL,
-    created REAL NOT NULL,
-    expires REAL                         -- null: never
-);
-CREATE TABLE datasets (
-    sha256 TEXT PRIMARY KEY,
-    name TEXT NOT NULL,
-    size_bytes INTEGER NOT NULL,
-    uploaded REAL NOT NULL,
-    found BLOB NOT NULL                  -- JSON of its check
-);
-CREATE TABLE audit (
-    number INTEGER PRIMARY KEY,
-    time REAL NOT NULL,
-    who TEXT NOT NULL,                   -- name of the token, or local
-    address TEXT,                        -- null: on the socket
-    what TEXT NOT NULL,                  -- method and path
-    made TEXT,                           -- path of what it has made
-    status INTEGER NOT NULL
-);
-ALTER TABLE jobs ADD COLUMN retry_of TEXT; -- the job that it is run again for
-""",
-)
-"""The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
-COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', ?) ON CONFLICT (name) DO UPDATE SET value = max(value + 1, excluded.value)
-RETURNING value"""
-INSERT_JOB = "INSERT INTO jobs (id, node, digest, envelope, created, changed, phase, retry_of) VALUES (?, ?, ?, ?, ?, ?, 'created', ?)"
-JOBS = """SELECT jobs.*, jobs.rowid AS number, phase NOT IN ('created', 'offered', 'ended') AND ifnull(heard, 0) < ?1 AS lost
+COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', :now) ON CONFLICT (name)
+DO UPDATE SET value = CASE WHEN meta.value < excluded.value THEN excluded.value ELSE meta.value + 1 END RETURNING value"""
+GET_RAN = "SELECT value FROM meta WHERE name = 'ran_s'"
+SET_RAN = "INSERT INTO meta VALUES ('ran_s', :ran_s) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+INSERT_JOB = """INSERT INTO jobs (id, node, digest, envelope, created, changed, phase, retry_of)
+VALUES (:id, :node, :digest, :envelope, :now, :now, 'created', :retry_of)"""
+JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND coalesce(heard, 0) < :silent AS lost
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
-GET_JOB = f"{JOBS} WHERE jobs.id = ?2"
-LIST_JOBS = f"""{JOBS} WHERE (?2 IS NULL OR jobs.rowid < ?2) AND (?3 IS NULL OR phase = ?3) AND (?4 IS NULL OR outcome = ?4)
-AND (?5 IS NULL OR node = ?5) ORDER BY jobs.rowid DESC LIMIT ?6"""
-GET_ENVELOPE = "SELECT envelope FROM jobs WHERE id = ?"
-OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY jobs.rowid"
-SET_PHASE = "UPDATE jobs SET phase = ?, changed = ? WHERE id = ?"
-SET_STATUS = """UPDATE jobs SET phase = ?, outcome = ?, reason = ?, text = ?, attempt = ?, boot = ?, seq = ?, changed = ?, result = NULL
-WHERE id = ?"""
-SET_RESULT = "UPDATE jobs SET phase = 'finalizing', result = ?, attempt = ?, boot = ?, seq = ?, changed = ? WHERE id = ?"
-END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, reason = ?, text = ?, changed = ? WHERE id = ?"
-ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = ? WHERE id = ?"
-ASK_FORGET = "UPDATE jobs SET forget = 1, changed = ? WHERE id = ?"
-FORGOTTEN_JOBS = f"{JOBS} WHERE forget ORDER BY jobs.rowid"
-DELETE_JOB = "DELETE FROM jobs WHERE id = ?"
-DELETE_HISTORY = "DELETE FROM history WHERE job = ?"
-SET_DRAIN = "UPDATE nodes SET drain = ?, drain_command = max(drain_command, min(told, ?)) + 1 WHERE id = ?"
-KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
-INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-GET_HISTORY = """SELECT * FROM (SELECT rowid AS number, time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ?
-ORDER BY rowid DESC LIMIT ?) ORDER BY number"""
-GET_NODE = "SELECT * FROM nodes WHERE id = ?"
-LIST_NODES = "SELECT * FROM nodes WHERE (?1 IS NULL OR id > ?1) AND (?2 IS NULL OR state = ?2) ORDER BY id LIMIT ?3"
-INSERT_TOKEN = "INSERT INTO tokens (name, digest, scope, created, expires) VALUES (?, ?, ?, ?, ?)"  # noqa: S105
-DELETE_TOKEN = "DELETE FROM tokens WHERE name = ?"  # noqa: S105
-KEEP_DATASET = """INSERT INTO datasets VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (sha256) DO UPDATE SET name = excluded.name, uploaded = excluded.uploaded, found = excluded.found"""
-GET_DATASET = "SELECT * FROM datasets WHERE sha256 = ?"
-LIST_DATASETS = "SELECT * FROM datasets WHERE ?1 IS NULL OR sha256 > ?1 ORDER BY sha256 LIMIT ?2"
-DELETE_DATASET = "DELETE FROM datasets WHERE sha256 = ?"
-ADD_AUDIT = "INSERT INTO audit (time, who, address, what, made, status) VALUES (?, ?, ?, ?, ?, ?)"
-CUT_AUDIT = "DELETE FROM audit WHERE number <= (SELECT max(number) FROM audit) - ?"
-LIST_AUDIT = "SELECT * FROM audit WHERE ?1 IS NULL OR number < ?1 ORDER BY number DESC LIMIT ?2"
-COUNT_NODES = "SELECT state, count(*) FROM nodes GROUP BY state"
-COUNT_UNANSWERED = "SELECT count(*) FROM jobs WHERE phase = 'offered' OR (cancel AND phase != 'ended') OR forget"
-COUNT_JOBS = "SELECT phase, ifnull(outcome, ''), count(*) FROM jobs GROUP BY 1, 2"
-ALL_TOKENS = "SELECT * FROM tokens ORDER BY name"
-SET_STATE = """INSERT INTO nodes (id, state, boot, conn, told, seen, heard) VALUES (?, ?, ?, ?, ?, ?, ?)
+GET_JOB = f"{JOBS} WHERE jobs.id = :id"
+LIST_JOBS = f"{JOBS} WHERE {{which}} ORDER BY jobs.number DESC LIMIT :limit"
+WHICH_JOBS = {"before": "jobs.number < :before", "phase": "phase = :phase", "outcome": "outcome = :outcome", "node": "node = :node"}
+GET_ENVELOPE = "SELECT envelope FROM jobs WHERE id = :id"
+OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY jobs.number"
+OPEN_JOBS_OF_NODE = f"{JOBS} WHERE phase != 'ended' AND node = :node ORDER BY jobs.number"
+FORGOTTEN_JOBS = f"{JOBS} WHERE forget = 1 ORDER BY jobs.number"
+SET_PHASE = "UPDATE jobs SET phase = :phase, changed = :now WHERE id = :id"
+SET_STATUS = """UPDATE jobs SET phase = :phase, outcome = :outcome, reason = :reason, text = :text, attempt = :attempt,
+boot = :boot, seq = :seq, changed = :now, result = NULL WHERE id = :id"""
+SET_RESULT = """UPDATE jobs SET phase = 'finalizing', result = :result, attempt = :attempt, boot = :boot, seq = :seq, changed = :now
+WHERE id = :id"""
+END_JOB = "UPDATE jobs SET phase = 'ended', outcome = :outcome, reason = :reason, text = :text, changed = :now WHERE id = :id"
+ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = :now WHERE id = :id"
+ASK_FORGET = "UPDATE jobs SET forget = 1, changed = :now WHERE id = :id"
+DELETE_JOB = "DELETE FROM jobs WHERE id = :id"
+DELETE_HISTORY = "DELETE FROM history WHERE job = :id"
+KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = :message"
+INSERT_HISTORY = """INSERT INTO history (message, job, time, seq, attempt, phase, outcome, reason, text, late)
+VALUES (:message, :job, :time, :seq, :attempt, :phase, :outcome, :reason, :text, :late)"""
+GET_HISTORY = """SELECT * FROM (SELECT * FROM history WHERE job = :job ORDER BY number DESC LIMIT :limit) AS newest ORDER BY number"""
+GET_NODE = "SELECT * FROM nodes WHERE id = :id"
+LIST_NODES = "SELECT * FROM nodes WHERE {which} ORDER BY id LIMIT :limit"
+WHICH_NODES = {"after": "id > :after", "state": "state = :state"}
+BUSY_NODES = "SELECT * FROM nodes WHERE id IN (SELECT node FROM jobs WHERE phase != 'ended' UNION SELECT node FROM jobs WHERE forget = 1)"
+SET_DRAIN = "UPDATE nodes SET drain = :drain, drain_command = :command WHERE id = :id"
+SET_STATE = """INSERT INTO nodes (id, state, boot, conn, told, seen, heard) VALUES (:id, :state, :boot, :conn, :told, :seen, :heard)
 ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, told = excluded.told"""
-SET_SEEN = "UPDATE nodes SET seen = ?, heard = ? WHERE id = ?"
-SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, heard, info) VALUES (?, 'init', 0, 0, ?, ?, ?)
+SET_SEEN = "UPDATE nodes SET seen = :seen, heard = :heard WHERE id = :id"
+SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, heard, info) VALUES (:id, 'init', 0, 0, :seen, :heard, :info)
 ON CONFLICT (id) DO UPDATE SET info = excluded.info"""
-SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ? WHERE id = ?"
+SET_HEARTBEAT = "UPDATE nodes SET heartbeat = :heartbeat, seen = :seen, heard = :heard WHERE id = :id"
+COUNT_NODES = "SELECT state, count(*) AS count FROM nodes GROUP BY state"
+COUNT_JOBS = "SELECT phase, outcome, count(*) AS count FROM jobs GROUP BY phase, outcome"
+COUNT_UNANSWERED = """SELECT count(*) AS count FROM jobs
+WHERE phase = 'offered' OR (cancel = 1 AND phase != 'ended') OR forget = 1"""
+KEEP_DATASET = """INSERT INTO datasets VALUES (:sha256, :name, :size_bytes, :uploaded, :found)
+ON CONFLICT (sha256) DO UPDATE SET name = excluded.name, uploaded = excluded.uploaded, found = excluded.found"""
+GET_DATASET = "SELECT * FROM datasets WHERE sha256 = :sha256"
+LIST_DATASETS = "SELECT * FROM datasets WHERE {which} ORDER BY sha256 LIMIT :limit"
+WHICH_DATASETS = {"after": "sha256 > :after"}
+DELETE_DATASET = "DELETE FROM datasets WHERE sha256 = :sha256"
+ADD_AUDIT = "INSERT INTO audit (time, who, address, what, made, status) VALUES (:time, :who, :address, :what, :made, :status)"
+CUT_AUDIT = "DELETE FROM audit WHERE number <= (SELECT max(number) FROM audit) - :most"
+LIST_AUDIT = "SELECT * FROM audit WHERE {which} ORDER BY number DESC LIMIT :limit"
+WHICH_AUDIT = {"before": "number < :before"}
+INSERT_TOKEN = "INSERT INTO tokens (name, digest, scope, created, expires) VALUES (:name, :digest, :scope, :created, :expires)"  # noqa: S105
+DELETE_TOKEN = "DELETE FROM tokens WHERE name = :name"  # noqa: S105
+ALL_TOKENS = "SELECT * FROM tokens ORDER BY name"
 
 MOST_TOLD = 2**52
 """What a node says of the last command that it has done is not signed: no higher number is believed, so there is always one above it."""
@@ -309,18 +252,35 @@ class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CoordinatorStore:
-    """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened."""
+    """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened, DatabaseAway."""
 
-    def __init__(self, path: Path, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """`lease_s`: how long a node may be silent, while the coordinator runs, until what it has taken counts as lost."""
-        self._db, self._lease_s = open_database(path, VERSIONS), lease_s
-        self.clock = RunningTime(self._db, clock)
+    def __init__(
+        self, path: Path, lease_s: float, clock: Callable[[], float] = time.monotonic, server: config.Database | None = None
+    ) -> None:
+        """Open the file at `path`; where there is a server, the database there, which begins with what is in such a file.
+
+        `lease_s`: how long a node may be silent, while the coordinator runs, until what it has taken counts as lost.
+        """
+        from edge_agent.coordinator.database import open_file, open_server  # the command line reads the views above without SQLAlchemy
+
+        self._db, self._lease_s = open_file(path) if server is None else open_server(server, path), lease_s
+        ran = self._db.execute(GET_RAN)
+        self.clock = Ran(float(ran[0]["value"]) if ran else 0.0, lambda ran_s: self._db.execute(SET_RAN, ran_s=ran_s), clock)
         self.late = 0
         """Messages that came after newer ones, since the start."""
-        self.epoch: int = self._db.execute(COUNT_EPOCH, (int(time.time()),)).fetchone()[0]
+        self.epoch = int(self._db.execute(COUNT_EPOCH, now=int(time.time()))[0]["value"])
+
+    @property
+    def away(self) -> DatabaseAway | None:
+        """Why nothing can be read or stored now; any thread may ask."""
+        return self._db.away
+
+    def look(self) -> None:
+        """Raise DatabaseAway where the database was away and is not back."""
+        self._db.look()
 
     def close(self) -> None:
-        with suppress(sqlite3.Error):  # of a disk that is full
+        with suppress(sqlite3.Error, DatabaseAway):  # of a disk that is full
             self.clock.keep()
         self._db.close()
 
@@ -334,16 +294,18 @@ class CoordinatorStore:
 
     def add_job(self, order: Order, envelope: Envelope, retry_of: str | None = None) -> None:
         """Keep an order and the envelope that it is in."""
-        now = time.time()
-        self._db.execute(INSERT_JOB, (order.id, order.node, order.job.digest, msgspec.json.encode(envelope), now, now, retry_of))
+        self._db.execute(
+            INSERT_JOB, id=order.id, node=order.node, digest=order.job.digest, envelope=msgspec.json.encode(envelope), now=time.time(),
+            retry_of=retry_of,
+        )  # fmt: skip
 
     def job(self, job: str) -> JobView | None:
-        found = self._jobs(GET_JOB, job)
+        found = self._jobs(GET_JOB, id=job)
         return found[0] if found else None
 
     def envelope(self, job: str) -> Envelope:
         """That around the order of a job which is there."""
-        return msgspec.json.decode(self._db.execute(GET_ENVELOPE, (job,)).fetchone()["envelope"], type=Envelope)
+        return msgspec.json.decode(self._db.execute(GET_ENVELOPE, id=job)[0]["envelope"], type=Envelope)
 
     def jobs(self, limit: int) -> list[JobView]:
         """The newest jobs first."""
@@ -351,15 +313,22 @@ class CoordinatorStore:
 
     def job_page(self, which: JobFilter, after: str | None, limit: int) -> JobPage:
         """The newest jobs first, from where a page before has ended."""
-        before = None if after is None else int(after)
-        rows = self._db.execute(LIST_JOBS, (self._silent, before, which.phase, which.outcome, which.node, limit + 1)).fetchall()
+        wanted = {"before": None if after is None else int(after), "phase": which.phase, "outcome": which.outcome, "node": which.node}
+        rows = self._list(LIST_JOBS, WHICH_JOBS, wanted, limit, silent=self._silent)
         return JobPage(items=[_job(row) for row in rows[:limit]], next=str(rows[limit - 1]["number"]) if len(rows) > limit else None)
 
-    def open_jobs(self) -> list[JobView]:
-        return self._jobs(OPEN_JOBS)
+    def open_jobs(self, node: str | None = None) -> list[JobView]:
+        """All that have not ended, or those of a node, the oldest first."""
+        return self._jobs(OPEN_JOBS) if node is None else self._jobs(OPEN_JOBS_OF_NODE, node=node)
 
-    def _jobs(self, query: str, *arguments: object) -> list[JobView]:
-        return [_job(row) for row in self._db.execute(query, (self._silent, *arguments))]
+    def _jobs(self, query: str, **values: object) -> list[JobView]:
+        return [_job(row) for row in self._db.execute(query, silent=self._silent, **values)]
+
+    def _list(self, query: str, which: Mapping[str, str], wanted: Mapping[str, object], limit: int, **more: object) -> list[Row]:
+        """Return what a list has by those conditions that are given, and one more where there is more."""
+        given = {name: value for name, value in wanted.items() if value is not None}
+        conditions = " AND ".join(which[name] for name in given) or "1 = 1"
+        return self._db.execute(query.format(which=conditions), limit=limit + 1, **given, **more)
 
     @property
     def _silent(self) -> float:
@@ -368,17 +337,17 @@ class CoordinatorStore:
 
     def history(self, job: str) -> list[HistoryRow]:
         """The last messages about a job, the oldest first."""
-        rows = self._db.execute(GET_HISTORY, (job, MOST_HISTORY))
-        return [msgspec.convert(dict(row) | {"late": bool(row["late"])}, HistoryRow) for row in rows]
+        rows = self._db.execute(GET_HISTORY, job=job, limit=MOST_HISTORY)
+        return [msgspec.convert(row | {"late": bool(row["late"])}, HistoryRow) for row in rows]
 
     def offered(self, job: str) -> None:
-        self._db.execute(SET_PHASE, ("offered", time.time(), job))
+        self._db.execute(SET_PHASE, phase="offered", now=time.time(), id=job)
 
     def ask_cancel(self, job: str) -> None:
-        self._db.execute(ASK_CANCEL, (time.time(), job))
+        self._db.execute(ASK_CANCEL, now=time.time(), id=job)
 
     def ask_forget(self, job: str) -> None:
-        self._db.execute(ASK_FORGET, (time.time(), job))
+        self._db.execute(ASK_FORGET, now=time.time(), id=job)
 
     def forgotten_jobs(self) -> list[JobView]:
         """Jobs whose deletion has been asked for."""
@@ -386,13 +355,13 @@ class CoordinatorStore:
 
     def delete_job(self, job: str) -> None:
         """Delete a job and what was said of it."""
-        with transaction(self._db):
-            self._db.execute(DELETE_HISTORY, (job,))
-            self._db.execute(DELETE_JOB, (job,))
+        with self._db.transaction():
+            self._db.execute(DELETE_HISTORY, id=job)
+            self._db.execute(DELETE_JOB, id=job)
 
     def end(self, job: str, outcome: str, reason: str | None, text: str | None) -> None:
         """End a job for good."""
-        self._db.execute(END_JOB, (outcome, reason, text, time.time(), job))
+        self._db.execute(END_JOB, outcome=outcome, reason=reason, text=text, now=time.time(), id=job)
 
     def apply_status(self, view: JobView, message: Message[JobStatus]) -> bool:
         """Keep a status; it changes the job if it is newer than what is known and the job has not ended. False where one is missing."""
@@ -401,44 +370,55 @@ class CoordinatorStore:
         again = status.outcome == "rejected" and view.phase not in ("created", "offered")
         taken = again and status.reason != "replayed" and place[0] <= view.boot
         late = view.phase == "ended" or taken or place <= (view.boot, view.seq)
-        with transaction(self._db):
+        with self._db.transaction():
             if not self._keep(view.id, message, status.phase, late):
                 return True
             if not late:
-                attempt = message.attempt or view.attempt
-                told = (status.phase, status.outcome, status.reason, status.text, attempt, *place, time.time(), view.id)
-                self._db.execute(SET_STATUS, told)
+                self._db.execute(
+                    SET_STATUS, phase=status.phase, outcome=status.outcome, reason=status.reason, text=status.text,
+                    attempt=message.attempt or view.attempt, boot=place[0], seq=place[1], now=time.time(), id=view.id,
+                )  # fmt: skip
+        self.late += late
         return message.seq is None or message.seq == view.seq + 1 or (message.seq == 1 and place[0] > view.boot)
 
     def apply_result(self, view: JobView, message: Message[JobResult]) -> None:
         """Keep the end of a job; it becomes the job's own when every artifact is here."""
         late = view.result is not None or view.phase == "ended"
-        with transaction(self._db):
-            if self._keep(view.id, message, "ended", late) and not late:
-                told = (msgspec.json.encode(message.data), message.attempt or view.attempt, *_place(message, view), time.time(), view.id)
-                self._db.execute(SET_RESULT, told)
+        boot, seq = _place(message, view)
+        with self._db.transaction():
+            if not self._keep(view.id, message, "ended", late):
+                return
+            if not late:
+                result, attempt = msgspec.json.encode(message.data), message.attempt or view.attempt
+                self._db.execute(SET_RESULT, result=result, attempt=attempt, boot=boot, seq=seq, now=time.time(), id=view.id)
+        self.late += late
 
     def _keep(self, job: str, message: Message[Any], phase: Phase, late: bool) -> bool:
         """Write a message into the history; False where it is there already."""
-        if self._db.execute(KNOWN_MESSAGE, (message.id,)).fetchone():
+        if self._db.execute(KNOWN_MESSAGE, message=message.id):
             return False
-        self.late += late
         data = message.data
-        row = (message.id, job, message.time.timestamp(), message.seq, message.attempt, phase, data.outcome, data.reason, data.text, late)
-        self._db.execute(INSERT_HISTORY, row)
+        self._db.execute(
+            INSERT_HISTORY, message=message.id, job=job, time=message.time.timestamp(), seq=message.seq, attempt=message.attempt,
+            phase=phase, outcome=data.outcome, reason=data.reason, text=data.text, late=int(late),
+        )  # fmt: skip
         return True
 
     # nodes
 
     def node(self, node: str) -> NodeView | None:
-        row = self._db.execute(GET_NODE, (node,)).fetchone()
-        return _node(row) if row else None
+        rows = self._db.execute(GET_NODE, id=node)
+        return _node(rows[0]) if rows else None
 
     def nodes(self) -> list[NodeView]:
         return self.node_page(None, None, MANY).items
 
+    def busy_nodes(self) -> dict[str, NodeView]:
+        """The nodes of open and forgotten jobs, by their names."""
+        return {row["id"]: _node(row) for row in self._db.execute(BUSY_NODES)}
+
     def node_page(self, state: str | None, after: str | None, limit: int) -> NodePage:
-        nodes = [_node(row) for row in self._db.execute(LIST_NODES, (after, state, limit + 1))]
+        nodes = [_node(row) for row in self._list(LIST_NODES, WHICH_NODES, {"after": after, "state": state}, limit)]
         return NodePage(items=nodes[:limit], next=nodes[limit - 1].id if len(nodes) > limit else None)
 
     def set_state(self, node: str, state: NodeState, *, retained: bool) -> bool:
@@ -449,68 +429,73 @@ class CoordinatorStore:
         known = self.node(node)
         if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
             return False
-        with transaction(self._db):
-            now = time.time(), self.clock.now()
-            self._db.execute(SET_STATE, (node, state.state, state.boot, state.conn, state.command, *now))
+        seen, heard = time.time(), self.clock.now()
+        with self._db.transaction():
+            told = {"state": state.state, "boot": state.boot, "conn": state.conn, "told": state.command}
+            self._db.execute(SET_STATE, id=node, seen=seen, heard=heard, **told)
             if not retained and state.state != "lost":
-                self._db.execute(SET_SEEN, (*now, node))
+                self._db.execute(SET_SEEN, seen=seen, heard=heard, id=node)
         return True
 
     def set_drain(self, node: str, drain: bool) -> None:
         """Keep whether a node is to take no new jobs, under a number above all that it has been told before."""
-        self._db.execute(SET_DRAIN, (drain, MOST_TOLD, node))
+        known = self.node(node)
+        if known is not None:
+            command = max(known.drain_command, min(known.told, MOST_TOLD)) + 1
+            self._db.execute(SET_DRAIN, drain=int(drain), command=command, id=node)
 
     def set_info(self, node: str, info: NodeInfo) -> None:
-        self._db.execute(SET_INFO, (node, time.time(), self.clock.now(), msgspec.json.encode(info)))
+        self._db.execute(SET_INFO, id=node, seen=time.time(), heard=self.clock.now(), info=msgspec.json.encode(info))
 
     def set_heartbeat(self, node: str, heartbeat: Heartbeat) -> None:
-        with transaction(self._db):
-            self._db.execute(SET_HEARTBEAT, (msgspec.json.encode(heartbeat), node))
-            self._db.execute(SET_SEEN, (time.time(), self.clock.now(), node))
+        told = msgspec.json.encode(heartbeat)
+        self._db.execute(SET_HEARTBEAT, heartbeat=told, seen=time.time(), heard=self.clock.now(), id=node)
 
     # datasets
 
     def keep_dataset(self, view: DatasetView) -> None:
-        row = (view.sha256, view.name, view.size_bytes, view.uploaded, msgspec.json.encode(view.found))
-        self._db.execute(KEEP_DATASET, row)
+        self._db.execute(
+            KEEP_DATASET, sha256=view.sha256, name=view.name, size_bytes=view.size_bytes, uploaded=view.uploaded,
+            found=msgspec.json.encode(view.found),
+        )  # fmt: skip
 
     def dataset(self, sha256: str) -> DatasetView | None:
-        row = self._db.execute(GET_DATASET, (sha256,)).fetchone()
-        return _dataset(row) if row else None
+        rows = self._db.execute(GET_DATASET, sha256=sha256)
+        return _dataset(rows[0]) if rows else None
 
     def dataset_page(self, after: str | None, limit: int) -> DatasetPage:
-        datasets = [_dataset(row) for row in self._db.execute(LIST_DATASETS, (after, limit + 1))]
+        datasets = [_dataset(row) for row in self._list(LIST_DATASETS, WHICH_DATASETS, {"after": after}, limit)]
         return DatasetPage(items=datasets[:limit], next=datasets[limit - 1].sha256 if len(datasets) > limit else None)
 
     def delete_dataset(self, sha256: str) -> None:
-        self._db.execute(DELETE_DATASET, (sha256,))
+        self._db.execute(DELETE_DATASET, sha256=sha256)
 
     # what was asked for
 
     def audit(self, request: Audited) -> None:
-        with transaction(self._db):
-            self._db.execute(ADD_AUDIT, (request.time, request.who, request.address, request.what, request.made, request.status))
-            self._db.execute(CUT_AUDIT, (MOST_AUDITED,))
+        with self._db.transaction():
+            self._db.execute(ADD_AUDIT, **msgspec.structs.asdict(request))
+            self._db.execute(CUT_AUDIT, most=MOST_AUDITED)
 
     def audit_page(self, after: str | None, limit: int) -> AuditPage:
         """The newest requests first, from where a page before has ended."""
-        rows = self._db.execute(LIST_AUDIT, (None if after is None else int(after), limit + 1)).fetchall()
-        items = [msgspec.convert({name: row[name] for name in Audited.__struct_fields__}, Audited) for row in rows[:limit]]
+        rows = self._list(LIST_AUDIT, WHICH_AUDIT, {"before": None if after is None else int(after)}, limit)
+        items = [msgspec.convert(row, Audited) for row in rows[:limit]]
         return AuditPage(items=items, next=str(rows[limit - 1]["number"]) if len(rows) > limit else None)
 
     def counts(self) -> tuple[dict[str, int], dict[tuple[str, str], int], int]:
         """Return how many nodes there are by state, jobs by phase and outcome, and jobs that wait for an answer of their node."""
-        nodes: dict[str, int] = dict(map(tuple, self._db.execute(COUNT_NODES)))
-        jobs = {(phase, outcome): count for phase, outcome, count in self._db.execute(COUNT_JOBS)}
-        return nodes, jobs, self._db.execute(COUNT_UNANSWERED).fetchone()[0]
+        nodes = {row["state"]: row["count"] for row in self._db.execute(COUNT_NODES)}
+        jobs = {(row["phase"], row["outcome"] or ""): row["count"] for row in self._db.execute(COUNT_JOBS)}
+        return nodes, jobs, self._db.execute(COUNT_UNANSWERED)[0]["count"]
 
     # tokens
 
     def add_token(self, token: Token, digest: bytes) -> None:
-        self._db.execute(INSERT_TOKEN, (token.name, digest, token.scope, token.created, token.expires))
+        self._db.execute(INSERT_TOKEN, digest=digest, **msgspec.structs.asdict(token))
 
     def delete_token(self, name: str) -> None:
-        self._db.execute(DELETE_TOKEN, (name,))
+        self._db.execute(DELETE_TOKEN, name=name)
 
     def tokens(self) -> list[Token]:
         return [token for token, _ in self.token_digests().values()]
@@ -518,7 +503,7 @@ class CoordinatorStore:
     def token_digests(self) -> dict[str, tuple[Token, bytes]]:
         """All tokens by their names, with the digests of their secrets."""
         rows = self._db.execute(ALL_TOKENS)
-        return {row["name"]: (msgspec.convert({k: row[k] for k in Token.__struct_fields__}, Token), row["digest"]) for row in rows}
+        return {row["name"]: (msgspec.convert(row, Token), row["digest"]) for row in rows}
 
 
 def _place(message: Message[Any], view: JobView) -> tuple[int, int]:
@@ -529,7 +514,7 @@ def _place(message: Message[Any], view: JobView) -> tuple[int, int]:
     return message.boot or view.boot, message.seq or view.seq + 1
 
 
-def _job(row: sqlite3.Row) -> JobView:
+def _job(row: Row) -> JobView:
     envelope = msgspec.json.decode(row["envelope"], type=Envelope)
     result = msgspec.json.decode(row["result"]) if row["result"] else None
     fields = {
@@ -539,14 +524,14 @@ def _job(row: sqlite3.Row) -> JobView:
         "order": read_order(envelope.payload),
         "result": result,
     }
-    return msgspec.convert(dict(row) | fields, JobView)
+    return msgspec.convert(row | fields, JobView)
 
 
-def _dataset(row: sqlite3.Row) -> DatasetView:
-    return msgspec.convert(dict(row) | {"found": msgspec.json.decode(row["found"])}, DatasetView)
+def _dataset(row: Row) -> DatasetView:
+    return msgspec.convert(row | {"found": msgspec.json.decode(row["found"])}, DatasetView)
 
 
-def _node(row: sqlite3.Row) -> NodeView:
+def _node(row: Row) -> NodeView:
     parts = {name: msgspec.json.decode(row[name]) if row[name] else None for name in ("info", "heartbeat")}
     drain = None if row["drain"] is None else bool(row["drain"])
-    return msgspec.convert(dict(row) | parts | {"drain": drain}, NodeView)
+    return msgspec.convert(row | parts | {"drain": drain}, NodeView)
