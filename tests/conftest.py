@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from chat_server import KEY, Server
 from hypothesis import settings
+from postgres import Postgres, running
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What one run learns of the device must not decide another one, and nothing of the user is touched.
@@ -53,6 +54,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_model() -> Path:
     """The directory of the shipped model."""
     return TINY
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server of the session's own."""
+    with running() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ class Database:
         except DatabaseAway:
             return False
         except DBAPIError as error:
-            raise DatabaseUnusable(where, f"{str(error.orig).strip()}; see docs/fleet.md") from error
+            raise DatabaseUnusable(where, f"{' '.join(str(error.orig).split())}; see docs/fleet.md") from error
         return True
 
     @contextmanager
@@ -138,7 +138,7 @@ class Database:
         if isinstance(cause, sqlite3.Error):
             return cause
         state = getattr(cause, "sqlstate", None) or ""
-        said = str(cause).strip().replace("\n", " ")
+        said = " ".join(str(cause).split())
         if state in DAMAGE:
             return StateDamaged(said)
         if error.connection_invalidated or state.startswith(AWAY) or (not state and type(cause).__name__ in UNREACHABLE):
