@@ -13,7 +13,7 @@ import msgspec
 from fleet import free_port
 from orders import NODE
 
-from edge_agent.config import Api, Broker, CoordinatorConfig
+from edge_agent.config import Api, Broker, CoordinatorConfig, Database
 from edge_agent.coordinator.access import SCOPES
 from edge_agent.coordinator.client import Client
 from edge_agent.coordinator.http import api_served
@@ -29,7 +29,9 @@ INFO = NodeInfo("0.1.0", "3.11", "some device", "cpu", None, {"tiny": None}, Nod
 class ApiServer:
     """A running coordinator, without a broker, with the API on a port of loopback and a token for every scope."""
 
-    def __init__(self, root: Path, ends: ExitStack, token_limit: int = 100_000, address_limit: int = 100_000) -> None:
+    def __init__(
+        self, root: Path, ends: ExitStack, token_limit: int = 100_000, address_limit: int = 100_000, database: Database | None = None
+    ) -> None:
         self.root, self.port, self._ends = root, free_port(), ends
         self.known: dict[str, str] = {}
         """What requests may name, by the names of parameters."""
@@ -37,7 +39,7 @@ class ApiServer:
         issued = Authority(root / "authority").issue("broker", "127.0.0.1", root / "server")
         self.ca_file = root / "authority" / "ca.pem"
         self.url = f"https://127.0.0.1:{self.port}"
-        self.service = Service(CoordinatorConfig(root / "coordinator", broker=Broker(port=free_port())))
+        self.service = Service(CoordinatorConfig(root / "coordinator", broker=Broker(port=free_port()), database=database))
         self.service.start()
         ends.callback(self.service.stop)
         self.call = self.service.call

@@ -180,10 +180,14 @@ def open_server(server: config.Database, before: Path) -> Database:
     session = partial(_connect, server, f"edge-agent {secrets.token_hex(4)} on {socket.gethostname()}"[:63])
     engine = create_engine("postgresql+psycopg://", creator=session, pool_size=1, max_overflow=0, use_native_hstore=False)
     database, until = Database(engine, server.where), time.monotonic() + START_S
-    while not database.brought_up(server.where, before):
-        if time.monotonic() > until and database.away is not None:
-            raise database.away
-        time.sleep(1.0)
+    try:
+        while not database.brought_up(server.where, before):
+            if time.monotonic() > until and database.away is not None:
+                raise database.away
+            time.sleep(1.0)
+    except BaseException:
+        database.close()
+        raise
     return database
 
 
