@@ -47,8 +47,9 @@ class Postgres:
         for path in (self.directory, self.password_file):
             shutil.chown(path, self._user or os.geteuid())
         self._names = count()
-        # Sorted as people do, which is not how SQLite does.
-        options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale-provider=icu", "--icu-locale=en", "--locale=C.UTF-8", "--no-sync"]
+        options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"]
+        if bin_directory.parent.name >= "15":  # sorted as people do, which is not how SQLite does
+            options += ["--locale-provider=icu", "--icu-locale=en"]
         self._run("initdb", f"--pgdata={self.data}", f"--username={USER}", f"--pwfile={self.password_file}", *options)
         self.start()
 

@@ -17,6 +17,7 @@ from threading import Thread
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 from conftest import DEADLINE_S, TINY, Cli
 from cryptography import x509
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Proxy, Size, Tls, read_config
+from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Database, Proxy, Size, Tls, read_config
 from edge_agent.errors import ConfigInvalid
 from edge_agent.mqtt import Link
 
@@ -200,6 +201,51 @@ def test_path_that_cannot_be_one(path: str, says: str, tmp_path: Path) -> None:
 
 
 # secrets and certificates
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg:///edge", "postgresql+psycopg://u@localhost/edge", "postgresql+psycopg://u@[::1]:5433/edge",
+        "postgresql+psycopg://u@%2Frun%2Fpostgresql/edge", "postgresql+psycopg:///edge?host=/run/postgresql",
+        "postgresql+psycopg://u@db.example.org/edge?sslmode=verify-full", "postgresql+psycopg://u@a,b/edge?sslmode=disable",
+    ],
+)  # fmt: skip
+def test_database_that_is_right(url: str) -> None:
+    """On this machine, or elsewhere with a word on how the connection is encrypted; it is told without its options."""
+    database = msgspec.convert({"url": url}, Database)
+    assert (database.where, database.password) == (url.partition("?")[0], None)
+    assert psycopg.conninfo.conninfo_to_dict(database.address)["dbname"] == "edge"
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("sqlite:///state.sqlite", "matching regex"),
+        ("postgresql://u@localhost/edge", "matching regex"),
+        ("postgresql+psycopg://u:secret@localhost/edge", "the password of a `database` stands in its `password_file`"),
+        ("postgresql+psycopg://u@localhost/edge?password=secret", "the password of a `database` stands in its `password_file`"),
+        ("postgresql+psycopg://u@localhost/edge?sslpassword=secret", "the password of a `database` stands in its `password_file`"),
+        ("postgresql+psycopg://u@db.example.org/edge", "says `?sslmode=verify-full`"),
+        ("postgresql+psycopg://u@localhost,db.example.org/edge", "says `?sslmode=verify-full`"),
+        ("postgresql+psycopg://u@localhost/edge?host=db.example.org", "says `?sslmode=verify-full`"),
+        ("postgresql+psycopg://u@localhost/edge?hostaddr=10.0.0.7", "says `?sslmode=verify-full`"),
+    ],
+)
+def test_database_that_is_wrong(url: str, says: str, tmp_path: Path) -> None:
+    """Another kind, a password where it would be shown, a server elsewhere of which nobody says how it is reached."""
+    error = _refused(_write(tmp_path, f'state_directory = "s"\n[database]\nurl = "{url}"\n'), CoordinatorConfig)
+    assert says in error
+    assert "secret" not in error
+
+
+def test_database_whose_password_others_can_read(tmp_path: Path) -> None:
+    """The coordinator does not start with it."""
+    file = tmp_path / "password"
+    file.write_text("secret")
+    file.chmod(0o644)
+    with pytest.raises(ConfigInvalid, match="database.password_file: others can read it"):
+        _ = Database(url="postgresql+psycopg:///edge", password_file=file).password
 
 
 def _link(broker: Broker) -> Link:

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from edge_agent.coordinator.store import (
     JobFilter,
     Token,
 )
-from edge_agent.database import open_database
+from edge_agent.database import is_damage, open_database
 from edge_agent.dataset_check import check
 from edge_agent.job import Dataset, Job
 from edge_agent.messages import (
@@ -323,6 +324,40 @@ def test_status_and_history_are_one_transaction(kept: CoordinatorStore, monkeypa
     assert kept.history(job) == []
     assert _apply(kept, job, message)
     assert [(row.seq, row.late) for row in kept.history(job)] == [(1, False)]
+
+
+def test_full_disk_keeps_nothing_of_a_transaction(tmp_path: Path) -> None:
+    """It is told as sqlite3 tells it; with room again the same message counts."""
+    with closing(CoordinatorStore(tmp_path / "coordinator.sqlite", 3600)) as store:
+        job = _add(store)
+        long = [decode(encode(JobStatus(DIGEST, "running", None, text="x" * 900), "edge1/f/n", seq=seq), JobStatus) for seq in range(1, 99)]
+        store._db.execute(f"PRAGMA max_page_count = {store._db.execute('PRAGMA page_count')[0]['page_count'] + 2}")
+        with pytest.raises(sqlite3.OperationalError, match="database or disk is full"):
+            list(map(partial(_apply, store, job), long))
+        view = store.job(job)
+        assert view is not None
+        stored = view.seq
+        assert 0 < stored < len(long)
+        assert [row.seq for row in store.history(job)] == [*range(1, stored + 1)]
+        store._db.execute("PRAGMA max_page_count = 100000")
+        assert _apply(store, job, long[stored])
+        assert [row.seq for row in store.history(job)] == [*range(1, stored + 2)]
+
+
+def test_file_that_breaks_while_it_is_open(tmp_path: Path) -> None:
+    """It is told as sqlite3 tells damage, by which the coordinator ends."""
+    with closing(CoordinatorStore(tmp_path / "coordinator.sqlite", 3600)) as store:
+        for _ in range(50):
+            _add(store)
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        store._db.execute("PRAGMA cache_size = 1")
+        file = tmp_path / "coordinator.sqlite"
+        with file.open("r+b") as broken:
+            broken.seek(4096)
+            broken.write(b"\xff" * (file.stat().st_size - 4096))
+        with pytest.raises(sqlite3.DatabaseError, match="malformed") as raised:
+            store.jobs(99)
+        assert is_damage(raised.value)
 
 
 def test_lists_have_pages_and_conditions(kept: CoordinatorStore) -> None:

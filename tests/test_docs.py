@@ -26,6 +26,7 @@ from edge_agent.config import (
     Api,
     Broker,
     CoordinatorConfig,
+    Database,
     Endpoint,
     FileServer,
     Https,
@@ -156,12 +157,13 @@ METHODS = {options.__struct_config__.tag: options for options in _method_options
 JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
 CONFIG_FIELDS = {
     "Agent": _fields(AgentConfig, (Broker, Endpoint, FileServer, RestLimits, Timers, Trust)),
-    "Coordinator": _fields(CoordinatorConfig, (Api, Broker, Https)),
+    "Coordinator": _fields(CoordinatorConfig, (Api, Broker, Database, Https)),
     "Broker": _fields(Broker, (), "broker."),
     "Judges": _fields(Endpoint, (), "judges.*."),
     "File servers": _fields(FileServer, (), "file_servers.*."),
     "HTTPS": _fields(Https, (), "https."),
     "API": _fields(Api, (), "api."),
+    "Database": _fields(Database, (), "database."),
     "Trust": _fields(Trust, (), "trust."),
     "Timers": _fields(Timers, (), "timers."),
     "Rest": _fields(RestLimits, (), "rest."),
@@ -230,7 +232,7 @@ def _size(kind: type, value: Any) -> Any:
     ("name", "kind", "sections"),
     [
         ("agent.toml", AgentConfig, ("Agent", "Judges", "File servers", "Broker", "Trust", "Timers", "Rest")),
-        ("coordinator.toml", CoordinatorConfig, ("Coordinator", "HTTPS", "API", "Broker")),
+        ("coordinator.toml", CoordinatorConfig, ("Coordinator", "Database", "HTTPS", "API", "Broker")),
     ],
 )
 def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple[str, ...], tmp_path: Path) -> None:

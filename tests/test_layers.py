@@ -106,9 +106,16 @@ def test_names_say_what_a_module_is_for() -> None:
 
 def test_the_daemon_imports_little() -> None:
     """`edge-agent run` starts without torch, the command line's libraries and the coordinator's."""
-    libraries = ("torch", "transformers", "numpy", "rich", "typer", "click", "litestar", "httpx", "openai")
+    libraries = ("torch", "transformers", "numpy", "rich", "typer", "click", "litestar", "httpx", "openai", "sqlalchemy")
     names = (*libraries, "edge_agent.cli", "edge_agent.training")
     code = f"import sys, edge_agent.__main__, edge_agent.agent\nprint([m for m in {names!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_commands_of_a_fleet_import_no_database() -> None:
+    """What the command line reads of a coordinator's views comes without SQLAlchemy and drivers: those are the coordinator's own."""
+    code = "import sys, edge_agent.cli, edge_agent.coordinator.client\nprint([m for m in ('sqlalchemy', 'psycopg') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 

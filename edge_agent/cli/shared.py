@@ -25,7 +25,7 @@ budget or the free memory, 7 out of memory, 8 disk full, 9 loss not finite, 10 t
 130 interrupted (run again to go on).
 """
 
-COORDINATOR_PACKAGES = {"litestar", "uvicorn", "amqtt"}
+COORDINATOR_PACKAGES = {"litestar", "uvicorn", "sqlalchemy", "amqtt"}
 """Of the extra `coordinator`: a node does without."""
 
 ModelOption = Annotated[

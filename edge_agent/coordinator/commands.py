@@ -15,6 +15,8 @@ from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
 from edge_agent.messages import ORDER_S, Addressed, Cancel, Drain, Envelope, Forget, Order, Report, Resume
 
 RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
+LOOK_S = 0.5
+"""Between two looks at all open jobs, where nothing has changed: one with every message of a thousand nodes would be most of the work."""
 REPORT_PAUSE_S = 10.0
 """A node is asked for its view at most this often."""
 
@@ -45,17 +47,23 @@ class Commands:
         self._fleet, self._store, self._exchange, self._send, self._seal, self._changed = fleet, store, exchange, send, seal, changed
         self._retries: dict[str, Retry] = {}
         self._reports: dict[str, float] = {}
+        self._look = 0.0
 
     def link_is_new(self) -> None:
         """All is due again."""
         self._retries.clear()
+        self._look = 0.0
 
     def at_once(self, job: str) -> None:
-        """What is wanted of a job has changed."""
+        """What is wanted of a job has changed, or it is new."""
         self._retries.pop(job, None)
+        self._look = 0.0
 
     def tick(self, now: float) -> None:
         """Tell what is due. A node is offered no more than its queue holds."""
+        if now < self._look:
+            return
+        self._look = now + LOOK_S
         waiting: Counter[str] = Counter()
         nodes = self._store.busy_nodes()
         for view in self._store.open_jobs():

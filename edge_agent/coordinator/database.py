@@ -276,7 +276,7 @@ def _run(connection: Connection, sql: str, values: Mapping[str, object]) -> list
     if not found.returns_rows:
         return []
     names = tuple(found.keys())
-    return [dict(zip(names, row, strict=True)) for row in found]
+    return [dict(zip(names, row, strict=True)) for row in found.all()]
 
 
 @cache

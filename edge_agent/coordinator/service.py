@@ -358,6 +358,7 @@ class Service:
                 f"the job document has {size:,} bytes, at most {self._link.payload_limit // 4:,} can be sent; shorten its prompts"
             )
         self._store.add_job(order, envelope, retry_of)
+        self._commands.at_once(order.id)
         log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
         self._changed(order.id)
         return self.job(order.id)

@@ -85,8 +85,8 @@ ON CONFLICT (id) DO UPDATE SET info = excluded.info"""
 SET_HEARTBEAT = "UPDATE nodes SET heartbeat = :heartbeat, seen = :seen, heard = :heard WHERE id = :id"
 COUNT_NODES = "SELECT state, count(*) AS count FROM nodes GROUP BY state"
 COUNT_JOBS = "SELECT phase, outcome, count(*) AS count FROM jobs GROUP BY phase, outcome"
-COUNT_UNANSWERED = """SELECT count(*) AS count FROM jobs
-WHERE phase = 'offered' OR (cancel = 1 AND phase != 'ended') OR forget = 1"""
+COUNT_UNANSWERED = """SELECT (SELECT count(*) FROM jobs WHERE phase != 'ended' AND (phase = 'offered' OR cancel = 1))
++ (SELECT count(*) FROM jobs WHERE forget = 1) AS count"""
 KEEP_DATASET = """INSERT INTO datasets VALUES (:sha256, :name, :size_bytes, :uploaded, :found)
 ON CONFLICT (sha256) DO UPDATE SET name = excluded.name, uploaded = excluded.uploaded, found = excluded.found"""
 GET_DATASET = "SELECT * FROM datasets WHERE sha256 = :sha256"
