@@ -244,7 +244,7 @@ def test_database_whose_password_others_can_read(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("secret")
     file.chmod(0o644)
-    with pytest.raises(ConfigInvalid, match="database.password_file: others can read it"):
+    with pytest.raises(ConfigInvalid, match=r"database\.password_file: others can read it"):
         _ = Database(url="postgresql+psycopg:///edge", password_file=file).password
 
 

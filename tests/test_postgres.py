@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import select
 import shutil
 import signal
 import socket
@@ -213,6 +214,62 @@ def test_server_that_is_away_comes_back(struck: Postgres, tmp_path: Path, caplog
         assert [row.seq for row in store.history(job)] == [1]
     assert caplog.text.count("database_away error=database postgresql+psycopg://edge-agent@/postgres does not answer") == 1
     assert caplog.text.count("database_back") == 1
+
+
+class Cutter:
+    """Between coordinator and server; once `armed`, it lets the next COMMIT through, and ends the connection instead of the answer."""
+
+    def __init__(self, postgres: Postgres, ends: ExitStack) -> None:
+        self.directory, self.armed, self._server = Path(tempfile.mkdtemp(prefix="ea-")), False, postgres.directory
+        ends.callback(shutil.rmtree, self.directory)
+        self._listener = ends.enter_context(socket.socket(socket.AF_UNIX))
+        self._listener.bind(str(self.directory / ".s.PGSQL.5432"))
+        self._listener.listen()
+        thread = threading.Thread(target=self._serve)
+        thread.start()
+        ends.callback(thread.join)
+        ends.callback(self._listener.shutdown, socket.SHUT_RDWR)
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # the listener is closed
+            while True:
+                client, _ = self._listener.accept()
+                with client, socket.socket(socket.AF_UNIX) as server, suppress(OSError):
+                    server.connect(str(self._server / ".s.PGSQL.5432"))
+                    self._carry(client, server)
+
+    def _carry(self, client: socket.socket, server: socket.socket) -> None:
+        while True:
+            for ready in select.select([client, server], [], [], 1.0)[0]:
+                data = ready.recv(65536)
+                if not data:
+                    return
+                (server if ready is client else client).sendall(data)
+                if self.armed and ready is client and b"COMMIT\0" in data:
+                    self.armed = False
+                    server.recv(65536)  # it is committed
+                    return
+
+
+def test_commit_whose_answer_is_lost_counts_once(postgres: Postgres, tmp_path: Path) -> None:
+    """The coordinator does not know whether a status was stored; it comes again, and is in the history once."""
+    with ExitStack() as ends:
+        cutter, server = Cutter(postgres, ends), postgres.schema()
+        url = server.url.replace(str(postgres.directory), str(cutter.directory))
+        store = ends.enter_context(closing(_open(tmp_path, config.Database(url=url, password_file=server.password_file))))
+        job, message = _job(store), _status(1)
+        view = store.job(job)
+        assert view is not None
+        cutter.armed = True
+        with pytest.raises(DatabaseAway):
+            store.apply_status(view, message)
+        assert not cutter.armed
+        again = store.job(job)
+        assert again is not None
+        assert again.seq == 1
+        assert store.apply_status(again, message)
+        assert [(row.seq, row.late) for row in store.history(job)] == [(1, False)]
+        assert store.job(job) == again
 
 
 def test_coordinator_whose_database_another_has_taken_ends(struck: Postgres, tmp_path: Path) -> None:
