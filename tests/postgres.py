@@ -18,6 +18,7 @@ import pytest
 from edge_agent.config import Database
 
 USER, PASSWORD = "edge-agent", "secret of the state"
+ADMINISTRATOR, ITS_PASSWORD = "postgres", "secret of the server"
 DEADLINE_S = 60
 SETTINGS = {
     "listen_addresses": "''", "fsync": "off", "max_connections": "20", "shared_buffers": "16MB", "log_min_messages": "fatal",
@@ -44,14 +45,18 @@ class Postgres:
         self.password_file.write_text(f"{PASSWORD}\n")
         # PostgreSQL refuses to run as root.
         self._user = None if os.geteuid() else next(name for name in ("postgres", "nobody") if name in {u.pw_name for u in pwd.getpwall()})
-        for path in (self.directory, self.password_file):
+        administrators = self.directory / "administrator"
+        administrators.touch(mode=0o600)
+        administrators.write_text(f"{ITS_PASSWORD}\n")
+        for path in (self.directory, administrators):
             shutil.chown(path, self._user or os.geteuid())
         self._names = count()
         options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"]
         if bin_directory.parent.name >= "15":  # sorted as people do, which is not how SQLite does
             options += ["--locale-provider=icu", "--icu-locale=en"]
-        self._run("initdb", f"--pgdata={self.data}", f"--username={USER}", f"--pwfile={self.password_file}", *options)
+        self._run("initdb", f"--pgdata={self.data}", f"--username={ADMINISTRATOR}", f"--pwfile={administrators}", *options)
         self.start()
+        self.ask(f"CREATE ROLE \"{USER}\" LOGIN PASSWORD '{PASSWORD}'")  # an ordinary one
 
     @property
     def data(self) -> Path:
@@ -73,7 +78,7 @@ class Postgres:
     def schema(self) -> Database:
         """Return an empty place for a coordinator's state."""
         name = f"s{next(self._names)}"
-        self.ask(f"CREATE SCHEMA {name}")
+        self.ask(f'CREATE SCHEMA {name} AUTHORIZATION "{USER}"')
         return self.database(name)
 
     def database(self, schema: str, **more: str) -> Database:
@@ -81,8 +86,8 @@ class Postgres:
         return Database(url=f"postgresql+psycopg://{USER}@/postgres?{query}", password_file=self.password_file)
 
     def ask(self, sql: str, schema: str = "public") -> list[tuple[object, ...]]:
-        """Run a statement beside the coordinator."""
-        place = {"host": str(self.directory), "user": USER, "password": PASSWORD, "dbname": "postgres"}
+        """Run a statement beside the coordinator, as somebody who may do anything."""
+        place = {"host": str(self.directory), "user": ADMINISTRATOR, "password": ITS_PASSWORD, "dbname": "postgres"}
         with psycopg.connect(**place, options=f"-csearch_path={schema}", autocommit=True) as session:  # type: ignore[arg-type]
             found = session.execute(sql.encode())
             return found.fetchall() if found.description else []

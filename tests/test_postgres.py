@@ -166,6 +166,40 @@ def test_wrong_password_is_said_and_not_shown(
     assert "not-the-secret" not in caplog.text
 
 
+def test_password_that_changes_is_read_anew(postgres: Postgres, tmp_path: Path) -> None:
+    """With the next connection; a file that cannot be read meanwhile is as a server that is away."""
+    server = postgres.schema()
+    file = tmp_path / "password"
+    file.touch(mode=0o600)
+    file.write_text(PASSWORD)
+    with closing(_open(tmp_path, config.Database(url=server.url, password_file=file))) as store:
+        job = _job(store)
+        try:
+            postgres.ask(f"ALTER ROLE \"{USER}\" PASSWORD 'another'")
+            postgres.ask("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'edge-agent %'")
+            for problem in ("terminating connection", "password authentication failed"):
+                with pytest.raises(DatabaseAway, match=problem):
+                    store.job(job)
+            file.unlink()
+            with pytest.raises(DatabaseAway, match=r"database\.password_file: No such file"):
+                store.job(job)
+            file.touch(mode=0o600)
+            file.write_text("another")
+            assert store.job(job) is not None
+        finally:
+            postgres.ask(f"ALTER ROLE \"{USER}\" PASSWORD '{PASSWORD}'")
+
+
+def test_place_where_no_tables_can_be_made(postgres: Postgres, tmp_path: Path) -> None:
+    """A schema that does not exist, or that belongs to somebody else, is said with the server's words, and is never made."""
+    with pytest.raises(DatabaseUnusable, match="no schema has been selected to create in"):
+        _open(tmp_path, postgres.database("nowhere"))
+    postgres.ask("CREATE SCHEMA foreign_one")
+    postgres.ask(f'GRANT USAGE ON SCHEMA foreign_one TO "{USER}"')
+    with pytest.raises(DatabaseUnusable, match="permission denied for schema foreign_one"):
+        _open(tmp_path, postgres.database("foreign_one"))
+
+
 def test_url_that_psycopg_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that does not exist can never work: the coordinator ends with 13."""
     with pytest.raises(DatabaseUnusable, match='invalid URI query parameter: "colour"'):

@@ -45,7 +45,7 @@ SELECT set_config('statement_timeout', '{STATEMENT_S}s', false), set_config('tcp
     CASE current_setting('synchronous_commit') WHEN 'off' THEN set_config('synchronous_commit', 'on', false) END
 """
 """What is committed is on disk, and a session whose coordinator has lost its power or network ends within half a minute."""
-LOCK = "hashtext('edge-agent coordinator'), hashtext(current_schema())"
+LOCK = "hashtext('edge-agent coordinator'), hashtext(coalesce(current_schema(), ''))"
 TAKE_LOCK = f"SELECT pg_try_advisory_lock({LOCK})"
 """Held as long as the session lives: nobody else writes to these tables meanwhile."""
 END_OWN = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s AND pid != pg_backend_pid()"""
@@ -55,7 +55,7 @@ WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE da
 AND classid = (SELECT hashtext('edge-agent coordinator')::bigint & 4294967295)::oid
 AND objid = (SELECT hashtext(current_schema())::bigint & 4294967295)::oid
 """
-TABLES_THERE = "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()"
+TABLES_THERE = "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p', 'v', 'm')"
 GET_FORMAT = "SELECT value FROM meta WHERE name = 'format'"
 SET_FORMAT = "INSERT INTO meta VALUES ('format', :format) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 SET_NEXT = "SELECT setval(pg_get_serial_sequence('{table}', 'number'), max(number)) FROM {table} HAVING count(*) > 0"

@@ -61,12 +61,14 @@ from edge_agent.dataset import check_sha256
 from edge_agent.dataset_check import Check, check
 from edge_agent.errors import (
     DatabaseAway,
+    DatabaseUnusable,
     DatasetChecksum,
     DatasetEmpty,
     DatasetSchema,
     DatasetTooLarge,
     EdgeAgentError,
     Forbidden,
+    StateDamaged,
     StateUnusable,
     TooManyRequests,
     Unauthorized,
@@ -89,7 +91,7 @@ MOST_UNHEARD = 1024
 """Events that wait for one reader."""
 STATUSES: dict[type[EdgeAgentError], int] = {
     Unauthorized: 401, Forbidden: 403, Unknown: 404, DatasetTooLarge: 413, DatasetEmpty: 422, DatasetSchema: 422, DatasetChecksum: 422,
-    TooManyRequests: 429, DatabaseAway: 503,
+    TooManyRequests: 429, DatabaseAway: 503, DatabaseUnusable: 503, StateDamaged: 503,
 }  # fmt: skip
 """Of answers with an error; any other has 409."""
 HEADERS = {
