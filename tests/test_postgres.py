@@ -30,6 +30,7 @@ from postgres import PASSWORD, USER, Postgres, running
 from edge_agent import config
 from edge_agent.coordinator import database
 from edge_agent.coordinator.client import Answered, Client
+from edge_agent.coordinator.schema import VERSIONS
 from edge_agent.coordinator.store import CoordinatorStore
 from edge_agent.dataset import file_sha256
 from edge_agent.errors import DatabaseAway, DatabaseUnusable, StateDamaged
@@ -118,6 +119,32 @@ def test_tables_of_another_program_are_left_alone(postgres: Postgres, tmp_path: 
     postgres.ask("UPDATE meta SET value = 99 WHERE name = 'format'", _schema(later))
     with pytest.raises(DatabaseUnusable, match="its format 99 is of a later version"):
         _open(tmp_path, later)
+
+
+def test_tables_are_brought_up_version_by_version(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last one in one transaction: where it fails all is as before, to be tried again; state stays."""
+    server = postgres.schema()
+    with closing(_open(tmp_path, server)) as store:
+        job = _job(store)
+    step, wrong = (
+        "ALTER TABLE nodes ADD COLUMN speed REAL;\nCREATE TABLE plans (number INTEGER PRIMARY KEY, data BLOB);",
+        "DROP TABLE nowhere;",
+    )
+    there = (
+        f"SELECT data_type FROM information_schema.columns WHERE table_schema = '{_schema(server)}' AND column_name IN ('speed', 'data')"
+    )
+    for later, types in (((step, wrong), []), ((step,), [("bytea",), ("double precision",)])):
+        monkeypatch.setattr(database, "LATER", later)
+        monkeypatch.setattr(database, "VERSIONS", (*VERSIONS, *later))
+        if types:
+            _open(tmp_path, server).close()
+        else:
+            with pytest.raises(DatabaseUnusable, match="nowhere"):
+                _open(tmp_path, server)
+        assert sorted(postgres.ask(there)) == types
+        assert postgres.ask("SELECT value FROM meta WHERE name = 'format'", _schema(server)) == [(len(VERSIONS) + len(types) // 2,)]
+    with closing(_open(tmp_path, server)) as store:
+        assert [view.id for view in store.jobs(9)] == [job]
 
 
 def test_take_over_is_all_or_nothing(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,7 +252,7 @@ def _bring_up(engine: Engine, where: str, before: Path) -> None:
 
 
 def _script(connection: Connection, script: str) -> None:
-    connection.execution_options(no_parameters=True).exec_driver_sql(postgresql(script))
+    connection.exec_driver_sql(postgresql(script), execution_options={"no_parameters": True})  # several statements at once
 
 
 def _copy(connection: Connection, before: Path) -> int:
