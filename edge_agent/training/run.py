@@ -161,7 +161,7 @@ def _plan(directory: JobDirectory, work: Prepared, reporter: Reporter, padded: b
     missed: dict[str, int] = {m.stage: min(n.planned_bytes for n in misses if n.stage == m.stage) for m in misses}
     plan = None if padded else directory.read_plan(work.key)
     try:
-        reporter.plan = plan = plan or work.plan(padded, missed)
+        reporter.plan = plan = plan or work.plan(padded, missed, reporter.check)
     except DoesNotFit as error:
         if not misses:
             raise
