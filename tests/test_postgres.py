@@ -40,6 +40,7 @@ from edge_agent.messages import JobStatus, Message, NodeState, Phase, decode, en
 
 DIGEST, EMPTY = "d" * 64, "0" * 64
 PHASES: tuple[Phase, ...] = ("running", "paused")
+NEW_COLUMNS = "SELECT data_type FROM information_schema.columns WHERE table_schema = '{}' AND column_name IN ('speed', 'data')"
 TABLES = "SELECT table_name FROM information_schema.tables WHERE table_schema = '{}'"
 
 
@@ -130,9 +131,6 @@ def test_tables_are_brought_up_version_by_version(postgres: Postgres, tmp_path: 
         "ALTER TABLE nodes ADD COLUMN speed REAL;\nCREATE TABLE plans (number INTEGER PRIMARY KEY, data BLOB);",
         "DROP TABLE nowhere;",
     )
-    there = (
-        f"SELECT data_type FROM information_schema.columns WHERE table_schema = '{_schema(server)}' AND column_name IN ('speed', 'data')"
-    )
     for later, types in (((step, wrong), []), ((step,), [("bytea",), ("double precision",)])):
         monkeypatch.setattr(database, "LATER", later)
         monkeypatch.setattr(database, "VERSIONS", (*VERSIONS, *later))
@@ -141,7 +139,7 @@ def test_tables_are_brought_up_version_by_version(postgres: Postgres, tmp_path: 
         else:
             with pytest.raises(DatabaseUnusable, match="nowhere"):
                 _open(tmp_path, server)
-        assert sorted(postgres.ask(there)) == types
+        assert sorted(postgres.ask(NEW_COLUMNS.format(_schema(server)))) == types
         assert postgres.ask("SELECT value FROM meta WHERE name = 'format'", _schema(server)) == [(len(VERSIONS) + len(types) // 2,)]
     with closing(_open(tmp_path, server)) as store:
         assert [view.id for view in store.jobs(9)] == [job]
