@@ -157,8 +157,12 @@ class Fleet:
 
     def start_coordinator(self, command: Sequence[str] = ("-m", "edge_agent", "coordinator")) -> None:
         """Start the coordinator; with a command of Python, that instead."""
-        self._start("coordinator", [sys.executable, *command, "--config", str(self.config("coordinator"))])
+        self.start("coordinator", command)
         wait_for("the coordinator's socket", self._coordinator_answers)
+
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start a daemon, and wait for nothing."""
+        self._start(name, [sys.executable, *command, "--config", str(self.config(name))])
 
     def _coordinator_answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:  # httpx leaves a socket open where nobody listens
@@ -166,7 +170,7 @@ class Fleet:
 
     def start_agent(self, command: Sequence[str] = ("-m", "edge_agent", "run")) -> None:
         """Start the agent; with a command of Python, that instead."""
-        self._start("agent", [sys.executable, *command, "--config", str(self.config("agent"))])
+        self.start("agent", command)
 
     @property
     def key(self) -> Ed25519PrivateKey:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ from edge_agent.coordinator.store import (
     NodeView,
     Token,
 )
+from edge_agent.database import is_damage
 from edge_agent.errors import MessageInvalid, Refused, StateDamaged, Unknown, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
@@ -89,11 +91,13 @@ class Call:
     future: Future[Any]
 
     def answer(self) -> None:
-        """Run it, and hand over what it returns or raises."""
+        """Run it, and hand over what it returns or raises. Raises too what says that the database is broken: no request can go on then."""
         try:
             self.future.set_result(self.run())
         except Exception as error:
             self.future.set_exception(error)
+            if isinstance(error, sqlite3.Error) and is_damage(error):
+                raise
 
 
 class Service:
