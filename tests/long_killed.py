@@ -82,7 +82,7 @@ def _damage(path: Path) -> None:
 
 
 def test_agent_whose_database_breaks(fleet: Fleet) -> None:
-    """It says so, has its trainer write a checkpoint and ends; its next start begins a new database, and goes on with the job from there."""
+    """It says so, has its trainer write a checkpoint and ends; its next start begins a new database and goes on with the job."""
     job = fleet.submit(fleet.data("broken"), schedule__updates=40).id
     fleet.trained(job, 3)
     _damage(fleet.directory / "node" / "agent.sqlite")
