@@ -33,7 +33,7 @@ from edge_agent.messages import (
 MANY = 2**31
 """As a limit: all."""
 MOST_HISTORY = 1000
-"""Messages of a job that are told."""
+"""Messages of a job that are kept; the oldest go first, so that no node can fill the disk with them."""
 MOST_AUDITED = 100_000
 """Requests that are kept; the oldest go first."""
 VERSIONS = (
@@ -133,6 +133,8 @@ DELETE_HISTORY = "DELETE FROM history WHERE job = ?"
 SET_DRAIN = "UPDATE nodes SET drain = ?, drain_command = max(drain_command, min(told, ?)) + 1 WHERE id = ?"
 KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = ?"
 INSERT_HISTORY = "INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+CUT_HISTORY = """DELETE FROM history WHERE job = ?1
+AND rowid <= (SELECT rowid FROM history WHERE job = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)"""
 GET_HISTORY = """SELECT * FROM (SELECT rowid AS number, time, seq, attempt, phase, outcome, reason, text, late FROM history WHERE job = ?
 ORDER BY rowid DESC LIMIT ?) ORDER BY number"""
 GET_NODE = "SELECT * FROM nodes WHERE id = ?"
@@ -160,6 +162,10 @@ SET_HEARTBEAT = "UPDATE nodes SET heartbeat = ? WHERE id = ?"
 
 MOST_TOLD = 2**52
 """What a node says of the last command that it has done is not signed: no higher number is believed, so there is always one above it."""
+
+MOST_BOOT, BOOT_STEP = 2**40, 2**16
+"""Likewise the number of its start: above the first (a time in 36,000 years) only one that is a few above the last known is believed, so
+nobody who speaks in a node's name can use up the numbers that it has yet to come to."""
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
 CoordinatorOutcome = Outcome | Literal["expired"]
@@ -426,6 +432,7 @@ class CoordinatorStore:
         data = message.data
         row = (message.id, job, message.time.timestamp(), message.seq, message.attempt, phase, data.outcome, data.reason, data.text, late)
         self._db.execute(INSERT_HISTORY, row)
+        self._db.execute(CUT_HISTORY, (job, MOST_HISTORY))
         return True
 
     # nodes
@@ -442,12 +449,14 @@ class CoordinatorStore:
         return NodePage(items=nodes[:limit], next=nodes[limit - 1].id if len(nodes) > limit else None)
 
     def set_state(self, node: str, state: NodeState, *, retained: bool) -> bool:
-        """Keep the presence of a node; False where it is of an earlier connection than the one that is known.
+        """Keep the presence of a node; False where it is of an earlier connection than the one that is known, or of a start that cannot be.
 
         A last will is the broker's word and a retained message is of the past: neither says that the node is there now.
         """
         known = self.node(node)
         if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
+            return False
+        if state.boot > max(MOST_BOOT, (known.boot if known else 0) + BOOT_STEP):
             return False
         with transaction(self._db):
             now = time.time(), self.clock.now()
