@@ -55,7 +55,7 @@ def served(settings: uvicorn.Config, context: ssl.SSLContext | None, host: str, 
 
 
 class Listening(socket.socket):
-    """Takes up to `MOST_OPEN` connections, and closes what comes above that at once: whoever reaches a port may open some and say nothing."""
+    """Takes up to `MOST_OPEN` connections, and closes what comes above that: whoever reaches a port may open some and say nothing."""
 
     def __init__(self, *, fileno: int) -> None:
         super().__init__(fileno=fileno)
