@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 from conftest import Cli, write_domain
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -232,6 +233,24 @@ def test_garbage_does_not_end_a_job_that_runs(fleet: Fleet) -> None:
     for name in ("agent", "coordinator"):
         assert "event_failed" not in fleet.log(name)
         assert "storage_error" not in fleet.log(name)
+
+
+def test_garbage_does_not_end_a_job_that_waits(fleet: Fleet) -> None:
+    """An offer that nobody has signed, under the id of a job that its node has not been offered: the node rejects it, and the job runs."""
+    fleet.stop("agent")
+    wait_for("the absence of the node", lambda: not fleet.present())
+    job = fleet.submit(fleet.data("waiting", 20, 13), schedule__updates=1).id
+    coordinator = psutil.Process(fleet.pid("coordinator"))
+    coordinator.suspend()
+    try:
+        fleet.start_agent()
+        wait_for("the node", lambda: fleet.log("agent").rstrip().splitlines()[-1].count("connected"))
+        fleet.publish(make_offer(_order(fleet.data("forged", 20, 14), job)), "job", job, "offer")
+        wait_for("the rejection", lambda: [m for m in fleet.heard("job", job, "status") if m["data"]["outcome"] == "rejected"])
+    finally:
+        coordinator.resume()
+    assert fleet.ended(job).outcome == "succeeded"
+    assert f"rejection_ignored node={NODE} job={job}" in fleet.log("coordinator")
 
 
 def test_large_datasets_are_taken(fleet: Fleet, tmp_path: Path) -> None:
