@@ -80,7 +80,7 @@ class Wire(paho.Client):
     def publish(self, topic: str, payload: Any = None, *_: Any, **__: Any) -> paho.MQTTMessageInfo:
         self.published.append((topic, payload))
         info = paho.MQTTMessageInfo(0)
-        info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS
+        info.rc, info._published = MQTTErrorCode.MQTT_ERR_SUCCESS, True
         return info
 
 
@@ -125,7 +125,7 @@ class Side:
 
     def __init__(self, daemon: Agent | Service) -> None:
         self.daemon, self.wire = daemon, Wire()
-        self._connection = _Connection(Broker(), "fuzz", [], "5", lambda _: None, daemon._events)
+        self._connection = _Connection(Broker(), "fuzz", [], "5", lambda _: None, daemon._link._heard)
         daemon._link._client, daemon._link._subscribed = self.wire, True
         self._number = 0
 

@@ -177,6 +177,7 @@ class Agent:
             elif message.payload and decode(message.payload, CoordinatorState).data.online:  # it may have come while we were here
                 self._heartbeat_at = self._hello_at = 0.0
                 self._outbox.send_again()
+                self._jobs.link_is_new()
         except MessageInvalid as error:
             log.warning("message_invalid topic=%s error=%s", message.topic, error)
         except Rejected as error:

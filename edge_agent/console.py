@@ -58,7 +58,9 @@ class LiveView:
             self._console.print(f"[yellow]‖[/] {event.stage}: others need the memory; going on when there is room", highlight=False)
 
     def _line(self, stage: str, seconds: float, peak_bytes: int) -> None:
-        self._console.print(f"[green]✓[/] {stage:<9}[dim]{seconds:8.1f} s   peak {human_bytes(peak_bytes)}[/]", highlight=False)
+        self._console.print(
+            f"[green]✓[/] {escape(f'{stage:<9}')}[dim]{seconds:8.1f} s   peak {human_bytes(peak_bytes)}[/]", highlight=False
+        )
 
     def show(self, event: Event, more: list[str]) -> None:
         """Redraw the running stage, with more facts after its own."""
@@ -96,7 +98,7 @@ class FleetView(LiveView):
         if len(item.finished) < self._finished:  # the trainer was started again
             self._finished = 0
         for stage in item.finished[self._finished :]:
-            self._line(stage.stage, stage.seconds, stage.peak_bytes)
+            self._line(" ".join(_shorten(stage.stage, 40).split()), stage.seconds, stage.peak_bytes)
         self._finished = len(item.finished)
         self.show(item.event, format_resources(item.resources))
 
@@ -298,8 +300,8 @@ def nodes_table(nodes: list[NodeView]) -> Table:
         info, beat = node.info, node.heartbeat
         waiting = f", {beat.queue} wait" if beat and beat.queue else ""
         table.add_row(
-            node.id, Text(node.state, style="green" if node.present else "red"), printable(info.device) if info else "-",
-            human_bytes(info.limits.budget_bytes) if info else "-", printable(", ".join(info.models)) if info else "-",
+            node.id, Text(node.state, style="green" if node.present else "red"), Text(_shorten(info.device) if info else "-"),
+            human_bytes(info.limits.budget_bytes) if info else "-", Text(printable(", ".join(info.models)) if info else "-"),
             ((beat.job if beat else None) or "-") + waiting, ", ".join(format_resources(beat.resources)) if beat else "-", _age(node.seen),
         )  # fmt: skip
     return table
@@ -324,7 +326,7 @@ def jobs_table(jobs: list[JobView]) -> Table:
             state.append(f" {job.reason}")
         if job.result is not None and job.result.accepted is False:
             state.append(" not accepted", style="red")
-        table.add_row(job.id, job.node, run, state, f"{accuracy} %" if accuracy else "-", _age(job.created))
+        table.add_row(job.id, job.node, Text(run), state, f"{accuracy} %" if accuracy else "-", _age(job.created))
     return table
 
 
@@ -332,7 +334,7 @@ def datasets_table(datasets: list[DatasetView]) -> Table:
     """Return a row for each dataset of a coordinator."""
     table = Table(Column("dataset", no_wrap=True), "name", "records", "size", "age", box=None, padding=(0, 2))
     for dataset in datasets:
-        row = (printable(dataset.name), f"{dataset.found.records:,}", human_bytes(dataset.size_bytes), _age(dataset.uploaded))
+        row = (Text(printable(dataset.name)), f"{dataset.found.records:,}", human_bytes(dataset.size_bytes), _age(dataset.uploaded))
         table.add_row(dataset.sha256, *row)
     return table
 

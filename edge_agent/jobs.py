@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import sqlite3
@@ -101,7 +102,7 @@ class Jobs:
                 self._store.tell_again(row)
                 return
             if (status := self._store.closed(job)) is not None:
-                self._uplink.ask(status, "job", job, "status")
+                self._refuse(job, status, payload)
                 return
             if (now := self._told_time.now()) is None:
                 log.info("offer_waits job=%s", job)
@@ -115,7 +116,8 @@ class Jobs:
         except ConfigInvalid:  # the file of trusted keys is broken: neither taken nor rejected, the offer comes again
             raise
         except (Rejected, EdgeAgentError) as error:
-            self._reject(job, row, order, error.reason if isinstance(error, Rejected) else known_reason(error.code), str(error))
+            reason = error.reason if isinstance(error, Rejected) else known_reason(error.code)
+            self._reject(job, row, order, payload, reason, str(error))
             return
         self._store.accept(job, order.job.digest, offer.order.payload, order.priority)
         log.info("job_accepted job=%s model=%s priority=%d", job, order.job.model, order.priority)
@@ -127,7 +129,11 @@ class Jobs:
             self.offer(job, payload)
             del self._untimed[job]
 
-    def _reject(self, job: str, row: JobRow | None, order: Order | None, reason: Reason, text: str) -> None:
+    def _refuse(self, job: str, status: JobStatus, payload: bytes) -> None:
+        """Answer the message of an offer that is not taken."""
+        self._uplink.ask(msgspec.structs.replace(status, refused=hashlib.sha256(payload).hexdigest()), "job", job, "status")
+
+    def _reject(self, job: str, row: JobRow | None, order: Order | None, payload: bytes, reason: Reason, text: str) -> None:
         """Say that an offer is not taken. Of one that can be read this answer is kept, so that nobody can send it again later."""
         if row is not None and order is None:  # what cannot be read, or comes from nobody, must not end the job that is here
             log.warning("offer_ignored job=%s text=%r", job, text)
@@ -136,7 +142,7 @@ class Jobs:
         status = JobStatus(order.job.digest if order else None, "ended", "rejected", reason, text[:1024])
         if order is not None and row is None:
             self._store.close_job(job, status)
-        self._uplink.ask(status, "job", job, "status")
+        self._refuse(job, status, payload)
         log.info("job_rejected job=%s reason=%s text=%r", job, reason, text)
 
     def cancel(self, job: str) -> None:

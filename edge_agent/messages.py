@@ -222,6 +222,8 @@ class JobStatus(Strict, frozen=True):
     reason: Reason | None = None
     """Of the outcome; or why a job that was interrupted does not go on yet."""
     text: Text | None = None
+    refused: Sha256 | None = None
+    """Of the message with the offer that is rejected: it may be nobody's, and only who has sent it knows."""
 
     def __post_init__(self) -> None:
         if (self.phase == "ended") != (self.outcome is not None):

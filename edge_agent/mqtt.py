@@ -22,6 +22,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edge_agent.backlog import Come, Going
 from edge_agent.config import Broker, Proxy
 from edge_agent.errors import ConfigInvalid
 from edge_agent.proxy import open_tunnel, with_way
@@ -48,6 +49,10 @@ MAX_IN_FLIGHT = 8
 NO_VERSION_5 = "the broker does not answer in MQTT 5"
 TAKEN_OVER = "Session taken over"
 """What a broker says in MQTT 5 to a client whose id another one has come with; in 3.1.1 it only closes the connection."""
+MOST_COME = 64
+"""Messages of QoS 1 that the broker may have on their way here at once (MQTT 5; with 3.1.1 it decides, 20 is usual)."""
+DROPPED_S = 60.0
+"""Between two words on what was dropped."""
 VERSION_REFUSED = {"Unsupported protocol version", "Protocol error", "Malformed packet"}
 
 
@@ -106,7 +111,8 @@ class Link:
         _ = broker.proxy and broker.proxy.login  # read anew with every connection
         if broker.tls is not None:
             client_context(broker.tls, "broker.tls")
-        self._expiry_looked_at = -DAY_S
+        self._come, self._going = Come(), Going()
+        self._expiry_looked_at, self._dropped_at = -DAY_S, -DROPPED_S
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -114,11 +120,18 @@ class Link:
         self._thread.start()
 
     def supervise(self) -> None:
-        """Start the link's thread again where a defect has ended it, with its traceback on standard error; tell an expiry that is near."""
+        """Start the link's thread again where a defect has ended it, with its traceback on standard error.
+
+        Tell an expiry that is near, and how many messages came too fast.
+        """
         if self._thread is not None and not self._thread.is_alive() and not self._closing.is_set():
             log.error("link_thread_died")
             self.start()
-        if (now := time.monotonic()) - self._expiry_looked_at >= DAY_S:
+        now = time.monotonic()
+        if now - self._dropped_at >= DROPPED_S and (dropped := self._come.take_dropped()):
+            self._dropped_at = now
+            log.warning("messages_dropped count=%d", dropped)
+        if now - self._expiry_looked_at >= DAY_S:
             self._expiry_looked_at = now
             if self._broker.tls is not None and self._broker.tls.certificate_file is not None:
                 from edge_agent.enrolment import tell_expiry  # takes megabytes of an agent without a certificate
@@ -140,17 +153,24 @@ class Link:
         return int(self._limit * PACKET_SHARE)
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> bool:
-        """Hand a message to the connection; False where there is none or the broker would refuse the size."""
-        client = self._client
+        """Hand a message to the connection; False where there is none, it is too slow for more, or the broker would refuse the size."""
+        client, going = self._client, self._going
         if client is None or not self._subscribed:
             return False
         if len(payload) > self.payload_limit:
             log.error("message_too_long topic=%s bytes=%d limit=%d", topic, len(payload), self.payload_limit)
             return False
-        return client.publish(topic, payload, qos, retain).rc == MQTTErrorCode.MQTT_ERR_SUCCESS
+        if not going.has_room(payload):
+            return False
+        given = client.publish(topic, payload, qos, retain)
+        if given.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            return False
+        going.add(given, payload)
+        return True
 
     def acknowledge(self, message: Received) -> None:
-        """Tell the broker that a message is stored. On a connection that has ended this does nothing."""
+        """Tell the broker that a message is stored, or dropped for good. On a connection that has ended the broker does not hear it."""
+        self._come.handled(message.payload)
         if message.qos:
             message.client.ack(message.number, message.qos)
 
@@ -201,7 +221,7 @@ class Link:
             self._subscribed, self._client = False, None
 
     def _connection(self) -> str:
-        connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._events)
+        connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._heard)
         client = connection.client
         if self._broker.tls is not None:  # read anew, so that a certificate can be changed while it runs
             client.tls_set_context(client_context(self._broker.tls, "broker.tls"))
@@ -210,7 +230,7 @@ class Link:
         if birth := self._birth():
             client.will_set(birth.topic, birth.will, qos=1, retain=True)
         connection.open()
-        self._client = client
+        self._client, self._going = client, Going()
         code, opened = MQTTErrorCode.MQTT_ERR_SUCCESS, time.monotonic()
         while code == MQTTErrorCode.MQTT_ERR_SUCCESS and (client.is_connected() or not self._closing.is_set()):
             code = client.loop(1.0)
@@ -220,6 +240,10 @@ class Link:
         if self._version == "5" and not connection.answered and connection.refused in (None, *VERSION_REFUSED):
             return NO_VERSION_5  # some brokers say it, others close the connection
         return connection.refused or paho.error_string(code)
+
+    def _heard(self, message: Received) -> None:
+        if self._come.take(message.payload, message.qos):
+            self._events.put(message)
 
     def _subscribed_now(self, packet_limit: int) -> None:
         self._limit, self._subscribed = packet_limit, True
@@ -253,12 +277,12 @@ class _Connection:
         subscriptions: list[str],
         version: str,
         on_subscribed: Callable[[int], None],
-        events: SimpleQueue[Any],
+        on_message: Callable[[Received], None],
     ) -> None:
         self.answered = self.subscribed = False
         self.refused: str | None = None
         self._broker, self._version, self._subscriptions = broker, version, subscriptions
-        self._on_subscribed, self._events, self._packet_limit = on_subscribed, events, int(broker.packet_limit)
+        self._on_subscribed, self._on_message, self._packet_limit = on_subscribed, on_message, int(broker.packet_limit)
         five = version == "5"
         self.client = client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id, clean_session=None if five else False,
@@ -282,7 +306,7 @@ class _Connection:
         if self._version == "5":
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = SESSION_S
-            properties.MaximumPacketSize = LONGEST_PACKET_BYTES
+            properties.MaximumPacketSize, properties.ReceiveMaximum = LONGEST_PACKET_BYTES, MOST_COME
             self.client.connect(host, port, keepalive_s, clean_start=False, properties=properties)
         else:
             self.client.connect(host, port, keepalive_s)
@@ -327,4 +351,4 @@ class _Connection:
             if message.qos:
                 client.ack(message.mid, message.qos)
             return
-        self._events.put(Received(topic, bytes(message.payload), client, message.mid, message.qos, message.retain))
+        self._on_message(Received(topic, bytes(message.payload), client, message.mid, message.qos, message.retain))

@@ -43,6 +43,8 @@ from edge_agent.signing import make_key, read_private_key, seal
 from edge_agent.topics import down
 
 DEADLINE_S = 120.0
+PROTOCOL = os.environ.get("EDGE_AGENT_TEST_PROTOCOL", "auto")
+"""Of MQTT, where a test does not say."""
 MOSQUITTO = shutil.which("mosquitto", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
 # Some 10 seconds of work, with dropout, a checkpoint after every update.
 QUICK = {
@@ -71,7 +73,7 @@ def free_port() -> int:
 class Fleet:
     """Owns the processes. `secure`: TLS, passwords, signed orders; `amqtt`: a broker of MQTT 3.1.1 only, the agent's within a WebSocket."""
 
-    def __init__(self, *, secure: bool = False, amqtt: bool = False, agent: str = "", protocol: str = "auto") -> None:
+    def __init__(self, *, secure: bool = False, amqtt: bool = False, agent: str = "", protocol: str = PROTOCOL) -> None:
         # Sockets have short paths; those of pytest are long.
         self.directory = Path(tempfile.mkdtemp(prefix="ea-"))
         self.port, self._websocket_port = free_port(), free_port()
@@ -157,8 +159,12 @@ class Fleet:
 
     def start_coordinator(self, command: Sequence[str] = ("-m", "edge_agent", "coordinator")) -> None:
         """Start the coordinator; with a command of Python, that instead."""
-        self._start("coordinator", [sys.executable, *command, "--config", str(self.config("coordinator"))])
+        self.start("coordinator", command)
         wait_for("the coordinator's socket", self._coordinator_answers)
+
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start a daemon, and wait for nothing."""
+        self._start(name, [sys.executable, *command, "--config", str(self.config(name))])
 
     def _coordinator_answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:  # httpx leaves a socket open where nobody listens
@@ -166,7 +172,7 @@ class Fleet:
 
     def start_agent(self, command: Sequence[str] = ("-m", "edge_agent", "run")) -> None:
         """Start the agent; with a command of Python, that instead."""
-        self._start("agent", [sys.executable, *command, "--config", str(self.config("agent"))])
+        self.start("agent", command)
 
     @property
     def key(self) -> Ed25519PrivateKey:

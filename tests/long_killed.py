@@ -1,12 +1,16 @@
 """The longer table of what is struck in every phase of a job, for `make test-all`: `pytest tests/long_killed.py`.
 
-An agent's disk fails, a coordinator is killed, a coordinator's disk fails; agents that are killed are in test_killed.py.
+An agent's disk fails, a coordinator is killed, a coordinator's disk fails; agents that are killed are in test_killed.py. And the databases
+of both break while they serve.
 """
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 from fleet import Fleet, wait_for
@@ -63,3 +67,65 @@ def test_coordinator_whose_disk_fails_at(phase: str, fleet: Fleet) -> None:
         assert mark.exists()
     check(fleet, submitted(fleet, f"coordinator-error-{phase}").id, 1)
     assert mark.exists()
+
+
+def _damage(path: Path) -> None:
+    """Overwrite all pages of a database but the first, as a worn disk might, and have the process that holds it read them again."""
+    with closing(sqlite3.connect(path, timeout=30)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        pages, size = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        db.execute("UPDATE meta SET value = value")
+        db.commit()
+    with path.open("r+b") as file:
+        file.seek(size)
+        file.write(b"\xff" * size * (pages - 1))
+
+
+def test_agent_whose_database_breaks(fleet: Fleet) -> None:
+    """It says so, has its trainer write a checkpoint and ends; its next start begins a new database and goes on with the job."""
+    job = fleet.submit(fleet.data("broken"), schedule__updates=40).id
+    fleet.trained(job, 3)
+    _damage(fleet.directory / "node" / "agent.sqlite")
+    wait_for("the end of the agent", lambda: not fleet.alive("agent"))
+    assert fleet.trainers() == []
+    assert fleet.stop("agent") == 1
+    assert fleet.log("agent").splitlines()[-1].startswith("error state_damaged: the database in the state directory is damaged: ")
+    fleet.start_agent()
+    check(fleet, job, 1)
+    assert "database_set_aside" in fleet.log("agent")
+    [_] = (fleet.directory / "node").glob("agent.sqlite.damaged-*[0-9]")
+    result = json.loads((fleet.directory / f"fetched-{job}" / "result.json").read_text())
+    assert "train" in [row["stage"] for row in result["stages"] if row["resumed"]]
+
+
+@pytest.mark.parametrize("seen_by", ["its own work", "a request"])
+def test_coordinator_whose_database_breaks(seen_by: str, fleet: Fleet) -> None:
+    """It ends, also where only a request finds that, and starts again only over a copy; nothing is lost that came after the copy."""
+    place, copy = fleet.directory / "coordinator" / "coordinator.sqlite", fleet.directory / "copy.sqlite"
+    job = fleet.submit(fleet.data(f"broken {seen_by}"), schedule__updates=20).id
+    with closing(sqlite3.connect(place)) as whole, closing(sqlite3.connect(copy)) as kept:
+        whole.backup(kept)
+    fleet.trained(job, 3)
+    if seen_by == "a request":
+        fleet.stop("broker")
+        wait_for("the end of the connection", lambda: fleet.log("coordinator").rstrip().splitlines()[-1].count("disconnected"))
+    _damage(place)
+    if seen_by == "a request":
+        with pytest.raises((Answered, CoordinatorUnreachable)):
+            fleet.client.jobs(1000)
+    wait_for("the end of the coordinator", lambda: not fleet.alive("coordinator"))
+    assert fleet.stop("coordinator") == 1
+    assert fleet.log("coordinator").rstrip().splitlines()[-1].startswith("error state_damaged: ")
+    if seen_by == "a request":
+        fleet.start_broker()
+    damaged = place.read_bytes()
+    fleet.start("coordinator", ("-m", "edge_agent", "coordinator"))
+    wait_for("its end", lambda: not fleet.alive("coordinator"))
+    assert fleet.stop("coordinator") == 13
+    assert "; restore or remove the file" in fleet.log("coordinator").rstrip().splitlines()[-1]
+    assert place.read_bytes() == damaged
+    for suffix in ("-wal", "-shm"):
+        place.with_name(place.name + suffix).unlink(missing_ok=True)
+    copy.replace(place)
+    fleet.start_coordinator()
+    check(fleet, job, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import ssl
 import subprocess
 import time
@@ -19,6 +20,7 @@ from fleet import MOSQUITTO, free_port, wait_for
 from orders import NODE
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
+from edge_agent import backlog
 from edge_agent.config import AgentConfig, Broker, Size, Tls
 from edge_agent.doctor import CHECKS, _Wrong
 from edge_agent.enrolment import Authority, days_left
@@ -41,6 +43,7 @@ class Place:
             self.authority.issue("node", name, directory)
         self.authority.issue("coordinator", "coordinator.main", directory)
         self._clients: list[paho.Client] = []
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> subprocess.Popen[bytes]:
         text = (SAMPLES / "mosquitto.conf").read_text()
@@ -90,7 +93,7 @@ class Place:
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place = Place(tmp_path_factory.mktemp("access"))
-    process = place.start()
+    process = place.process = place.start()
     wait_for("the broker", lambda: f"listen socket on port {place.port}" in (place.directory / "broker.log").read_text())
     yield place
     process.terminate()
@@ -240,6 +243,57 @@ def test_agent_and_coordinator_speak_over_it(place: Place) -> None:
     finally:
         for link in links:
             link.close()
+
+
+@pytest.fixture
+def link(place: Place) -> Iterator[tuple[Link, SimpleQueue[Any]]]:
+    """The coordinator's, up, and its events."""
+    events: SimpleQueue[Any] = SimpleQueue()
+    link = Link(place.broker("coordinator.main"), "coordinator/lab/main", coordinator_subscriptions(FLEET), events, lambda: None)
+    link.start()
+    while not isinstance(event := events.get(timeout=10), Connected):  # of an earlier connection
+        link.acknowledge(event)
+    yield link, events
+    link.close()
+
+
+def test_node_that_floods_does_not_fill_the_memory(
+    link: tuple[Link, SimpleQueue[Any]], place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What may be lost is dropped while too much waits to be handled, and that is told; what may not be lost comes, and all comes later."""
+    monkeypatch.setattr(backlog, "MOST_COME_BYTES", 2**20)
+    up_link, events = link
+    flooder, _ = _joined(place, OTHER)
+    for _ in range(200):
+        flooder.publish(up(FLEET, OTHER, "heartbeat"), bytes(64 * 1024), 0)
+    flooder.publish(up(FLEET, OTHER, "hello"), b"last", 1)
+    come = [events.get(timeout=10)]
+    while come[-1].payload != b"last":
+        come.append(events.get(timeout=10))
+    assert 0 < sum(len(message.payload) == 64 * 1024 for message in come) <= 2**20 // (64 * 1024)
+    up_link.supervise()
+    assert "messages_dropped" in caplog.text
+    for message in come:
+        up_link.acknowledge(message)
+    flooder.publish(up(FLEET, OTHER, "heartbeat"), b"later", 0)
+    assert events.get(timeout=10).payload == b"later"
+
+
+def test_connection_that_is_too_slow_does_not_fill_the_memory(
+    link: tuple[Link, SimpleQueue[Any]], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for more blocks than go out does not get them; when the broker takes messages again, they go."""
+    monkeypatch.setattr(backlog, "MOST_GOING_BYTES", 2**20)
+    up_link, _ = link
+    assert place.process
+    topic = down(FLEET, NODE, "file", "0" * 64, "block", 0)
+    place.process.send_signal(signal.SIGSTOP)
+    try:
+        taken = sum(up_link.publish(topic, bytes(64 * 1024)) for _ in range(1000))
+        assert 0 < taken < 200, "what the kernel takes, and a mebibyte"
+    finally:
+        place.process.send_signal(signal.SIGCONT)
+    wait_for("the way to be free", lambda: up_link.publish(topic, b"again"), 10)
 
 
 # certificates

@@ -30,6 +30,7 @@ from edge_agent.coordinator.store import (
     KNOWN_MESSAGE,
     LIST_JOBS,
     LIST_NODES,
+    MOST_HISTORY,
     MOST_TOLD,
     OPEN_JOBS,
     OPEN_JOBS_OF_NODE,
@@ -257,6 +258,28 @@ def test_state_of_an_earlier_connection_is_ignored(state: NodeState, taken: bool
         assert (after.state, after.boot, after.conn) == (state.state, state.boot, state.conn)
     else:
         assert after == before
+
+
+def test_no_number_of_a_start_is_the_last(kept: CoordinatorStore) -> None:
+    """Whoever speaks in a node's name tells the highest that is believed: the node, which hears of it, still comes above it."""
+    for boot, taken in ((2**53 - 1, False), (2**40 + 1, False), (1_800_000_000, True), (2**53 - 1, False), (2**40, True), (2**41, False)):
+        assert kept.set_state("n", NodeState("ready", boot, 2**53 - 1, 0), retained=False) == taken
+    assert not kept.set_state("n", NodeState("ready", 1_800_000_001, 1, 0), retained=False)
+    assert kept.set_state("n", NodeState("ready", 2**40 + 1, 1, 0), retained=False)
+
+
+def test_history_is_bounded(kept: CoordinatorStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that speaks of a job for ever, also of one that has ended, does not fill the disk; another job's history stays."""
+    assert MOST_HISTORY >= 100
+    monkeypatch.setattr("edge_agent.coordinator.store.MOST_HISTORY", 5)
+    job, other = _add(kept), _add(kept)
+    assert _apply(kept, other, _status("accepted", 1))
+    for seq in range(1, 10):
+        _apply(kept, job, _status("staging", seq))
+    kept.end(job, "failed", "internal", None)
+    _conclude(kept, job, _result("failed", 10))
+    assert [row.seq for row in kept.history(job)] == [6, 7, 8, 9, 10]
+    assert kept._db.execute("SELECT count(*) AS count FROM history") == [{"count": 5 + 1}]
 
 
 def test_node_before_its_first_state(kept: CoordinatorStore) -> None:

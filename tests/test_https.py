@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import select
+import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -21,6 +23,7 @@ from tls_server import TlsServer
 
 from edge_agent import https
 from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, FileServer, Https, Tls, read_config
+from edge_agent.coordinator import listening
 from edge_agent.coordinator.file_server import files_served
 from edge_agent.coordinator.service import Service
 from edge_agent.doctor import CHECKS, _Wrong
@@ -378,6 +381,24 @@ def test_server_that_cannot_work_is_a_matter_of_the_configuration(coordinator: C
     taken.key_file.chmod(0o644)
     with pytest.raises(ConfigInvalid, match="others can read it"), files_served(coordinator.service, taken):
         pass
+
+
+def test_connections_of_nobody_are_bounded(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reaches the port may open some and say nothing, not even in TLS; above that they are closed, and none stays counted."""
+    monkeypatch.setattr(listening, "MOST_OPEN", 8)
+    with ExitStack() as opened:
+        silent = [opened.enter_context(socket.create_connection(("127.0.0.1", coordinator.port), 10)) for _ in range(20)]
+        wait_for("the end of 12", lambda: len(select.select(silent, [], [], 0)[0]) == 12, 10)
+        with pytest.raises(httpx.TransportError):
+            coordinator.ask("GET", _sha256(DATA))
+        assert len(select.select(silent, [], [], 0.2)[0]) == 12
+    wait_for("a way in", lambda: _answers(coordinator), 10)
+
+
+def _answers(coordinator: Coordinator) -> bool:
+    with suppress(httpx.TransportError):
+        return coordinator.ask("GET", _sha256(DATA)).content == DATA
+    return False
 
 
 def test_new_certificate_is_taken_without_a_restart(coordinator: Coordinator, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,25 +7,27 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
 from conftest import Cli, write_domain
-from fleet import QUICK, Fleet, wait_for
+from fleet import MOSQUITTO, QUICK, Fleet, free_port, wait_for
 from orders import NODE
 from paho.mqtt.enums import CallbackAPIVersion
 from websockets import Subprotocol
 from websockets.sync.server import ServerConnection, serve
 
-from edge_agent.config import Broker
+from edge_agent.config import Broker, Size
 from edge_agent.messages import Cancel, encode, new_id
-from edge_agent.mqtt import Link
+from edge_agent.mqtt import Connected, Link
 from edge_agent.signing import seal
 from edge_agent.topics import down
 
@@ -231,6 +233,33 @@ def test_a_link_tells_that_its_id_was_taken(caplog: pytest.LogCaptureFixture) ->
             client.sendall(b"\x90\x04\0\x01\0\x01\xe0\x02\x8e\0")  # SUBACK, DISCONNECT
             wait_for("word of it", lambda: "id_taken_over client=taken" in caplog.text)
         link.close()
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_link_keeps_to_the_packets_that_its_broker_takes(protocol: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As it says in MQTT 5, else as configured: what is longer is refused and told, and the connection, which it would end, goes on."""
+    port, limit = free_port(), 20_000
+    (tmp_path / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\nuser root\nallow_anonymous true\nmax_packet_size {limit}\n")
+    assert MOSQUITTO
+    events: SimpleQueue[Any] = SimpleQueue()
+    said = {} if protocol == "5" else {"packet_limit": Size(limit)}
+    link = Link(Broker(port=port, protocol=protocol, **said), "brief", ["edge1/#"], events, lambda: None)  # type: ignore[arg-type]
+    with subprocess.Popen([MOSQUITTO, "-c", str(tmp_path / "mosquitto.conf")], stderr=subprocess.DEVNULL) as broker:
+        try:
+            link.start()
+            while not isinstance(events.get(timeout=30), Connected):
+                pass
+            assert link.payload_limit == 16_000
+            assert not link.publish("edge1/long", bytes(16_001), qos=1)
+            assert not link.publish("edge1/long", bytes(200_000))
+            assert link.publish("edge1/short", bytes(16_000), qos=1)
+            came = events.get(timeout=10)
+            assert (came.topic, len(came.payload)) == ("edge1/short", 16_000)
+            assert caplog.text.count("message_too_long topic=edge1/long") == 2
+            assert events.empty()
+        finally:
+            link.close()
+            broker.terminate()
 
 
 def test_a_websocket_stands_the_pings_of_its_server() -> None:

@@ -28,6 +28,7 @@ LAYERS = (
         "edge_agent.database",
         "edge_agent.serving",
         "edge_agent.json_items",
+        "edge_agent.backlog",
     ),
     ("profiles", "edge_agent.final_number", "edge_agent.job", "edge_agent.config", "edge_agent.tls", "edge_agent.proxy"),
     ("edge_agent.verify", "edge_agent.critic", "edge_agent.judging", "edge_agent.dataset", "edge_agent.splitting", "quantization"),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -24,6 +25,9 @@ from edge_agent.tls import server_context
 log = logging.getLogger(__name__)
 
 MOST_CONNECTIONS = 256
+MOST_OPEN = 320
+"""Connections of one server, those included that have not come to an end of their handshake. More would take the files that the process may
+have open, with which it stores, and the numbers of files below 1024, without which paho cannot connect."""
 HEAD_S = 30.0
 """From a connection to the end of the head of its first request."""
 
@@ -35,9 +39,10 @@ def served(settings: uvicorn.Config, context: ssl.SSLContext | None, host: str, 
     settings.ssl = context
     server = uvicorn.Server(settings)
     try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        bound = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigInvalid(Path(table), f"it cannot listen on {host}, port {port}: {error.strerror}") from None
+    listening = Listening(fileno=bound.detach())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name=table)
     thread.start()
     log.info("listening table=%s host=%s port=%d", table, host, port)
@@ -47,6 +52,23 @@ def served(settings: uvicorn.Config, context: ssl.SSLContext | None, host: str, 
         server.should_exit = True
         thread.join()
         listening.close()
+
+
+class Listening(socket.socket):
+    """Takes up to `MOST_OPEN` connections, and closes what comes above that: whoever reaches a port may open some and say nothing."""
+
+    def __init__(self, *, fileno: int) -> None:
+        super().__init__(fileno=fileno)
+        self._taken: WeakSet[socket.socket] = WeakSet()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, address = super().accept()
+        self._taken = WeakSet(taken for taken in self._taken if taken.fileno() >= 0)
+        if len(self._taken) >= MOST_OPEN:
+            connection.close()
+            raise BlockingIOError
+        self._taken.add(connection)
+        return connection, address
 
 
 class Protocol(H11Protocol):
@@ -65,7 +87,8 @@ class Protocol(H11Protocol):
 def settings_of(app: Any, **more: Any) -> uvicorn.Config:
     """Return what all servers of the coordinator have in common."""
     return uvicorn.Config(
-        app, http=Protocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1, server_header=False,
+        app, http=Protocol, loop="asyncio", log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1,
+        server_header=False,
         proxy_headers=False,  # whoever is at the other end could say that he is another
         **more,
     )  # fmt: skip

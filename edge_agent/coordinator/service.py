@@ -5,11 +5,14 @@ One thread decides everything, as in the agent; requests of the HTTP API are cal
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import signal
+import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ from edge_agent.coordinator.store import (
     NodeView,
     Token,
 )
+from edge_agent.database import is_damage
 from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job
@@ -74,6 +78,8 @@ from edge_agent.transfer import FileStore, Place
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
+MOST_OFFERS = 4096
+"""Offers of which a rejection is known as an answer; others come again."""
 UPLOAD_S = 24 * 3600.0
 """A file that is no dataset and of no job, as an end in between may leave one, is deleted at the first start that long after."""
 NODE_NAME = re.compile(NAME_PATTERN)
@@ -89,11 +95,13 @@ class Call:
     future: Future[Any]
 
     def answer(self) -> None:
-        """Run it, and hand over what it returns or raises."""
+        """Run it, and hand over what it returns or raises. Raises too what says that the database is broken, or another's: no request can go on then."""
         try:
             self.future.set_result(self.run())
         except Exception as error:
             self.future.set_exception(error)
+            if isinstance(error, StateDamaged | StateUnusable) or (isinstance(error, sqlite3.Error) and is_damage(error)):
+                raise
 
 
 class Service:
@@ -126,6 +134,8 @@ class Service:
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._commands = Commands(config.fleet, self._store, self._exchange, self._send, self._seal, self._changed)
         self.metrics.watch(lambda: self.call(self._standing))
+        self._offers: deque[str] = deque(maxlen=MOST_OFFERS)
+        """Messages with offers that were sent last, by their sha256."""
         self._failed: StateDamaged | StateUnusable | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
@@ -194,7 +204,10 @@ class Service:
         return encode(data, self._source, boot=self._store.epoch)
 
     def _send(self, node: str, data: object, *parts: object, qos: int = 1) -> bool:
-        return self._link.publish(down(self._config.fleet, node, *parts), self._message(data), qos)
+        message = self._message(data)
+        if isinstance(data, Offer):
+            self._offers.append(hashlib.sha256(message).hexdigest())
+        return self._link.publish(down(self._config.fleet, node, *parts), message, qos)
 
     def _seal(self, payload: Addressed) -> Envelope:
         return seal(payload, self._signing_key)
@@ -275,14 +288,17 @@ class Service:
         view = self._own(node, job)
         if view is None:
             return
-        if message.data.digest in (None, view.digest):
-            if message.data.reason == "replayed":
+        told = message.data
+        if told.outcome == "rejected" and told.digest is None and told.refused not in self._offers:
+            log.warning("rejection_ignored node=%s job=%s reason=%s text=%r", node, job, told.reason, told.text)
+        elif told.digest in (None, view.digest):
+            if told.reason == "replayed":
                 self._store.conclude(job, "its node has deleted what had not come yet")
             if not self._store.apply_status(self._store.job(job) or view, message):
                 self.metrics.gaps.inc()
                 self._commands.report(node)
             # It took an offer that had been given up, or was lost. An end that was told in its name stops nothing: anyone may have told it.
-            if view.phase == "ended" and message.data.phase != "ended" and (view.cancel or view.outcome == "expired"):
+            if view.phase == "ended" and told.phase != "ended" and (view.cancel or view.outcome == "expired"):
                 self._commands.cancel(view)
             self._changed(job)
         self._acknowledge(node, message.id)

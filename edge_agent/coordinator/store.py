@@ -39,7 +39,7 @@ Row = dict[str, Any]
 MANY = 2**31
 """As a limit: all."""
 MOST_HISTORY = 1000
-"""Messages of a job that are told."""
+"""Messages of a job that are kept; the oldest go first, so that no node can fill the disk with them."""
 MOST_AUDITED = 100_000
 """Requests that are kept; the oldest go first."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
@@ -71,6 +71,8 @@ DELETE_HISTORY = "DELETE FROM history WHERE job = :id"
 KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = :message"
 INSERT_HISTORY = """INSERT INTO history (message, job, time, seq, attempt, phase, outcome, reason, text, late)
 VALUES (:message, :job, :time, :seq, :attempt, :phase, :outcome, :reason, :text, :late)"""
+CUT_HISTORY = """DELETE FROM history WHERE job = :job
+AND number <= (SELECT number FROM history WHERE job = :job ORDER BY number DESC LIMIT 1 OFFSET :most)"""
 GET_HISTORY = """SELECT * FROM (SELECT * FROM history WHERE job = :job ORDER BY number DESC LIMIT :limit) AS newest ORDER BY number"""
 GET_NODE = "SELECT * FROM nodes WHERE id = :id"
 LIST_NODES = "SELECT * FROM nodes WHERE {which} ORDER BY id LIMIT :limit"
@@ -103,6 +105,10 @@ ALL_TOKENS = "SELECT * FROM tokens ORDER BY name"
 
 MOST_TOLD = 2**52
 """What a node says of the last command that it has done is not signed: no higher number is believed, so there is always one above it."""
+
+MOST_BOOT, BOOT_STEP = 2**40, 2**16
+"""Likewise the number of its start: above the first (a time in 36,000 years) only one that is a few above the last known is believed, so
+nobody who speaks in a node's name can use up the numbers that it has yet to come to."""
 
 CoordinatorPhase = Literal["created", "offered"] | Phase
 CoordinatorOutcome = Outcome | Literal["expired"]
@@ -402,6 +408,7 @@ class CoordinatorStore:
             INSERT_HISTORY, message=message.id, job=job, time=message.time.timestamp(), seq=message.seq, attempt=message.attempt,
             phase=phase, outcome=data.outcome, reason=data.reason, text=data.text, late=int(late),
         )  # fmt: skip
+        self._db.execute(CUT_HISTORY, job=job, most=MOST_HISTORY)
         return True
 
     # nodes
@@ -422,12 +429,14 @@ class CoordinatorStore:
         return NodePage(items=nodes[:limit], next=nodes[limit - 1].id if len(nodes) > limit else None)
 
     def set_state(self, node: str, state: NodeState, *, retained: bool) -> bool:
-        """Keep the presence of a node; False where it is of an earlier connection than the one that is known.
+        """Keep the presence of a node; False where it is of an earlier connection than the one that is known, or of a start that cannot be.
 
         A last will is the broker's word and a retained message is of the past: neither says that the node is there now.
         """
         known = self.node(node)
         if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
+            return False
+        if state.boot > max(MOST_BOOT, (known.boot if known else 0) + BOOT_STEP):
             return False
         seen, heard = time.time(), self.clock.now()
         with self._db.transaction():
