@@ -35,11 +35,12 @@ from litestar.types import ControllerRouterHandler, Message
 from msgspec import Meta
 
 from edge_agent.config import Api, Name
-from edge_agent.coordinator.access import Caller, Identify, NewToken, Scope, allow, local
+from edge_agent.coordinator.access import ANYONE, Caller, Identify, NewToken, Scope, allow, local
 from edge_agent.coordinator.audience import Happening
 from edge_agent.coordinator.client import PROBLEM, SOCKET, VERSION, Problem
 from edge_agent.coordinator.limits import Limits, network
 from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
+from edge_agent.coordinator.pages import PAGES
 from edge_agent.coordinator.ranges import ranged
 from edge_agent.coordinator.service import Service
 from edge_agent.coordinator.store import (
@@ -147,7 +148,7 @@ class Door:
 def make_app(service: Service, door: Door) -> Litestar:
     """Return the application over a running service."""
     return Litestar(
-        routes(),
+        [*routes(), *PAGES],
         state=State({"service": service, "door": door}),
         guards=[check_scope, check_parameters],
         before_send=[_account],
@@ -164,10 +165,12 @@ def make_app(service: Service, door: Door) -> Litestar:
 
 
 def check_scope(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """Let a request through whose caller has the scope of its route. A route without one is for nobody."""
+    """Let a request through whose caller has the scope of its route. A route without one is for nobody; the pages are for anyone."""
     door: Door = connection.app.state.door
     if door.by_address is not None:
         door.by_address.take(network(connection.client.host if connection.client else ""))
+    if handler.opt.get("scope") == ANYONE:
+        return
     caller = door.identify(connection.headers.get("authorization"))
     connection.scope["state"]["caller"] = caller
     if door.by_token is not None:
@@ -203,6 +206,13 @@ async def _account(message: Message, scope: Any) -> None:
         made=made.decode("latin-1") if made else None, status=status,
     )  # fmt: skip
     service.call_later(lambda: service.audit(request))
+
+
+@get("/me", scope="read", sync_to_thread=False)
+def me(request: Request[Any, Any, Any]) -> Caller:
+    """Who asks, and what they may do."""
+    caller: Caller = request.scope["state"]["caller"]
+    return caller
 
 
 @get("/nodes", scope="read", sync_to_thread=True)
@@ -387,7 +397,7 @@ def revoke_token(state: State, name: FromPath[str]) -> Token:
 
 
 ROUTES = [
-    nodes, drain, resume, jobs, submit, job, history, cancel, retry, forget, job_events, events, artifact,
+    me, nodes, drain, resume, jobs, submit, job, history, cancel, retry, forget, job_events, events, artifact,
     datasets, upload, dataset, remove_dataset, audit, tokens, new_token, revoke_token,
 ]  # fmt: skip
 """All that can be asked, but for the metrics, which Prometheus looks for elsewhere. Each says what scope that takes."""
@@ -503,11 +513,18 @@ async def _events(service: Service, job: str | None, ear: Ear, heard: str | None
             except asyncio.TimeoutError:
                 yield ServerSentEventMessage(data=None, comment="still here")
                 continue
-            yield ServerSentEventMessage(event=happening.kind, id=happening.id, data=happening.data.decode())
+            yield ServerSentEventMessage(event=happening.kind, id=happening.id, data=_told(happening, job).decode())
             if job is not None and happening.ended:
                 return
     finally:
         service.call_later(lambda: service.stop_listening(job, ear))
+
+
+def _told(happening: Happening, job: str | None) -> bytes:
+    """Return the data of an event. Jobs and nodes have their names in them; a progress has not, so the fleet's stream says whose it is."""
+    if job is None and happening.kind == "progress":
+        return msgspec.json.encode({"job": happening.subject, "progress": msgspec.Raw(happening.data)})
+    return happening.data
 
 
 def serve(service: Service, directory: Path) -> None:

@@ -1,0 +1,3 @@
+export function comparePage(place) {
+  place.append("…");
+}

@@ -1,0 +1,3 @@
+export function submitPage(place) {
+  place.append("…");
+}

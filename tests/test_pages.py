@@ -1,0 +1,449 @@
+"""The coordinator's pages in a real browser: who gets in, what they show and do, and that text stays text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from api_server import INFO, ApiServer
+from conftest import write_lines
+from fleet import wait_for
+from orders import NODE
+
+from edge_agent.coordinator.pages import WEB
+from edge_agent.coordinator.store import JobFilter
+from edge_agent.dataset import file_sha256
+from edge_agent.messages import Artifact, Heartbeat, JobProgress, JobResult, JobStatus, NodeInfo, NodeState, StageDone, encode, new_id
+from edge_agent.report import (
+    Accuracy,
+    Adapter,
+    Data,
+    Energy,
+    Event,
+    Example,
+    Judgments,
+    Measured,
+    Miss,
+    Model,
+    Paired,
+    PassAtK,
+    Repairs,
+    Result,
+)
+from profiles.recorder import StageRow
+from profiles.sensors import Reading, Resources
+from quantization.plan import Plan, StagePlan
+
+MIB = 2**20
+
+ABSENT = Reading(None, "no sensor")
+HOSTILE = (
+    "</td><script>globalThis.struck = 1</script>", "<img src=x onerror='globalThis.struck = 1'>", '"><svg onload="globalThis.struck = 1">',
+    "javascript:globalThis.struck = 1", "${globalThis.struck = 1}", "&lt;b&gt;",
+)  # fmt: skip
+NASTY = "".join(HOSTILE)
+
+
+class Coordinator(ApiServer):
+    """With a fleet of which a test can say anything."""
+
+    def say(self, node: str, kind: str, data: object, *parts: str) -> None:
+        """Take in what any node says."""
+        self.call(lambda: self.service._receive_up(node, [kind, *parts], encode(data, "test"), False))
+
+    def beat(self, node: str, queue: int = 0, job: str | None = None, temperature: float | None = None, trainer: int | None = None) -> None:
+        reading = Reading(temperature) if temperature is not None else ABSENT
+        resources = Resources(ABSENT, ABSENT, 2**32, 2**36, 2**30, trainer, ABSENT, reading, Reading(13.25))
+        self.say(node, "heartbeat", Heartbeat(resources, queue, job))
+
+
+class Opened:
+    """A page of a coordinator, with everything that it complained of."""
+
+    def __init__(self, browser: Any, coordinator: ApiServer, at: str = "#/", scope: str | None = "admin", **options: Any) -> None:
+        settings = {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light", "ignore_https_errors": True}
+        self.context = browser.new_context(**settings | options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.complaints: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.coordinator = coordinator
+        self.page.goto(f"{coordinator.url}/{at}")
+        if scope is not None:
+            self.sign_in(coordinator.secrets[scope])
+            self.page.wait_for_selector(".top")
+
+    def sign_in(self, secret: str) -> None:
+        self.page.fill("#token", secret)
+        self.page.click("text=Sign in")
+
+    def go(self, at: str) -> None:
+        self.page.evaluate(f"location.hash = {at!r}")
+
+    def wait(self, condition: str) -> None:
+        """Wait until a script says so; what Playwright has for that evaluates texts in the page, which its policy refuses."""
+        wait_for(f"{condition}; {self.complaints}", lambda: self.page.evaluate(f"Boolean({condition})"), 20)
+
+    def text(self, selector: str) -> str:
+        return str(self.page.inner_text(selector))
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+
+@pytest.fixture(scope="module")
+def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
+    """A coordinator with three nodes: one that works, one of hostile texts, one that is lost."""
+    with ExitStack() as ends:
+        served = Coordinator(tmp_path_factory.mktemp("pages"), ends)
+        served.say(NODE, "state", NodeState("ready", 1, 1, 0))
+        served.beat(NODE, temperature=61.0)
+        served.say("hostile", "state", NodeState("draining", 1, 1, 0))
+        served.say("hostile", "info", NodeInfo(NASTY, NASTY, NASTY, "cpu", None, {"tiny": "0" * 64}, INFO.limits, {NASTY: NASTY}))
+        served.say("away", "state", NodeState("ready", 1, 1, 0))
+        served.say("away", "state", NodeState("lost", 1, 1, 0))
+        yield served
+
+
+def test_pages_are_for_anyone_and_may_do_little(coordinator: Coordinator) -> None:
+    """Without a token there are the pages' own files and nothing else, each with a policy that lets them run those files and ask the
+    coordinator; answers of the API keep the one that lets nothing run."""
+    got = coordinator.ask("GET", f"{coordinator.url}/", None)
+    assert (got.status_code, got.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    policy = got.headers["content-security-policy"]
+    wanted = {"default-src 'none'", "script-src 'self'", "style-src 'self'", "frame-ancestors 'none'", "require-trusted-types-for 'script'"}
+    assert wanted <= set(policy.split("; "))
+    assert "unsafe" not in policy
+    assert "set-cookie" not in got.headers
+    assert "<script>" not in got.text
+    assert "style=" not in got.text
+    for name in re.findall(r"/web/([\w.]+)", got.text):
+        file = coordinator.ask("GET", f"{coordinator.url}/web/{name}", None)
+        assert file.content == (WEB / name).read_bytes()
+        assert file.headers["content-security-policy"] == policy
+        assert (file.headers["cache-control"], file.headers["x-content-type-options"]) == ("no-cache", "nosniff")
+        kept = coordinator.ask("GET", f"{coordinator.url}/web/{name}", None, headers={"If-None-Match": file.headers["etag"]})
+        assert (kept.status_code, kept.content) == (304, b"")
+    for name in ("document.py", "pages.html", "nothing.js", "..%2Fcli.py", "%2Fetc%2Fpasswd", ".js", "__init__.py"):
+        assert coordinator.ask("GET", f"{coordinator.url}/web/{name}", None).status_code in (400, 404), name
+    answer = coordinator.ask("GET", "/nodes", "read")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; frame-ancestors")
+    assert answer.headers["cache-control"] == "no-store"
+
+
+def test_nothing_of_the_pages_is_from_elsewhere() -> None:
+    """No script, style or font of another host, no inline style, no markup from a string: what the policy forbids is not even tried."""
+    forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser|cookie"
+    for file in [*WEB.glob("*.js"), *WEB.glob("*.css"), *WEB.glob("*.html")]:
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), file.name
+        assert not re.search(forbidden, text), file.name
+
+
+def test_who_has_a_token_gets_in(browser: Any, coordinator: Coordinator) -> None:
+    """A wrong token is told so; a good one is kept for the tab alone, in no cookie and no address; a revoked one leads back to the door."""
+    with Opened(browser, coordinator, scope=None) as opened:
+        opened.sign_in("nobody.x")
+        opened.page.wait_for_selector("[role=alert]:not(:empty)")
+        assert "does not know this token" in opened.text("[role=alert]")
+        guest = coordinator.call(lambda: coordinator.service.access.new("guest", "read", None))
+        opened.sign_in(f" {guest.secret} ")
+        opened.page.wait_for_selector("td")
+        assert opened.context.cookies() == []
+        assert opened.page.url == f"{coordinator.url}/#/"
+        opened.page.reload()
+        opened.page.wait_for_selector("td")
+        other = opened.context.new_page()
+        other.goto(coordinator.url)
+        other.wait_for_selector("#token")
+        assert not opened.page.is_visible("text=New job")  # its scope is `read`
+        coordinator.call(lambda: coordinator.service.access.revoke("guest"))
+        opened.go("#/jobs")
+        opened.page.wait_for_selector("#token")
+        assert "expired or was revoked" in opened.text("[role=alert]")
+        assert opened.page.evaluate("sessionStorage.length") == 0
+
+
+def test_fleet_is_shown_as_it_happens(browser: Any, coordinator: Coordinator) -> None:
+    """Every node with its state, device and resources; what a node says is there without a reload; a lost connection is said, and what
+    was missed meanwhile is caught up with."""
+    with Opened(browser, coordinator) as opened:
+        row = f"tr:has(a[href='#/nodes/{NODE}'])"
+        opened.page.wait_for_selector(row)
+        assert [opened.page.inner_text(f"{row} td:nth-child({n})") for n in (3, 5, 6, 7)] == ["some device", "61 °C", "13.3 W", "0"]
+        opened.wait("document.querySelector('.standing.live')")
+        job = new_id()
+        coordinator.beat(NODE, queue=3, job=job, temperature=72.0, trainer=2**29)
+        opened.wait(f"document.querySelector(\"a[href='#/jobs/{job}']\")")
+        assert "512 MiB of 1 GiB" in opened.text(row)
+        progress = JobProgress(Event(event="progress", time=1.0, stage="train", done=7, total=90), [], _resources())
+        with pytest.MonkeyPatch.context() as patch:  # a job that only the node knows has no progress to tell
+            patch.setattr(coordinator.service, "_progress", lambda _n, j, p: coordinator.service._audience.progress(j, p))
+            coordinator.hear("job", progress, job, "progress")
+        opened.wait("document.body.innerText.includes('train 7 of 90')")
+        coordinator.say("away", "state", NodeState("ready", 2, 1, 0))
+        opened.wait("document.querySelector('.chips').innerText.includes('ready 2')")
+        coordinator.say("away", "state", NodeState("lost", 2, 1, 0))
+        opened.page.keyboard.press("/")
+        opened.page.keyboard.type("hostil")
+        opened.wait("document.querySelectorAll('tbody tr').length === 1")
+        opened.page.fill("input[type=search]", "")
+        opened.page.click(".chips button:has-text('lost')")
+        assert "away" in opened.text("tbody")
+        assert opened.page.locator("tbody tr").count() == 1
+        assert opened.complaints == []
+
+
+def _resources() -> Resources:
+    return Resources(ABSENT, ABSENT, 2**32, 2**36, 2**30, 2**29, ABSENT, ABSENT, Reading(20.0))
+
+
+def test_a_node_has_a_page_and_can_be_drained(browser: Any, coordinator: Coordinator) -> None:
+    """All that it says of itself, with the reasons of what is missing; draining asks first, and takes the scope `admin`."""
+    with Opened(browser, coordinator, f"#/nodes/{NODE}") as opened:
+        opened.page.wait_for_selector(".facts")
+        assert "no sensor" in opened.text("main")
+        opened.page.click("text=Drain")
+        opened.page.click("dialog >> text=Leave it")
+        opened.page.click("text=Drain")
+        opened.page.click("dialog button.danger")
+        opened.page.wait_for_selector("button:has-text('Resume')")
+        assert coordinator.call(lambda: coordinator.service._store.node(NODE).drain) is True  # type: ignore[union-attr]
+        opened.page.click("button:has-text('Resume')")
+        opened.page.click("dialog button.danger")
+        opened.page.wait_for_selector("button:has-text('Drain')")
+    with Opened(browser, coordinator, f"#/nodes/{NODE}", "submit") as opened:
+        opened.page.wait_for_selector(".facts")
+        assert not opened.page.is_visible("text=Drain")
+
+
+def _report(**changes: Any) -> bytes:
+    """A report of a job, whose texts are hostile."""
+    stages = [
+        StageRow(stage="load", seconds=2.0, peak_bytes=300 * MIB, planned_bytes=400 * MIB),
+        StageRow(
+            stage="train", seconds=8.0, tokens=4000, peak_bytes=700 * MIB, planned_bytes=650 * MIB, energy_j=96.0, energy_source="ina3221"
+        ),
+    ]
+    plan = Plan(NASTY, 4, 1024, False, 8, 2**29, (StagePlan("load", 1, 1),))
+    measured = Measured(
+        before=Accuracy(0.131, 0.111, 0.155, 300), after=Accuracy(0.949, 0.932, 0.962, 300), paired=Paired(246, 1, 0.0, 0.818, 0.77, 0.85),
+        pass_before=[PassAtK(2, 0.2, 0.1, 0.3)],
+    )  # fmt: skip
+    result = Result(
+        job="0" * 64, state="succeeded", method="nlft", seed=42, device=NASTY, versions={NASTY: NASTY}, model=Model(NASTY, "0" * 64, 2048),
+        data=Data("0" * 64, 50, 200, 300, 120, 80, 0, Repairs(80, 70, 60), Judgments(critic=80), 250, 0.06), plan=plan,
+        misses=[Miss("train", NASTY, 1, NASTY)], kernel="bitsandbytes", budget_bytes=600 * MIB, peak_bytes=700 * MIB, stages=stages,
+        seconds=10.0, tokens_per_s=500.0, energy=Energy("ina3221", 96.0, 0.5), updates=3, losses=[0.9, 0.5, 0.25], kept_update=3,
+        development_losses=[0.7, 0.6], accuracy=measured, accepted=True, acceptance=NASTY, adapter=Adapter("0" * 64, 1, 1000),
+        examples=[Example(NASTY, NASTY, f"{NASTY}\nsecond line\u202e", NASTY, False, True), Example("q", "a", "b", "c", None, None)],
+    )  # fmt: skip
+    return msgspec.json.encode(msgspec.structs.replace(result, **changes))
+
+
+def _running(coordinator: Coordinator, sha256: str) -> str:
+    """Hand in a job and bring it to its training."""
+    job = coordinator.submit(sha256)
+    phases: tuple[Any, ...] = ("accepted", "staging", "ready", "running")
+    for phase in phases:
+        coordinator.hear("job", JobStatus(job.digest, phase), job.id, "status")
+    return job.id
+
+
+def _end(coordinator: Coordinator, job: str, report: bytes | None, outcome: Any = "succeeded", **more: Any) -> None:
+    """End a job as its node would."""
+    artifacts: tuple[Artifact, ...] = ()
+    if report is not None:
+        sha256 = hashlib.sha256(report).hexdigest()
+        coordinator.service.files.put(report, sha256)
+        artifacts = (Artifact("result.json", sha256, len(report)),)
+    digest = coordinator.call(lambda: coordinator.service.job(job)).digest
+    coordinator.hear("job", JobResult(digest, outcome, artifacts=artifacts, **more), job, "result")
+
+
+def _progress(coordinator: Coordinator, job: str, done: int, **more: Any) -> None:
+    event = Event(
+        event="progress", time=1000.0 + 2 * done, stage="train", done=done, total=40, memory_bytes=512 * MIB, budget_bytes=600 * MIB
+    )
+    finished = [StageDone("load", 2.0, 300 * MIB)]
+    coordinator.hear("job", JobProgress(msgspec.structs.replace(event, **more), finished, _resources()), job, "progress")
+
+
+@pytest.fixture(scope="module")
+def dataset(coordinator: Coordinator) -> str:
+    file = write_lines(coordinator.root / "data.jsonl", {"question": "How many?", "answer": "#### 1"})
+    coordinator.client("submit").upload(file, file_sha256(file))
+    return file_sha256(file)
+
+
+def test_a_job_is_shown_while_it_runs_and_when_it_has_ended(browser: Any, coordinator: Coordinator, dataset: str) -> None:
+    """Phases, the stage at work with its curves live, then without a reload the report: accuracy with intervals, stages with planned and
+    measured memory, losses, examples, what the node said, files that can be downloaded."""
+    job = _running(coordinator, dataset)
+    with Opened(browser, coordinator, f"#/jobs/{job}", "submit") as opened:
+        opened.wait("document.querySelectorAll('.timeline li').length === 5")
+        for done in range(1, 5):
+            _progress(coordinator, job, done, loss=1.0 / done, tokens_per_s=100.0 * done)
+        opened.wait("document.body.innerText.includes('4 of 40')")
+        assert "about 72 s" in opened.text("main")  # two seconds an update
+        charts = opened.page.locator(".chart figcaption").all_inner_texts()
+        assert [text.split("\n") for text in charts] == [
+            ["Loss", "0.250 · update 4"], ["Tokens/s", "400 · train"], ["Power", "20 W · train"], ["Memory", "512 MiB · train"],
+        ]  # fmt: skip
+        assert "load" in opened.text("table[aria-label=Stages]")
+        opened.page.focus(".chart svg")
+        opened.page.keyboard.press("Home")
+        assert opened.text(".chart output") == "1.000 at 1 · update 1"
+        opened.page.keyboard.press("ArrowRight")
+        assert opened.text(".chart output") == "0.500 at 2 · update 2"
+        assert opened.page.get_attribute(".chart svg", "aria-label") == "Loss over updates: 0.500 at 2 · update 2"
+        report = _report()
+        _end(coordinator, job, report, seconds=10.0, peak_bytes=700 * MIB, accepted=True)
+        opened.page.wait_for_selector(".example")
+        assert opened.page.locator(".intervals .value").all_inner_texts()[:2] == ["13.1 % [11.1, 15.5]", "94.9 % [93.2, 96.2]"]
+        assert "+81.8 points [+77.0, +85.0] on the same questions: 246 gained, 1 lost, p < 0.001." in opened.text("main")
+        stages = opened.page.locator("table[aria-label=Stages] tbody tr").all_inner_texts()
+        assert [re.sub(r"\s+", " ", text).strip() for text in stages] == [
+            "load 2.0 s 300 MiB of 400 MiB planned", "train 8.0 s 4,000 500 96 J 700 MiB of 650 MiB planned",
+        ]  # fmt: skip
+        assert opened.page.locator(".bar-of.over").count() == 1
+        assert opened.text(".chart output").startswith("0.250")
+        assert opened.page.locator("table[aria-label='What the node said'] tbody tr").count() == 5
+        assert opened.text(".standing") == ""
+        with opened.page.expect_download() as download:
+            opened.page.click("button:has-text('result.json')")
+        assert Path(download.value.path()).read_bytes() == report
+        assert download.value.suggested_filename == f"{job}-result.json"
+        opened.page.reload()
+        opened.page.wait_for_selector(".example")
+        assert opened.page.locator(".chart figcaption span").all_inner_texts() == ["Loss", "Loss on development records"]
+        assert opened.complaints == []
+
+
+def test_hostile_text_stays_text(browser: Any, coordinator: Coordinator, dataset: str) -> None:
+    """Whatever a node, a dataset or a model says is shown as it is, on every page, and is no markup, no script and no link."""
+    job = _running(coordinator, dataset)
+    _progress(coordinator, job, 1, event="out_of_memory", text=NASTY)
+    with Opened(browser, coordinator) as opened:
+        bad = "document.querySelectorAll('svg[onload], a[href^=javascript]').length"
+        found = f"[globalThis.struck, document.scripts.length, document.images.length, {bad}]"
+        for at, what in (("#/", "main"), ("#/nodes/hostile", ".facts >> nth=1"), (f"#/jobs/{job}", ".notice")):
+            opened.go(at)
+            opened.wait(f"document.querySelector('main').textContent.includes({json.dumps(HOSTILE[1])})")
+            assert all(text in opened.text(what) for text in HOSTILE)
+            assert opened.page.evaluate(found) == [None, 1, 0, 0]
+        _end(coordinator, job, _report(), text=NASTY)
+        opened.page.wait_for_selector(".example")
+        assert opened.page.locator(".written").all_inner_texts()[2] == f"{NASTY}\nsecond line⟨202E⟩"
+        assert opened.page.evaluate(found) == [None, 1, 0, 0]
+        for at in ("#/jobs/" + "%3Cb%3E", "#/nodes/<img src=x onerror=alert(1)>", "#/jobs/%E0%A4%A", "#/nowhere", "#/constructor"):
+            opened.go(at)
+            opened.page.wait_for_selector("h1")
+            assert opened.page.evaluate(found) == [None, 1, 0, 0]
+        assert [text for text in opened.complaints if "404" not in text] == []
+
+
+def test_jobs_are_canceled_and_run_again(browser: Any, coordinator: Coordinator, dataset: str) -> None:
+    """Cancel asks first; an ended job is handed in again, and the new one says of which it is a retry; `read` may do neither."""
+    job = coordinator.submit(dataset).id
+    with Opened(browser, coordinator, f"#/jobs/{job}", "submit") as opened:
+        opened.page.click("text=Cancel")
+        opened.page.click("text=Leave it")
+        assert coordinator.call(lambda: coordinator.service.job(job)).phase == "created"
+        opened.page.click("text=Cancel")
+        opened.page.click("dialog button.danger")
+        opened.wait("document.querySelector('.headline').innerText.includes('canceled')")
+        assert "it was canceled before it was offered" in opened.text("main")
+        opened.page.click("text=Retry")
+        opened.wait(f"!location.hash.endsWith({job!r})")
+        opened.wait(f"document.querySelector(\"dd a[href='#/jobs/{job}']\")")
+        again = opened.page.evaluate("location.hash").removeprefix("#/jobs/")
+        assert coordinator.call(lambda: coordinator.service.job(again)).retry_of == job
+    with Opened(browser, coordinator, f"#/jobs/{again}", "read") as opened:
+        opened.page.wait_for_selector(".timeline li")
+        assert opened.page.locator("button:visible").all_inner_texts() == ["◐", "Sign out"]
+
+
+def test_jobs_are_listed_and_filtered(browser: Any, coordinator: Coordinator, dataset: str) -> None:
+    """The newest first, a new one without a reload; by phase, outcome and node, which the address keeps; page by page."""
+    with Opened(browser, coordinator, "#/jobs", "submit") as opened:
+        opened.page.wait_for_selector("tbody tr")
+        job = coordinator.submit(dataset).id
+        opened.wait(f"document.querySelector('tbody tr a').hash === '#/jobs/{job}'")
+        opened.page.select_option("[aria-label=outcome]", "canceled")
+        opened.wait("[...document.querySelectorAll('tbody .mark')].every((e) => e.textContent.includes('canceled'))")
+        assert opened.page.evaluate("location.hash") == "#/jobs?outcome=canceled"
+        opened.page.reload()
+        opened.page.wait_for_selector("tbody tr")
+        assert opened.page.input_value("[aria-label=outcome]") == "canceled"
+        opened.page.fill("input[type=search]", "nobody")
+        opened.page.keyboard.press("Enter")
+        opened.wait("document.body.innerText.includes('There is no such job')")
+        known = coordinator.call(lambda: coordinator.service.job(job))
+        have = len(coordinator.call(lambda: coordinator.service.jobs(JobFilter(), None, 1000)).items)
+        for _ in range(101 - have):
+            coordinator.call(lambda: coordinator.service.submit(NODE, known.order.job, 4, 60.0))
+        opened.go("#/jobs")
+        opened.wait("document.querySelectorAll('tbody tr').length === 100")
+        opened.page.click("text=Show more")
+        opened.wait("document.querySelectorAll('tbody tr').length === 101")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_cut_and_everything_is_legible(browser: Any, coordinator: Coordinator, dataset: str, scheme: str) -> None:
+    """From 390 to 1440 pixels no page scrolls sideways, nothing stands out of what holds it, and small text has a contrast of 4.5."""
+    job = _running(coordinator, dataset)
+    _progress(coordinator, job, 3, loss=0.5)
+    _end(coordinator, job, _report())
+    other = _running(coordinator, dataset)
+    _end(coordinator, other, None, "failed", reason="oom_predicted", text="x" * 1000)
+    with Opened(browser, coordinator, color_scheme=scheme) as opened:
+        for at, ready in (
+            ("#/", "td"), ("#/nodes/hostile", ".facts"), ("#/jobs", "td"), (f"#/jobs/{job}", ".example"), (f"#/jobs/{other}", ".notice"),
+        ):  # fmt: skip
+            opened.go(at)
+            opened.page.wait_for_selector(ready)
+            for width in (390, 800, 1180, 1440):
+                opened.page.set_viewport_size({"width": width, "height": 844})
+                assert opened.page.evaluate(OUT_OF_PLACE, width) == [], (at, width)
+            assert opened.page.evaluate(CONTRAST) >= 4.5, at
+
+
+OUT_OF_PLACE = """(width) => new Promise((done) => requestAnimationFrame(() => setTimeout(() => done(
+    [...document.querySelectorAll('.app *')].filter((e) => {
+        const { left, right, width: own } = e.getBoundingClientRect();
+        const hidden = e.closest('.skip, thead, svg') || getComputedStyle(e).visibility === 'hidden';
+        return own > 0 && !hidden && (left < -1 || right > width + 1);
+    }).map((e) => `${e.tagName}.${e.className} ${e.textContent.slice(0, 40)}`)
+), 50)))"""
+
+CONTRAST = """() => {
+    const context = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+    const light = (colour) => {
+        context.fillStyle = colour;
+        context.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map((v) => v / 255)
+            .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const ground = (e) => {
+        const { backgroundColor } = getComputedStyle(e);
+        return backgroundColor === 'rgba(0, 0, 0, 0)' && e.parentElement ? ground(e.parentElement) : backgroundColor;
+    };
+    return Math.min(...[...document.querySelectorAll('h1, h2, h3, small, .hint, a, dt, dd, .mark, th, td, .notice, button')]
+        .filter((e) => e.checkVisibility() && !e.closest('.away')).map((e) => {
+            const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
+            return (a + 0.05) / (b + 0.05);
+        }));
+}"""
