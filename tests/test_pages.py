@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 from api_server import INFO, ApiServer
 from conftest import write_lines
-from fleet import wait_for
+from fleet import DEADLINE_S, QUICK, Fleet, free_port, wait_for
 from orders import NODE
 
 from edge_agent.coordinator.pages import WEB
 from edge_agent.coordinator.store import JobFilter
 from edge_agent.dataset import file_sha256
-from edge_agent.messages import Artifact, Heartbeat, JobProgress, JobResult, JobStatus, NodeInfo, NodeState, StageDone, encode, new_id
+from edge_agent.errors import JobSchema
+from edge_agent.job import Dataset, Job, NlftOptions, Schedule
+from edge_agent.messages import (
+    Artifact,
+    Heartbeat,
+    JobProgress,
+    JobResult,
+    JobStatus,
+    NodeInfo,
+    NodeLimits,
+    NodeState,
+    StageDone,
+    encode,
+    new_id,
+)
 from edge_agent.report import (
     Accuracy,
     Adapter,
@@ -37,6 +53,7 @@ from edge_agent.report import (
     Repairs,
     Result,
 )
+from edge_agent.sizes import parse_size
 from profiles.recorder import StageRow
 from profiles.sensors import Reading, Resources
 from quantization.plan import Plan, StagePlan
@@ -67,7 +84,7 @@ class Coordinator(ApiServer):
 class Opened:
     """A page of a coordinator, with everything that it complained of."""
 
-    def __init__(self, browser: Any, coordinator: ApiServer, at: str = "#/", scope: str | None = "admin", **options: Any) -> None:
+    def __init__(self, browser: Any, coordinator: ApiServer | At, at: str = "#/", scope: str | None = "admin", **options: Any) -> None:
         settings = {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light", "ignore_https_errors": True}
         self.context = browser.new_context(**settings | options)
         self.page = self.context.new_page()
@@ -88,9 +105,9 @@ class Opened:
     def go(self, at: str) -> None:
         self.page.evaluate(f"location.hash = {at!r}")
 
-    def wait(self, condition: str) -> None:
+    def wait(self, condition: str, deadline_s: float = 20) -> None:
         """Wait until a script says so; what Playwright has for that evaluates texts in the page, which its policy refuses."""
-        wait_for(f"{condition}; {self.complaints}", lambda: self.page.evaluate(f"Boolean({condition})"), 20)
+        wait_for(f"{condition}; {self.complaints}", lambda: self.page.evaluate(f"Boolean({condition})"), deadline_s)
 
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
@@ -400,6 +417,181 @@ def test_jobs_are_listed_and_filtered(browser: Any, coordinator: Coordinator, da
         opened.wait("document.querySelectorAll('tbody tr').length === 101")
 
 
+def _field(opened: Opened, label: str) -> Any:
+    return opened.page.locator(f"label:has(> span:text-is({json.dumps(label)})) > :is(input, select, textarea)")
+
+
+def test_a_job_is_submitted_from_the_form(browser: Any, coordinator: Coordinator, tmp_path: Path) -> None:
+    """A file is uploaded and what is in it is shown, one with wrong lines is not taken; what the form sends is the document that it shows,
+    with every field that was filled in; what the coordinator refuses is said beside the button."""
+    coordinator.say("able", "state", NodeState("ready", 1, 1, 0))
+    able = NodeInfo("0.1.0", "3.11", "a device", "cpu", None, {"tiny": "0" * 64, "absent": None}, NodeLimits(2**30, 1000, 2), {})
+    coordinator.say("able", "info", able)
+    coordinator.beat("able")
+    good = write_lines(tmp_path / "good <b>.jsonl", *({"question": f"{n}?", "answer": f"#### {n}"} for n in range(12)))
+    bad = write_lines(tmp_path / "bad.jsonl", {"question": "x", "answer": "#### 1"}, {NASTY: 1})
+    with Opened(browser, coordinator, "#/new", "submit") as opened:
+        page = opened.page
+        page.wait_for_selector(".checks li")
+        page.click("button:has-text('Submit')")
+        opened.wait("document.querySelector('.told').textContent !== ''")
+        _field(opened, "Node").select_option("able")
+        assert _field(opened, "Model").locator("option:enabled").all_inner_texts() == ["tiny"]
+        assert _field(opened, "Memory budget").input_value() == "1GiB"
+        page.set_input_files("[aria-label='Dataset: a file']", bad)
+        page.wait_for_selector(".notice.wrong")
+        assert "1 wrong line, so it is not kept" in opened.text(".notice.wrong")
+        assert HOSTILE[1] in opened.text("table[aria-label='Wrong lines']")
+        page.set_input_files("[aria-label='Dataset: a file']", good)
+        page.wait_for_selector(".found .facts")
+        assert opened.text(".dataset select option:checked").startswith("good <b>.jsonl, 12 records")
+        assert "#### " not in opened.text(".found")
+        _field(opened, "Memory budget").fill("2 GiB")
+        assert opened.page.locator(".checks .ill").all_inner_texts() == ["▲it lends 1 GiB, the budget is 2 GiB"]
+        page.click("button:has-text('Submit')")
+        opened.wait("document.querySelector('.told').textContent.includes('able lends')")
+        _field(opened, "Memory budget").fill("900MiB")
+        _field(opened, "Epochs").fill("x")
+        page.click("button:has-text('Submit')")
+        opened.wait("document.querySelector('.told').textContent === 'Epochs: x is no number'")
+        _field(opened, "Epochs").fill("5")
+        _field(opened, "Learning rate").fill("0.002")
+        _field(opened, "Method").select_option("released")
+        page.click("summary:has-text('Further')")
+        further = _field(opened, "One field=value a line, by their names in the job document")
+        further.fill("schedule.warmup=2")
+        page.click("button:has-text('Submit')")
+        opened.wait("document.querySelector('.told').textContent.includes('job.schedule.warmup')")
+        further.fill("schedule.warmup=0.25\nprompts=plain")
+        page.click("summary:has-text('Job document')")
+        shown = json.loads(opened.text("form pre"))
+        page.click("button:has-text('Submit')")
+        page.wait_for_selector(".timeline li")
+        order = coordinator.call(lambda: coordinator.service.jobs(JobFilter(), None, 1)).items[0].order
+        assert order.job == msgspec.convert(shown, Job)
+        wanted = Job(
+            model="tiny", dataset=Dataset(file_sha256(good)), budget_bytes=900 * MIB, method=NlftOptions.released(), prompts="plain",
+            schedule=Schedule(epochs=5, learning_rate=0.002, warmup=0.25),
+        )  # fmt: skip
+        assert (order.job, order.priority) == (wanted, 4)
+        page.click("text=Rerun with changes")
+        page.wait_for_selector(".found .facts")
+        _field(opened, "Seed").fill("7")
+        _field(opened, "Epochs").fill("")
+        _field(opened, "Priority").select_option("9")
+        page.click("button:has-text('Submit')")
+        page.wait_for_selector(".timeline li")
+        again = coordinator.call(lambda: coordinator.service.jobs(JobFilter(), None, 1)).items[0].order
+        schedule = msgspec.structs.replace(wanted.schedule, epochs=3)
+        assert (again.job, again.priority) == (msgspec.structs.replace(wanted, seed=7, schedule=schedule), 9)
+        assert opened.page.evaluate("globalThis.struck") is None
+
+
+def test_presets_of_the_form_are_those_of_the_code(browser: Any, coordinator: Coordinator) -> None:
+    """Each is a method of a job, with the options that the code has for it; defaults and sizes are read as the code reads them."""
+    with Opened(browser, coordinator, "#/new", "submit") as opened:
+        opened.page.wait_for_selector(".checks li")
+        module = "import('/web/submit.js')"
+        presets = opened.page.evaluate(f"{module}.then((m) => Object.entries(m.PRESETS).map(([name, preset]) => [name, preset.method]))")
+        methods = {name: msgspec.convert(method, METHOD) for name, method in presets}
+        assert methods.pop("released") == NlftOptions.released()
+        assert methods == {type(method).__struct_config__.tag: type(method)() for method in methods.values()}
+        assert set(methods) == {option.__struct_config__.tag for option in get_args(METHOD)}
+        job = msgspec.to_builtins(Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=1))
+        for name, shown in opened.page.evaluate(f"{module}.then((m) => m.FIELDS.map(([name, , shown]) => [name, shown]))"):
+            value = functools.reduce(lambda part, key: part[key], name.split("."), job)
+            assert (value is None and shown == "by epochs") or float(shown) == value, name
+        sizes = ["6GiB", " 900 MiB ", "5000000", "1.5kb", "3 gib", "GiB", "1 XB", "-1", "1e3", "", "1GiB constructor"]
+        read = opened.page.evaluate(f"{module}.then((m) => {json.dumps(sizes)}.map(m.parseSize))")
+        assert read == [_size(text) for text in sizes]
+
+
+def _size(text: str) -> int | None:
+    try:
+        return parse_size(text)
+    except JobSchema:
+        return None
+
+
+METHOD = next(field.type for field in msgspec.structs.fields(Job) if field.name == "method")
+
+
+def test_jobs_are_compared(browser: Any, coordinator: Coordinator, dataset: str) -> None:
+    """Chosen in the list: accuracy with intervals, time, memory and energy of each, and only the fields in which they differ."""
+    jobs = [_running(coordinator, dataset) for _ in range(2)]
+    _end(coordinator, jobs[0], _report())
+    lower = Accuracy(0.5, 0.44, 0.56, 300)
+    _end(coordinator, jobs[1], _report(seconds=200.0, accuracy=Measured(before=lower, after=lower), energy=Energy(reason="none")))
+    with Opened(browser, coordinator, "#/jobs", "read") as opened:
+        opened.page.wait_for_selector("td")
+        for job in jobs:
+            opened.page.check(f"[aria-label='Compare job {job}']")
+        opened.page.click("text=Compare 2 jobs")
+        opened.page.wait_for_selector(".intervals")
+        assert opened.page.locator(".intervals .value").all_inner_texts() == ["94.9 % of 300", "50.0 % of 300"]
+        rows = opened.page.locator("table[aria-label=Measures] tbody tr").all_inner_texts()
+        assert [word in rows[0] for word in ("+81.8", "10 s", "700 MiB", "96 J")] == [True] * 4
+        assert "3 min 20 s" in rows[1]
+        assert "Their documents and their node are the same." in opened.text("main")
+        opened.go(f"#/compare/{jobs[0]}/{new_id()}")
+        opened.page.wait_for_selector(".notice.wrong")
+        opened.go("#/compare/x")
+        opened.wait("document.body.innerText.includes('Choose two jobs or more')")
+
+
+def test_a_person_trains_a_model(browser: Any, tmp_path: Path) -> None:
+    """The real stack, from the browser: a job is submitted, its curves are watched, its adapter is downloaded; another one is canceled
+    while it trains."""
+    port = free_port()
+    with Fleet(coordinator=f"[api]\nport = {port}\n") as fleet:
+        made = fleet.client.new_token("person", "submit", None)
+        data, questions = fleet.data(), fleet.data("questions", 8, 9)
+        with Opened(browser, At(f"http://127.0.0.1:{port}", {"submit": made.secret}), "#/new", "submit") as opened:
+            page = opened.page
+            page.wait_for_selector(".checks .well")
+            page.set_input_files("[aria-label='Dataset: a file']", data)
+            page.set_input_files("[aria-label='Evaluation questions: a file']", questions)
+            _field(opened, "Method").select_option("sft")
+            page.click("summary:has-text('Further')")
+            settings = QUICK | {"sampling.outputs": 0, "schedule.updates": 12, "schedule.batch": 4, "evaluation.questions": 8}
+            fields = {**settings, "evaluation.max_new_tokens": 30}
+            further = _field(opened, "One field=value a line, by their names in the job document")
+            further.fill("\n".join(f"{name}={value}" for name, value in fields.items()))
+            opened.wait("document.querySelectorAll('.found .facts').length === 2")
+            page.click("button:has-text('Submit')")
+            opened.wait("document.body.innerText.includes('Now: train')", DEADLINE_S)
+            opened.wait("document.querySelector('.chart path.line')", DEADLINE_S)
+            opened.wait("document.querySelector('.example')", DEADLINE_S)
+            job = page.evaluate("location.hash").removeprefix("#/jobs/")
+            view = fleet.client.job(job)
+            assert view.outcome == "succeeded"
+            assert view.result is not None
+            measured = view.result.accuracy
+            assert measured is not None
+            assert measured.after is not None
+            assert f"{100 * measured.after.value:.1f} %" in opened.text(".intervals")
+            with page.expect_download() as download:
+                page.click("button:has-text('adapter_model.safetensors')")
+            assert Path(download.value.path()).read_bytes() == fleet.adapter(job)
+            page.click("text=Rerun with changes")
+            page.wait_for_selector(".found .facts >> nth=1")
+            _field(opened, "Updates").fill("500")
+            page.click("button:has-text('Submit')")
+            opened.wait("document.body.innerText.includes('Now: train')", DEADLINE_S)
+            page.click("text=Cancel")
+            page.click("dialog button.danger")
+            opened.wait("document.querySelector('.headline').innerText.includes('canceled')", DEADLINE_S)
+            assert opened.complaints == []
+
+
+@dataclass
+class At:
+    """Where a coordinator is, and who may get in."""
+
+    url: str
+    secrets: dict[str, str]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_cut_and_everything_is_legible(browser: Any, coordinator: Coordinator, dataset: str, scheme: str) -> None:
     """From 390 to 1440 pixels no page scrolls sideways, nothing stands out of what holds it, and small text has a contrast of 4.5."""
@@ -411,6 +603,7 @@ def test_nothing_is_cut_and_everything_is_legible(browser: Any, coordinator: Coo
     with Opened(browser, coordinator, color_scheme=scheme) as opened:
         for at, ready in (
             ("#/", "td"), ("#/nodes/hostile", ".facts"), ("#/jobs", "td"), (f"#/jobs/{job}", ".example"), (f"#/jobs/{other}", ".notice"),
+            (f"#/compare/{job}/{other}", ".intervals"), (f"#/new?from={job}", ".found .facts"),
         ):  # fmt: skip
             opened.go(at)
             opened.page.wait_for_selector(ready)

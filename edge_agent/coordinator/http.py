@@ -336,10 +336,10 @@ async def upload(state: State, sha256: Sha256InPath, request: Request[Any, Any, 
     part = service.files.incoming / f"{sha256}.upload-{new_id()}"
     try:
         await _receive_file(part, request)
-        found = await asyncio.to_thread(_look_into, service, part, sha256)
+        found = await asyncio.to_thread(_look_into, service, part, sha256, name or sha256[:12])
         view = DatasetView(
             sha256=sha256, name=name or sha256[:12], size_bytes=part.stat().st_size, uploaded=time.time(),
-            found=msgspec.structs.replace(found, file=name or sha256[:12]),
+            found=found,
         )  # fmt: skip
         await asyncio.to_thread(service.files.take, part, sha256)
         return await asyncio.to_thread(service.call, lambda: service.keep_dataset(view))
@@ -471,13 +471,14 @@ async def _receive_file(part: Path, request: Request[Any, Any, Any]) -> None:
             await asyncio.to_thread(file.write, chunk)
 
 
-def _look_into(service: Service, part: Path, sha256: str) -> Check:
+def _look_into(service: Service, part: Path, sha256: str, name: str) -> Check:
     """Return what is in an uploaded dataset. Raises a DatasetError where it is another one, or one that is wrong."""
     check_sha256(part, sha256)
     with service.looking:  # one after the other: a check holds the whole file
         found, _ = check(part)
+    found = msgspec.structs.replace(found, file=name)
     if found.error is not None:
-        raise DatasetWrong(found, found.error.text)
+        raise DatasetWrong(found, found.error.text.replace(part.name, name))
     return found
 
 
