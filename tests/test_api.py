@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +29,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_agent.config import Api, CoordinatorConfig, read_config
-from edge_agent.coordinator import http, listening
+from edge_agent.coordinator import audience, http, listening
 from edge_agent.coordinator.access import ANYONE, LOCAL, SCOPES
 from edge_agent.coordinator.client import Answered, Client, Problem
 from edge_agent.coordinator.http import MAX_BODY_BYTES, Door, make_app
@@ -402,6 +403,28 @@ def test_events_of_a_job_end_with_it(coordinator: ApiServer) -> None:
         assert again[0][1] == last
         assert [view.phase for view in client.watch(job.id) if isinstance(view, JobView)] == ["ended"]
     _problem(coordinator.ask("GET", f"/jobs/{new_id()}/events", "read"), 404, "refused")
+
+
+def test_progress_of_a_job_is_kept_for_who_comes_later(coordinator: ApiServer) -> None:
+    """From its beginning to the newest moment, evenly, however much was told; a stale one changes nothing; other jobs have none."""
+    file, sha256 = _dataset(coordinator, "told.jsonl", {"question": "Told?", "answer": "#### 7"})
+    with coordinator.client("submit") as client:
+        client.upload(file, sha256)
+    job, other = coordinator.submit(sha256).id, coordinator.submit(sha256).id
+    for most in (1, 2, audience.MOST_POINTS, 3 * audience.MOST_POINTS + 7):
+        for time_s in range(1, most + 1):  # those that were told before come again
+            event = Event(event="progress", time=float(time_s), stage="train", done=time_s, total=999, loss=0.5, memory_bytes=7)
+            coordinator.hear("job", JobProgress(event, [], RESOURCES), job, "progress")
+        points = coordinator.ask("GET", f"/jobs/{job}/progress", "read").json()
+        times = [point["time"] for point in points]
+        assert (times[0], times[-1]) == (1.0, float(most))
+        assert min(most, audience.MOST_POINTS // 2) <= len(points) <= audience.MOST_POINTS
+        assert len({b - a for a, b in pairwise(times[:-1])}) <= 1
+    none = {"total": 999, "tokens_per_s": None, "temperature_c": None}
+    first = {"time": 1.0, "stage": "train", "done": 1, "loss": 0.5, "memory_bytes": 7, "power_w": None}
+    assert points[0] == first | none
+    assert coordinator.ask("GET", f"/jobs/{other}/progress", "read").json() == []
+    _problem(coordinator.ask("GET", f"/jobs/{new_id()}/progress", "read"), 404, "refused")
 
 
 def test_events_of_the_fleet_go_on_where_they_were(coordinator: ApiServer) -> None:

@@ -308,9 +308,12 @@ def test_a_job_is_shown_while_it_runs_and_when_it_has_ended(browser: Any, coordi
     """Phases, the stage at work with its curves live, then without a reload the report: accuracy with intervals, stages with planned and
     measured memory, losses, examples, what the node said, files that can be downloaded."""
     job = _running(coordinator, dataset)
+    for done in range(1, 3):
+        _progress(coordinator, job, done, loss=1.0 / done, tokens_per_s=100.0 * done)
     with Opened(browser, coordinator, f"#/jobs/{job}", "submit") as opened:
         opened.wait("document.querySelectorAll('.timeline li').length === 5")
-        for done in range(1, 5):
+        opened.wait("document.querySelectorAll('.chart').length === 4")  # what was told before it was opened
+        for done in range(3, 5):
             _progress(coordinator, job, done, loss=1.0 / done, tokens_per_s=100.0 * done)
         opened.wait("document.body.innerText.includes('4 of 40')")
         assert "about 72 s" in opened.text("main")  # two seconds an update
@@ -344,7 +347,8 @@ def test_a_job_is_shown_while_it_runs_and_when_it_has_ended(browser: Any, coordi
         assert download.value.suggested_filename == f"{job}-result.json"
         opened.page.reload()
         opened.page.wait_for_selector(".example")
-        assert opened.page.locator(".chart figcaption span").all_inner_texts() == ["Loss", "Loss on development records"]
+        titles = ["Loss", "Tokens/s", "Power", "Memory", "Loss on development records"]
+        assert opened.page.locator(".chart figcaption span").all_inner_texts() == titles
         assert opened.complaints == []
 
 
@@ -597,7 +601,7 @@ def test_nothing_is_cut_and_everything_is_legible(browser: Any, coordinator: Coo
     """From 390 to 1440 pixels no page scrolls sideways, nothing stands out of what holds it, and small text has a contrast of 4.5."""
     job = _running(coordinator, dataset)
     _progress(coordinator, job, 3, loss=0.5)
-    _end(coordinator, job, _report())
+    _end(coordinator, job, _report(), accepted=False)
     other = _running(coordinator, dataset)
     _end(coordinator, other, None, "failed", reason="oom_predicted", text="x" * 1000)
     with Opened(browser, coordinator, color_scheme=scheme) as opened:

@@ -36,7 +36,7 @@ from msgspec import Meta
 
 from edge_agent.config import Api, Name
 from edge_agent.coordinator.access import ANYONE, Caller, Identify, NewToken, Scope, allow, local
-from edge_agent.coordinator.audience import Happening
+from edge_agent.coordinator.audience import Happening, ProgressPoint
 from edge_agent.coordinator.client import PROBLEM, SOCKET, VERSION, Problem
 from edge_agent.coordinator.limits import Limits, network
 from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
@@ -273,6 +273,13 @@ def history(state: State, job_id: FromPath[str]) -> list[HistoryRow]:
     return service.call(lambda: service.history(job_id))
 
 
+@get("/jobs/{job_id:str}/progress", scope="read", sync_to_thread=True)
+def progress(state: State, job_id: FromPath[str]) -> list[ProgressPoint]:
+    """What was told of a job's progress since the coordinator's start, thinned, the oldest first."""
+    service: Service = state.service
+    return service.call(lambda: service.progress_of(job_id))
+
+
 @post("/jobs/{job_id:str}/cancel", scope="submit", status_code=200, sync_to_thread=True)
 def cancel(state: State, job_id: FromPath[str]) -> JobView:
     """Ask for the end of a job."""
@@ -397,7 +404,7 @@ def revoke_token(state: State, name: FromPath[str]) -> Token:
 
 
 ROUTES = [
-    me, nodes, drain, resume, jobs, submit, job, history, cancel, retry, forget, job_events, events, artifact,
+    me, nodes, drain, resume, jobs, submit, job, history, progress, cancel, retry, forget, job_events, events, artifact,
     datasets, upload, dataset, remove_dataset, audit, tokens, new_token, revoke_token,
 ]  # fmt: skip
 """All that can be asked, but for the metrics, which Prometheus looks for elsewhere. Each says what scope that takes."""

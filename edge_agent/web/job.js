@@ -9,13 +9,10 @@ import { accuracySection, costSection, developmentChart, examplesSection, lossPo
 import { bytes, moment, rate, reading, seconds } from "./units.js";
 
 const MOST_SAMPLES = 2000;
-// What was heard of jobs in this tab, by their ids: the coordinator keeps only the last progress of one.
-const heard = new Map();
 
 export function jobPage(place, session, { parts: [id] }) {
   const state = { job: null, progress: null, history: [], result: null, problem: null };
-  const samples = heard.get(id) ?? [];
-  heard.set(id, samples);
+  const samples = [];
   const title = h("h1", {}, "Job ", h("span", { class: "id" }, visible(id))),
     told = h("p", { class: "told", role: "alert" }),
     slots = Object.fromEntries(
@@ -55,7 +52,7 @@ export function jobPage(place, session, { parts: [id] }) {
       const { finished, event } = progress;
       fill(slots.stages, stagesSection(finished, job.order.job.budget_bytes, open ? (event.stage ?? null) : null));
     }
-    if (curves.set(samples, result, job) && !slots.curves.firstChild) slots.curves.append(curves.element);
+    if (curves.set(samples, state) && !slots.curves.firstChild) slots.curves.append(curves.element);
   });
 
   async function lookUp() {
@@ -90,6 +87,13 @@ export function jobPage(place, session, { parts: [id] }) {
       drawAll();
     },
   );
+  read(`/jobs/${encodeURIComponent(id)}/progress`).then(
+    (earlier) => {
+      samples.unshift(...earlier.filter(({ time }) => !samples.length || time < samples[0].time));
+      drawNow();
+    },
+    () => {}, // the stream says what is wrong
+  );
   drawAll();
   return stop;
 }
@@ -98,19 +102,17 @@ function fill(slot, content) {
   slot.replaceChildren(...(content === null ? [] : [content].flat()));
 }
 
-// Keeps what a progress says of this moment, thinned where it becomes much.
+// Keeps what a progress says of this moment, in the form in which the coordinator tells of earlier ones, thinned where it becomes much.
 function keep(samples, { event, resources }) {
   if (samples.length && samples.at(-1).time >= event.time) return;
   samples.push({
     time: event.time,
     stage: event.stage ?? null,
     done: event.done ?? null,
-    total: event.total ?? null,
     loss: event.loss ?? null,
-    rate: event.tokens_per_s ?? null,
-    memory: event.memory_bytes ?? resources.trainer_bytes,
-    power: resources.power_w.value,
-    why: resources.power_w.reason,
+    tokens_per_s: event.tokens_per_s ?? null,
+    memory_bytes: event.memory_bytes ?? resources.trainer_bytes,
+    power_w: resources.power_w.value,
   });
   if (samples.length > MOST_SAMPLES) for (let n = samples.length - 2; n > 0; n -= 2) samples.splice(n, 1);
 }
@@ -263,7 +265,7 @@ function remaining(samples, stage, done, total) {
   return last.done > first.done ? ((total - last.done) * (last.time - first.time)) / (last.done - first.done) : null;
 }
 
-// Loss over updates; tokens per second, power and memory over time, from what was heard in this tab.
+// Loss over updates; tokens per second, power and memory over time.
 function makeCurves() {
   const time = { x: "seconds", showX: seconds, zero: true };
   const loss = makeLine({ title: "Loss", x: "updates", showX: (x) => count(Math.round(x)), showY: (y) => number(y) }),
@@ -277,7 +279,7 @@ function makeCurves() {
   return {
     element,
     // Returns whether there is anything to show.
-    set(samples, result, job) {
+    set(samples, { result, job, progress }) {
       const start = samples[0]?.time ?? 0;
       const over = (name, all = samples) =>
         all.filter((sample) => sample[name] !== null).map((sample) => ({ x: sample.time - start, y: sample[name], note: sample.stage }));
@@ -293,17 +295,17 @@ function makeCurves() {
         shown.push(chart.element);
       };
       show(loss, losses);
-      show(speed, over("rate"));
-      show(power, over("power"));
-      show(memory, over("memory"), samples.length ? (job?.order.job.budget_bytes ?? null) : null);
+      show(speed, over("tokens_per_s"));
+      show(power, over("power_w"));
+      show(memory, over("memory_bytes"), samples.length ? (job?.order.job.budget_bytes ?? null) : null);
       development ??= developmentChart(result?.development_losses);
       if (development) shown.push(development);
       if (shown.length !== place.children.length) place.replaceChildren(...shown);
-      const why = samples.length && !over("power").length ? `No power: ${samples.at(-1).why ?? "the node does not tell it"}. ` : "";
+      const reason = progress?.resources.power_w.reason;
       const kept = samples.length
-        ? "Over time: what this tab has heard since it was opened."
-        : "Tokens/s, power and memory over time are shown while a job runs; the report has them by stage.";
-      setText(note, `${written(why)}${kept}`);
+        ? "Over time: what the node has told since the coordinator's start."
+        : "Over time nothing is known any more; the report has it by stage.";
+      setText(note, `${reason ? `No power: ${written(reason)}. ` : ""}${kept}`);
       return shown.length > 0;
     },
   };
