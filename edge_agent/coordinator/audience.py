@@ -1,4 +1,4 @@
-"""Who looks at a job or at the whole fleet: their ears, the nodes' leave to tell progress faster while somebody looks, and what was told before."""
+"""Who looks at a job or at the whole fleet: their ears, nodes' leave to tell progress faster meanwhile, and what was told before."""
 
 from __future__ import annotations
 
