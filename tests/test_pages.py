@@ -193,8 +193,7 @@ def test_who_has_a_token_gets_in(browser: Any, coordinator: Coordinator) -> None
 
 
 def test_fleet_is_shown_as_it_happens(browser: Any, coordinator: Coordinator) -> None:
-    """Every node with its state, device and resources; what a node says is there without a reload; a lost connection is said, and what
-    was missed meanwhile is caught up with."""
+    """Every node with its state, device and resources; what a node says is there without a reload; some of them can be found."""
     with Opened(browser, coordinator) as opened:
         row = f"tr:has(a[href='#/nodes/{NODE}'])"
         opened.page.wait_for_selector(row)
@@ -219,6 +218,28 @@ def test_fleet_is_shown_as_it_happens(browser: Any, coordinator: Coordinator) ->
         opened.page.click(".chips button:has-text('lost')")
         assert "away" in opened.text("tbody")
         assert opened.page.locator("tbody tr").count() == 1
+        assert opened.complaints == []
+
+
+def test_a_tab_that_nobody_looks_at_holds_no_connection(browser: Any, coordinator: Coordinator) -> None:
+    """It is closed as the tab is hidden; when the tab is looked at again what was missed is there."""
+    hide = """(hidden) => {
+        Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });
+        document.dispatchEvent(new Event('visibilitychange'));
+    }"""
+    audience = coordinator.service._audience
+    wait_for("nobody listens", lambda: audience.size == 0)
+    with Opened(browser, coordinator) as opened:
+        opened.page.wait_for_selector("td")
+        wait_for("the page listens", lambda: audience.size == 1)
+        opened.page.evaluate(hide, True)
+        wait_for("nobody listens", lambda: audience.size == 0)
+        coordinator.beat(NODE, queue=9)
+        opened.page.evaluate(hide, False)
+        opened.wait(f"document.querySelector(\"tr:has(a[href='#/nodes/{NODE}'])\").innerText.includes('9')")
+        opened.go("#/new")
+        wait_for("nobody listens", lambda: audience.size == 0)
+        coordinator.beat(NODE)
         assert opened.complaints == []
 
 
@@ -544,8 +565,8 @@ def test_jobs_are_compared(browser: Any, coordinator: Coordinator, dataset: str)
 
 
 def test_a_person_trains_a_model(browser: Any, tmp_path: Path) -> None:
-    """The real stack, from the browser: a job is submitted, its curves are watched, its adapter is downloaded; another one is canceled
-    while it trains."""
+    """The real stack, from the browser: a job is submitted, its curves are watched, its adapter is downloaded; the coordinator goes and
+    comes again; another job is canceled while it trains."""
     port = free_port()
     with Fleet(coordinator=f"[api]\nport = {port}\n") as fleet:
         made = fleet.client.new_token("person", "submit", None)
@@ -577,6 +598,16 @@ def test_a_person_trains_a_model(browser: Any, tmp_path: Path) -> None:
             with page.expect_download() as download:
                 page.click("button:has-text('adapter_model.safetensors')")
             assert Path(download.value.path()).read_bytes() == fleet.adapter(job)
+            opened.go("#/")
+            opened.wait("document.querySelector('.standing.live')")
+            fleet.stop("coordinator")
+            opened.wait("document.querySelector('.standing.broken')")
+            fleet.start_coordinator()
+            opened.wait("document.querySelector('.standing.live')", DEADLINE_S)
+            opened.wait(f"document.querySelector(\"a[href='#/nodes/{NODE}']\")")
+            assert {text for text in opened.complaints if "ERR_" not in text} == set()
+            opened.complaints.clear()
+            opened.go(f"#/jobs/{job}")
             page.click("text=Rerun with changes")
             page.wait_for_selector(".found .facts >> nth=1")
             _field(opened, "Updates").fill("500")

@@ -1,6 +1,6 @@
 // The coordinator's pages: who reads them, which one is open, what stands around it.
 
-import { ask, read, token } from "./api.js";
+import { read, token } from "./api.js";
 import { comparePage } from "./compare.js";
 import { h, setText, visible } from "./dom.js";
 import { jobPage } from "./job.js";
@@ -188,5 +188,3 @@ else
     },
     (error) => signIn(error.status === 401 ? "" : error.message),
   );
-
-globalThis.edgeAgent = { ask, session: () => session };

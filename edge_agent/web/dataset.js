@@ -19,7 +19,7 @@ export function makeDataset({ label, none = null, changed }) {
     file = h("input", {
       type: "file",
       "aria-label": `${label}: a file`,
-      accept: ".jsonl,.json,.gz,.parquet,.csv",
+      accept: ".jsonl,.json",
       onchange: () => upload(file.files[0]),
     }),
     told = h("p", { class: "hint", role: "status" }),
