@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from edge_agent.errors import DatasetChecksum, DatasetEmpty, DatasetSchema
+from edge_agent.errors import DatasetChecksum, DatasetEmpty, DatasetSchema, DatasetTooLarge, human_bytes
 from edge_agent.json_items import json_items
 
 MAX_CHARACTERS = 2**18
@@ -59,6 +60,12 @@ class Record(_Texts, frozen=True):
     def reference(self) -> str | None:
         """What an answer to the question is measured against: the standard answer, else an output that is not judged wrong."""
         return self.answer or (self.output if self.judgment is None else None)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes as an object; a text with one character beyond its script may take four bytes for each of them."""
+        texts = (self.question, self.answer, self.output, self.judgment, self.id, self.instruction)
+        return sys.getsizeof(self) + sum(sys.getsizeof(text) for text in texts if text is not None)
 
 
 def is_correct(record: Record, verifier: Verify | None) -> bool:
@@ -154,13 +161,20 @@ class Row(NamedTuple):
     problem: str = ""
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read a dataset strictly. Raises DatasetSchema with the first wrong line, DatasetEmpty or DatasetTooLarge."""
-    records = []
+def read_records(path: Path, room_bytes: int | None = None) -> list[Record]:
+    """Read a dataset strictly. Raises DatasetSchema with the first wrong line, DatasetEmpty or DatasetTooLarge.
+
+    Without `room_bytes` the records may take as much memory as they like.
+    """
+    records, taken_bytes = [], 0
     for row in read_rows(path):
         if row.record is None:
             raise DatasetSchema(path.name, row.where, row.problem)
         records.append(row.record)
+        taken_bytes += row.record.memory_bytes
+        if room_bytes is not None and taken_bytes > room_bytes:
+            limit = f"{human_bytes(room_bytes)} of memory that the budget leaves for it"
+            raise DatasetTooLarge(path.name, f"the text up to {row.where}", limit)
     if not records:
         raise DatasetEmpty(path.name)
     return records

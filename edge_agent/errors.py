@@ -245,8 +245,10 @@ class OutOfMemory(EdgeAgentError):
 
     def __init__(self, stage: str, detail: str) -> None:
         super().__init__(
-            f"out of memory in stage {stage} ({detail}); run it again with more free memory: jobs and builds go on where they were"
+            f"out of memory in stage {stage} ({detail}); start it anew with a larger budget, or run it again where others held the memory "
+            "and more is free now: jobs and builds go on where they were"
         )
+        self.detail = detail
 
 
 class DiskFull(EdgeAgentError):

@@ -36,6 +36,8 @@ MADE = (
     "misses.jsonl", "trace.json", "memory_snapshot.pickle",
 )  # fmt: skip
 """Files of a run, which belong to one job and model."""
+PARTS = ("checkpoint.safetensors", "scores.safetensors", "products.bin", "rescored.bin")
+"""Of these, those that only an unfinished run needs."""
 
 
 class JobDirectory:
@@ -86,15 +88,15 @@ class JobDirectory:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise JobSchema(str(file), str(error)) from None
 
-    def read_dataset(self, job: Job) -> tuple[list[Record], list[Record] | None]:
-        """Return (records, evaluation records or None), their digests checked against the job."""
+    def read_dataset(self, job: Job, room_bytes: int | None = None) -> tuple[list[Record], list[Record] | None]:
+        """Return (records, evaluation records or None), their digests checked against the job; each may take `room_bytes` of memory."""
         file = self.path / "dataset.jsonl"
         check_sha256(file, job.dataset.sha256)
         if job.dataset.evaluation_sha256 is None:
-            return read_records(file), None
+            return read_records(file, room_bytes), None
         evaluation = self.path / "evaluation.jsonl"
         check_sha256(evaluation, job.dataset.evaluation_sha256)
-        return read_records(file), read_records(evaluation)
+        return read_records(file, room_bytes), read_records(evaluation, room_bytes)
 
     @property
     def begun(self) -> bool:
@@ -165,9 +167,15 @@ class JobDirectory:
         file = self.adapter / "adapter_model.safetensors"
         return file.is_file() and file_sha256(file) == sha256
 
+    @property
+    def made_bytes(self) -> int:
+        """What an earlier run has left on disk."""
+        there = [self.path / name for name in (*MADE, *PARTS)] + [*self.adapter.glob("*")]
+        return sum(file.stat().st_size for file in there if file.is_file())
+
     def forget_parts(self) -> None:
         """Remove what only an unfinished run needs, and the leftovers of writes that were cut off."""
-        for name in ("checkpoint.safetensors", "scores.safetensors", "products.bin", "rescored.bin"):
+        for name in PARTS:
             (self.path / name).unlink(missing_ok=True)
         for part in self.path.glob(".*.part"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()

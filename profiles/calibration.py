@@ -20,7 +20,11 @@ Known = dict[str, dict[str, list[int]]]
 log = logging.getLogger(__name__)
 
 KEPT = 16
-"""Jobs that are remembered; their median decides, so that one odd job does not."""
+"""Jobs that are remembered; their median is what is planned."""
+ODD = 1.125
+"""A job that took more than the median by this factor says nothing of the others."""
+LEAST_SPREAD_BYTES = 4 * 2**20
+"""Between runs that are alike; a few of them may not have shown it."""
 WIDEST = 4
 """A calibration is never further from the declared overhead than by this factor."""
 
@@ -35,7 +39,8 @@ def calibrated(device: DeviceProfile, file: Path | None = None) -> DeviceProfile
     """Return the profile with what finished jobs on it have shown, or as it is declared where there are none."""
     known = _read(file or calibration_file()).get(device.title, {})
     learned_bytes = {stage: _bounded(device, int(median(found))) for stage, found in known.items() if found}
-    return msgspec.structs.replace(device, learned_bytes=learned_bytes)
+    spread_bytes = max((max(LEAST_SPREAD_BYTES, _spread(found)) for found in known.values() if found), default=0)
+    return msgspec.structs.replace(device, learned_bytes=learned_bytes, spread_bytes=spread_bytes)
 
 
 def learn(device: DeviceProfile, beyond_bytes: Mapping[str, int], file: Path | None = None) -> None:
@@ -52,6 +57,12 @@ def learn(device: DeviceProfile, beyond_bytes: Mapping[str, int], file: Path | N
         part.replace(place)
     except OSError as error:
         log.warning("calibration_unwritten file=%s error=%s", place, error)
+
+
+def _spread(found: list[int]) -> int:
+    """Return by how much a job has taken more than the median."""
+    middle = median(found)
+    return int(max(size for size in found if size <= ODD * middle) - middle)
 
 
 def _bounded(device: DeviceProfile, beyond_bytes: int) -> int:

@@ -17,6 +17,8 @@ from profiles.host import HERE, Machine, available_bytes
 
 MEMORY_TOLERANCE = 0.1
 """A GPU whose memory differs by more from that of a profile of its name is another variant of it."""
+FILE_PAGES_BYTES = 8 * 2**20
+"""Of a budget, for pages of files, programs among them, which come without an allocation that could be refused."""
 GENERIC = ("jetson", "cuda", "cpu")
 """Profiles of any device of a kind, in the order in which they are tried."""
 
@@ -35,6 +37,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Memory of a trainer that has loaded no model yet."""
     learned_bytes: dict[str, int] = {}
     """Of stages, what they took beyond all that can be counted, as finished jobs have shown (profiles/calibration.py); empty in files."""
+    spread_bytes: int = 0
+    """By how much jobs have taken more than that; 0 in files."""
     reserve_bytes: int
     """Memory that admission leaves to others."""
     bandwidth_bytes_per_s: int | None = None
@@ -50,6 +54,16 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def torch_device(self) -> Literal["cpu", "cuda"]:
         """The device as PyTorch, jobs and messages name it."""
         return "cpu" if self.kind == "cpu" else "cuda"
+
+    @property
+    def file_pages_bytes(self) -> int:
+        """What the cap on a processor leaves for pages of files (profiles/memory.py)."""
+        return FILE_PAGES_BYTES if self.kind == "cpu" else 0
+
+    @property
+    def spare_bytes(self) -> int:
+        """Of a budget, what no stage is to be planned with."""
+        return self.file_pages_bytes + self.spread_bytes
 
     @property
     def activation_bytes(self) -> int:

@@ -20,7 +20,6 @@ MOST_FILLINGS = 2**14
 """Far more than a heap has holes of that size; malloc would extend the heap for ever where it may map no more."""
 KEPT_BELOW_BYTES = 32 * 2**20
 """Blocks that stay with a process that keeps what it frees; the C library allows no more."""
-FILE_PAGES_BYTES = 8 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _tuned = [(128 * 2**10, 128 * 2**10)]
 """The thresholds of malloc as they are now, glibc's own at first: it does not tell them."""
@@ -102,21 +101,20 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 class HostCap:
-    """Lets the process allocate until its resident set is at a budget, and no further: then an allocation fails.
+    """Lets the process allocate until its resident set has a size, and no further: then an allocation fails.
 
     The kernel limits what is allocated from now on, touched or not; so threads should be there already, whose stacks are large and empty.
-    What comes beside it until `renew` is called again: pages of files, programs among them, for which a little is left. It holds in a
-    process with `one_arena`.
+    What comes beside it until `renew` is called again: pages of files, programs among them. It holds in a process with `one_arena`.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes - FILE_PAGES_BYTES
+    def __init__(self, resident_bytes: int) -> None:
+        self._resident_bytes = resident_bytes
         self._before = resource.getrlimit(resource.RLIMIT_DATA)
 
     def renew(self) -> None:
-        """Look again at what is left of the budget."""
+        """Look again at what is left."""
         taken = _status_bytes("VmRSS") + _heap_holes_bytes()
-        limit = _status_bytes("VmData") + max(0, self._budget_bytes - taken)
+        limit = _status_bytes("VmData") + max(0, self._resident_bytes - taken)
         hard = self._before[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 

@@ -15,7 +15,7 @@ from edge_agent.job import Job, ReftOptions
 from profiles.device import DeviceProfile
 from quantization.ladder import Layout, Rows, Rung, ladder
 from quantization.plan import Plan, StagePlan, Stages, make_plan
-from quantization.shape import Shape, adapter_elements
+from quantization.shape import Shape, adapter_elements, adapter_matrices
 
 NF4_BYTES = 4.127 / 8
 """Bytes of one weight in NF4 with double quantisation, scales included."""
@@ -23,6 +23,8 @@ SCALES_BYTES = 4 / 64
 """Bytes of a weight's scale in 32 bits while it is quantised."""
 ADAM_8BIT_BYTES = 1 + 4 / 256
 """Bytes of one moment in 8 bits with the scale of its block."""
+LEAST_8BIT = 4096
+"""Elements of the smallest matrix whose moments have 8 bits (bitsandbytes' default)."""
 LAYER_OBJECTS_BYTES, ADAPTER_OBJECTS_BYTES, PASS_OBJECTS_BYTES = 340 * 2**10, 150 * 2**10, 200 * 2**10
 """What Python's objects and the smallest blocks take on the host, of a layer, of its adapter, and of what is kept of it for the backward
 pass: measured with 4, 12 and 30 layers."""
@@ -56,6 +58,8 @@ class Lengths:
     """Tokens that all prompts of `generate` begin with."""
     held: int = 0
     """Tokens of all samples, in every context, with their answers."""
+    text_bytes: int = 0
+    """Memory of the records."""
 
     def shortened(self, share: float) -> Lengths:
         """Return the lengths of records that have a share of these tokens; as much is generated after them."""
@@ -75,6 +79,7 @@ class Lengths:
             pair(self.judge),
             int(self.asked * share),
             int(self.held * share),
+            int(self.text_bytes * share),
         )
 
 
@@ -87,14 +92,15 @@ def model_bytes(shape: Shape, device: DeviceProfile, rung: Rung) -> int:
     return int(shape.linear_elements * NF4_BYTES + other + held * table * (NF4_BYTES if rung.quantized_head else stored))
 
 
-def with_overhead(stages: Iterable[StagePlan], shape: Shape, device: DeviceProfile, held_tokens: int) -> tuple[StagePlan, ...]:
+def with_overhead(stages: Iterable[StagePlan], shape: Shape, device: DeviceProfile, lengths: Lengths) -> tuple[StagePlan, ...]:
     """Return stages with the margin, and with what they hold beside all tensors in the memory that the budget limits."""
 
     def objects_bytes(stage: str) -> int:
         if device.kind == "discrete":
             return 0
-        adapter, samples = (ADAPTER_OBJECTS_BYTES, held_tokens * TOKEN_BYTES) if stage in ADAPTED else (0, 0)
-        return shape.layers * (LAYER_OBJECTS_BYTES + adapter + (PASS_OBJECTS_BYTES if stage == "train" else 0)) + samples
+        adapter, samples = (ADAPTER_OBJECTS_BYTES, lengths.held * TOKEN_BYTES) if stage in ADAPTED else (0, 0)
+        layer = LAYER_OBJECTS_BYTES + adapter + (PASS_OBJECTS_BYTES if stage == "train" else 0)
+        return shape.layers * layer + samples + lengths.text_bytes
 
     def planned(s: StagePlan) -> StagePlan:
         beyond_bytes = device.beyond_bytes(s.stage)
@@ -119,8 +125,9 @@ def load_bytes(shape: Shape, device: DeviceProfile, rung: Rung, base_bytes: int)
 
 
 def moments_bytes(shape: Shape, job: Job, rung: Rung) -> int:
-    """Return the bytes of the optimizer's two moments."""
-    return int(adapter_elements(shape, job.lora) * 2 * (ADAM_8BIT_BYTES if rung.adam_8bit else 4))
+    """Return the bytes of the optimizer's two moments, which of small matrices have 32 bits in any case."""
+    elements = adapter_matrices(shape, job.lora)
+    return int(sum(n * 2 * (ADAM_8BIT_BYTES if rung.adam_8bit and n >= LEAST_8BIT else 4) for n in elements))
 
 
 def reft_bytes(shape: Shape, job: Job) -> int:
@@ -185,9 +192,7 @@ def estimate(
         *([("train", trained, during, "sample")] if isinstance(job.method, ReftOptions) else []),
         ("save", base + adapter + after, 2 * adapter if on_device else 0, ""),
     )
-    return with_overhead(
-        (StagePlan(name, int(held), int(passing), phase) for name, held, passing, phase in found), shape, device, lengths.held
-    )
+    return with_overhead((StagePlan(name, int(held), int(passing), phase) for name, held, passing, phase in found), shape, device, lengths)
 
 
 def estimates(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout) -> Callable[[float], Stages]:
@@ -203,7 +208,9 @@ def estimates(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, l
 def make_estimate(shape: Shape, job: Job, lengths: Lengths, device: DeviceProfile, layout: Layout = "shared") -> Plan:
     """Return the plan in closed form, on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
     rungs = ladder(job, shape, lengths.train, device, layout)
-    return make_plan(job, rungs, layout, estimates(shape, job, lengths, device, layout), lengths.score.longest)
+    return make_plan(
+        job, rungs, layout, estimates(shape, job, lengths, device, layout), lengths.score.longest, spare_bytes=device.spare_bytes
+    )
 
 
 def _layer_bytes(shape: Shape, act: int) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -27,16 +30,28 @@ from quantization.vocabulary import find_vocabulary
 log = logging.getLogger(__name__)
 
 HEAD_PROBLEM = "it does more with its logits than the training loss knows: a factor, and a bound by a hyperbolic tangent"
-BROKEN = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
-"""What transformers raises on files that it cannot read."""
+BROKEN = (
+    ValueError, OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers and PyTorch raise on files that they cannot read, and on sizes that do not go together."""
+
+
+@contextmanager
+def explained(files: ModelFiles, problem: str) -> Iterator[None]:
+    """Raise ModelUnsupported for what libraries raise on a model that they cannot use; a lack of memory stays one."""
+    try:
+        yield
+    except BROKEN as error:
+        if lacks_memory(error):
+            raise
+        raise ModelUnsupported(files.name, f"{problem}: {_brief(error)}") from error
 
 
 def load_tokenizer(files: ModelFiles) -> Any:
     """Return the tokenizer, with a padding token. Raises ModelUnsupported."""
-    try:
+    with explained(files, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
-    except BROKEN as error:
-        raise ModelUnsupported(files.name, f"its tokenizer cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelUnsupported(files.name, "its tokenizer has no end-of-sequence token, so an answer could not end")
     if tokenizer.pad_token_id is None:
@@ -56,13 +71,8 @@ def load_model(
     ModelUnsupported.
     """
     transformers_logging.disable_progress_bar()
-    try:
-        with without_holes():
-            model = _load(files, device, quantized_head, embedding_on_host, cache)
-    except BROKEN as error:
-        if lacks_memory(error):
-            raise
-        raise ModelUnsupported(files.name, f"it cannot be loaded: {_first_line(error)}") from error
+    with explained(files, "it cannot be loaded"), without_holes():
+        model = _load(files, device, quantized_head, embedding_on_host, cache)
     model.requires_grad_(False)
     _check_quantised(files, model)
     model.eval()
@@ -187,10 +197,10 @@ def read_trees(model: Any) -> None:
     except BROKEN as error:
         if lacks_memory(error):
             raise
-        why = _first_line(error)
+        why = _brief(error)
     model.set_attn_implementation(own)
     log.warning("trees_not_read model=%s why=%r", model.name_or_path, why)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

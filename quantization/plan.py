@@ -151,18 +151,21 @@ def plan_on(rung: Rung, batch: int, budget_bytes: int, layout: Layout, stages: S
     )  # fmt: skip
 
 
-def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, guess: Stages, missed: Missed = NONE_MISSED) -> Plan | None:
+def choose(
+    job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, guess: Stages, missed: Missed = NONE_MISSED, spare_bytes: int = 0
+) -> Plan | None:
     """Return the plan of the first rung that fits, with the most questions at once that fit on it; None where none fits.
 
     A generation that does not fit gets a smaller batch of its own, and never changes the training. What `guess` finds far over the budget
-    is not looked at.
+    is not looked at. `spare_bytes` of the budget are left to what is not planned.
     """
+    room_bytes = job.budget_bytes - spare_bytes
     for rung in rungs:
         for batch in generate_batches(job):
-            over = _over(guess(rung, batch), job.budget_bytes, tolerance=GUESS_TOLERANCE)
+            over = _over(guess(rung, batch), room_bytes, tolerance=GUESS_TOLERANCE)
             if not over:
                 plan = plan_on(rung, batch, job.budget_bytes, layout, stages)
-                over = _over(plan.stages, job.budget_bytes, missed)
+                over = _over(plan.stages, room_bytes, missed)
                 if not over:
                     return plan
             if not all(stage.generates for stage in over):
@@ -170,12 +173,12 @@ def choose(job: Job, rungs: Sequence[Rung], layout: Layout, stages: Stages, gues
     return None
 
 
-def _over(stages: Sequence[StagePlan], budget_bytes: int, missed: Missed = NONE_MISSED, tolerance: float = 1.0) -> list[StagePlan]:
+def _over(stages: Sequence[StagePlan], room_bytes: int, missed: Missed = NONE_MISSED, tolerance: float = 1.0) -> list[StagePlan]:
     """Return the stages, and phases of them, that do not fit; what can be counted of them may pass its room by a factor."""
 
     def is_over(s: StagePlan) -> bool:
-        counted_bytes, room_bytes = s.peak_bytes - s.beyond_bytes, budget_bytes - s.beyond_bytes
-        return counted_bytes > tolerance * room_bytes or s.peak_bytes >= missed.get(s.stage, math.inf)
+        counted_bytes, left_bytes = s.peak_bytes - s.beyond_bytes, room_bytes - s.beyond_bytes
+        return counted_bytes > tolerance * left_bytes or s.peak_bytes >= missed.get(s.stage, math.inf)
 
     return [s for s in stages if is_over(s)]
 
@@ -187,15 +190,15 @@ def smallest(rungs: Sequence[Rung], guess: Stages) -> Rung:
 
 def make_plan(
     job: Job, rungs: Sequence[Rung], layout: Layout, guess_of: Callable[[float], Stages], longest_tokens: int, stages: Stages | None = None,
-    missed: Missed = NONE_MISSED,
+    missed: Missed = NONE_MISSED, spare_bytes: int = 0,
 ) -> Plan:  # fmt: skip
     """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work.
 
     `guess_of` gives the bytes in closed form for records of a share of their tokens, the longest of which has `longest_tokens`; `stages`
-    the exact ones for all tokens, where they are known.
+    the exact ones for all tokens, where they are known. `spare_bytes` of the budget are left to what is not planned.
     """
     guess = guess_of(1.0)
-    made = choose(job, rungs, layout, stages or guess, guess, missed)
+    made = choose(job, rungs, layout, stages or guess, guess, missed, spare_bytes)
     if made is not None:
         return made
     rung = smallest(rungs, guess)
@@ -205,6 +208,6 @@ def make_plan(
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
         shorter = plan_on(rung, 1, job.budget_bytes, layout, guess_of(middle))
-        fits = shorter.peak_bytes * least.peak_bytes / guessed.peak_bytes <= job.budget_bytes
+        fits = shorter.peak_bytes * least.peak_bytes / guessed.peak_bytes <= job.budget_bytes - spare_bytes
         low, high = (middle, high) if fits else (low, middle)
-    raise DoesNotFit(least.peak_bytes, job.budget_bytes, least.binding.stage, int(low * longest_tokens))
+    raise DoesNotFit(least.peak_bytes + spare_bytes, job.budget_bytes, least.binding.stage, int(low * longest_tokens))

@@ -83,10 +83,16 @@ def read_shape(files: ModelFiles) -> Shape:
     )
 
 
+def adapter_matrices(shape: Shape, lora: Lora) -> Iterator[int]:
+    """Yield the number of elements of each trained matrix."""
+    for t in shape.linear:
+        if lora.targets == "all" or any(name in t.name for name in MLP):
+            yield from (lora.rank * side for side in t.shape)
+
+
 def adapter_elements(shape: Shape, lora: Lora) -> int:
     """Return the number of trained parameters."""
-    chosen = [t for t in shape.linear if lora.targets == "all" or any(name in t.name for name in MLP)]
-    return sum(lora.rank * (t.shape[0] + t.shape[1]) for t in chosen)
+    return sum(adapter_matrices(shape, lora))
 
 
 class _Sizes:

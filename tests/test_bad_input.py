@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import DEADLINE_S, Cli, write_domain
 
+from edge_agent.dataset import read_records
+from edge_agent.errors import DatasetTooLarge
 from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
+from edge_agent.training import prepare
 
 QUICK = ("--questions", 4, "--set", "schedule.updates=2", "--set", "evaluation.max_new_tokens=16", "--set", "sampling.outputs=1")
 
@@ -28,8 +31,8 @@ def _train(data: Path, out: Path, model: Path | str, budget: str = "1GiB") -> li
     return ["train", "--model", model, "--data", data, "--out", out, "--budget", budget, *QUICK, "--json"]
 
 
-def _refused(cli: Cli, arguments: list[object], code: str, exit_code: int) -> str:
-    ran = cli(*arguments)
+def _refused(cli: Cli, arguments: list[object], code: str, exit_code: int, state: Path | None = None) -> str:
+    ran = cli(*arguments, state=state)
     assert ran.code == exit_code, ran.out + ran.err
     assert ran.json["error"]["code"] == code
     return str(ran.json["error"]["text"])
@@ -104,12 +107,57 @@ def test_a_job_has_its_own_copy_of_its_files(data: Path, tmp_path: Path, tiny_mo
 
 
 def test_the_smallest_budget_that_is_named_works(data: Path, tmp_path: Path, cli: Cli, cold_cli: Cli, tiny_model: Path) -> None:
-    """A refusal names the budget that is enough; with it the job runs and stays below it."""
-    text = _refused(cli, _train(data, tmp_path / "job", tiny_model, "300MiB"), "oom_predicted", 6)
-    enough = text.partition("at least ")[2].partition(",")[0]
-    ran = cold_cli(*_train(data, tmp_path / "job", tiny_model, enough))
-    assert ran.code == 0, ran.out + ran.err
-    assert ran.json["peak_bytes"] <= ran.json["budget_bytes"]
+    """A refusal names the budget that is enough; with it the job runs and stays below it. So it is with what a job has taught."""
+    enough, state = list[str](), tmp_path / "state"
+    state.mkdir()
+    for name in ("untaught", "taught"):
+        text = _refused(cli, _train(data, tmp_path / name, tiny_model, "300MiB"), "oom_predicted", 6, state=state)
+        enough.append(text.partition("at least ")[2].partition(",")[0])
+        ran = cold_cli(*_train(data, tmp_path / name, tiny_model, enough[-1]), state=state)
+        assert ran.code == 0, ran.out + ran.err
+        assert ran.json["misses"] == []
+        assert ran.json["peak_bytes"] <= ran.json["budget_bytes"]
+    assert enough[0] != enough[1]
+
+
+def test_records_take_no_more_memory_than_the_budget_has(
+    data: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a large file are refused while they are read: a text that holds one wide character takes four bytes for each of its own."""
+    wide = _append(tmp_path / "wide.jsonl", *(b'{"question": "' + "😀".encode() + b"x" * 1000 + b'", "answer": "1"}' for _ in range(100)))
+    assert len(read_records(wide, 500_000)) == 100
+    with pytest.raises(DatasetTooLarge, match=r"the text up to line 94 is over the limit of .* of memory that the budget leaves"):
+        read_records(wide, 400_000)
+    monkeypatch.setattr(prepare, "LEAST_ROOM_BYTES", 400_000)
+    job = build_job(str(tiny_model), data, wide, {"budget_bytes": 2**20}, [])
+    directory = JobDirectory(tmp_path / "job")
+    directory.create(job, data, wide)
+    with pytest.raises(DatasetTooLarge, match=r"evaluation\.jsonl"):
+        prepare.prepare(directory, job)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 7},
+        {"hidden_size": "192"},
+        {"num_key_value_heads": 0},
+        {"hidden_act": "nope"},
+        {"rope_parameters": {"rope_type": "zzz"}},
+        {"model_type": 5},
+        {"pad_token_id": 99_999_999},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_configuration_that_no_model_has_is_named(
+    fields: dict[str, object], data: Path, tmp_path: Path, tiny_model: Path, cli: Cli
+) -> None:
+    """Wrong types, names that do not exist, and sizes that do not go together: refused before anything is loaded."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | fields))
+    assert "raceback" not in _refused(cli, ["plan", "--model", model, "--data", data, "--budget", "1GiB", "--json"], "model_unsupported", 5)
 
 
 def test_a_job_document_is_strict(data: Path, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:

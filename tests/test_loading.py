@@ -241,14 +241,14 @@ def test_loading_takes_little_more_than_the_model_it_leaves(tiny_model: Path, tm
 CAPPED = """
 import sys
 import traceback
-from profiles.memory import FILE_PAGES_BYTES, HostCap, HostMemory, fix_malloc, lacks_memory
+from profiles.memory import HostCap, HostMemory, fix_malloc, lacks_memory
 fix_malloc()
 from quantization.load import load_model
 from quantization.model_files import find_model
 from profiles.device import device_profile
 tiny, model, room_bytes = sys.argv[1:]
 load_model(find_model(tiny), device_profile("cpu"))
-cap = HostCap(HostMemory().current_bytes() + FILE_PAGES_BYTES + int(room_bytes))
+cap = HostCap(HostMemory().current_bytes() + int(room_bytes))
 cap.renew()
 try:
     load_model(find_model(model), device_profile("cpu"))

@@ -60,6 +60,18 @@ def test_killed_run_ends_in_the_same_adapter(references: Any, tiny: Tiny, tmp_pa
     assert Counter(s.epoch for of_sample in scored for s in of_sample) == {"live": {1: 3, 2: 2}, "epoch": {2: 3}, "once": {}}[references]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_update_over_the_end_of_an_epoch_tells_both(dropout: float, tiny: Tiny, tmp_path: Path) -> None:
+    """A sample that an update holds twice is scored in two epochs: none is missing, and none counts for another."""
+    method, told = Nlft(NlftOptions(references="live")), list[tuple[int, int]]()
+    samples = tiny.samples(method, judged_records(1))
+    training = tiny.training(method, tmp_path, Schedule(batch=2 * len(samples) - 1, epochs=4))
+    listening = replace(training, rescored=lambda scored: told.extend((epoch, sample) for epoch, sample, _ in scored))
+    with tiny.adapted(Lora(rank=4, dropout=dropout)) as model:
+        tiny.train(model, samples, listening)
+    assert Counter(told) == Counter((epoch, sample) for epoch in (1, 2, 3, 4) for sample in range(len(samples)))
+
+
 def _new(directory: Path) -> Path:
     directory.mkdir()
     return directory

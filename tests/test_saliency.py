@@ -41,12 +41,12 @@ def test_inner_products_are_those_of_each_state_with_the_ones_before_it(length: 
 def test_products_are_kept_as_far_as_walks_go_and_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """32 states back at least, further for the job's own walks, within the length of the answer, and none once the room is used up."""
     samples = _samples(10, 100, 200)
-    assert product_spans(samples, NlftOptions()) == {0: 9, 1: 32, 2: 32}
-    assert product_spans(samples, NlftOptions(cluster="like", cluster_max_span=50)) == {0: 9, 1: 50, 2: 50}
-    assert product_spans(samples, NlftOptions(cluster="unlike", cluster_max_span=50)) == {0: 9, 1: 99, 2: 100}
-    assert product_spans(samples, NlftOptions.released()) == {0: 9, 1: 99, 2: 199}
+    assert product_spans(samples, NlftOptions()) == [9, 32, 32]
+    assert product_spans(samples, NlftOptions(cluster="like", cluster_max_span=50)) == [9, 50, 50]
+    assert product_spans(samples, NlftOptions(cluster="unlike", cluster_max_span=50)) == [9, 99, 100]
+    assert product_spans(samples, NlftOptions.released()) == [9, 99, 199]
     monkeypatch.setattr(saliency_scores, "MAX_PRODUCTS_BYTES", 4 * (10 * 10 + 100 * 33))
-    assert product_spans(samples, NlftOptions.released()) == {0: 9, 1: 32}
+    assert product_spans(samples, NlftOptions.released()) == [9, 32]
 
 
 def test_texts_of_tokens_together_are_the_answer(tiny_model: Path) -> None:
@@ -96,16 +96,19 @@ def test_scores_that_are_taken_again_count_once(tmp_path: Path) -> None:
 
 def test_a_slot_is_whole_or_not_there(tmp_path: Path) -> None:
     """In any order, and again; what was never written, or cut off, is not there; only its owner reads the file."""
-    slots = Slots(tmp_path / "file", [("a", 3), ("b", 0), ("c", 2)])
-    assert [slots.read(key) for key in "abc"] == [None, None, None]
-    slots.write("c", b"xy")
-    slots.write("b", b"")
-    assert [slots.read(key) for key in "abc"] == [None, b"", b"xy"]
-    slots.write("a", b"123")
-    slots.write("a", b"456")
-    assert [Slots(tmp_path / "file", [("a", 3), ("b", 0), ("c", 2)]).read(key) for key in "abc"] == [b"456", b"", b"xy"]
-    with pytest.raises(ValueError, match="a: 2 bytes do not fill 3"):
-        slots.write("a", b"12")
+    slots = Slots(tmp_path / "file", [3, 0, 2])
+    assert [slots.read(n) for n in range(3)] == [None, None, None]
+    slots.write(2, b"xy")
+    slots.write(1, b"")
+    assert [slots.read(n) for n in range(3)] == [None, b"", b"xy"]
+    slots.write(0, b"123")
+    slots.write(0, b"456")
+    slots.write(0, b"789", turn=1)
+    again = Slots(tmp_path / "file", [3, 0, 2])
+    assert [again.read(n) for n in range(3)] == [b"456", b"", b"xy"]
+    assert [again.read(n, turn=1) for n in range(3)] == [b"789", None, None]
+    with pytest.raises(ValueError, match="2 bytes do not fill the 3 of slot 0"):
+        slots.write(0, b"12")
     os.truncate(tmp_path / "file", 7)
-    assert slots.read("c") is None
+    assert slots.read(2) is None
     assert (tmp_path / "file").stat().st_mode & 0o077 == 0

@@ -29,7 +29,7 @@ def capped(device: DeviceProfile, budget_bytes: int, reporter: Reporter) -> Iter
         yield
         return
     torch.ones(2**20).exp_()  # starts PyTorch's threads
-    cap = HostCap(budget_bytes)
+    cap = HostCap(budget_bytes - device.file_pages_bytes)
     # There is no model yet while it is planned, and a budget that is too small is to be said in words.
     reporter.look = lambda stage: cap.lift() if stage == "plan" else cap.renew()
     try:
@@ -63,8 +63,8 @@ def persevere(run: Callable[[], T], directory: JobDirectory, reporter: Reporter,
             _wait_for_room(reporter, pressure)
             waited = True
         else:
-            miss = directory.add_miss(reporter.recorder.current_stage, str(lack))
-            reporter.emit("out_of_memory", stage=miss.stage, text=f"{miss.text[:900]}; it was planned with {miss.rung}")
+            miss = directory.add_miss(reporter.recorder.current_stage, lack.detail)
+            reporter.emit("out_of_memory", stage=miss.stage, text=f"{miss.text}; it was planned with {miss.rung}")
 
 
 def _lack(reporter: Reporter, error: Exception) -> OutOfMemory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import takewhile
@@ -38,6 +38,8 @@ from quantization.plan import NONE_MISSED, Missed, Plan, Survey
 from quantization.shape import Shape, adapter_elements, read_shape
 
 SPARE_DISK_BYTES = 16 * 2**20
+LEAST_ROOM_BYTES = 32 * 2**20
+"""For records under a budget that has no room: they are read all the same, because what it lacks is told by the plan of them."""
 NO_TARGETS = "gives the method nothing to train on (no answer or output that it uses)"
 
 
@@ -179,6 +181,7 @@ class Prepared:
             _within(limit, max(0, judge - JUDGMENT_TOKENS), min(judge, JUDGMENT_TOKENS)),
             asked.shared,
             score.tokens,
+            sum(r.memory_bytes for r in (*self.training, *self.development, *self.held_out)),
         )
 
     def _add_unwritten(self, train: _Longest, score: _Longest, tokens: int) -> None:
@@ -245,13 +248,13 @@ class Prepared:
             longest = max(longest, len(prompt_ids(self.tokenizer, request)) + unwritten + JUDGMENT_TOKENS)
         return longest
 
-    def rehearsal(self, padded: bool = False) -> Rehearsal:
-        """Return the dry run of the job; `padded` where the model turned out not to share the beginnings of rows."""
-        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded)
+    def rehearsal(self, padded: bool = False, on_run: Callable[[], None] = lambda: None) -> Rehearsal:
+        """Return the dry runs of the job; `padded` where the model turned out not to share the beginnings of rows."""
+        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded, on_run)
 
-    def plan(self, padded: bool = False, missed: Missed = NONE_MISSED) -> Plan:
-        """Return the plan of the job by a dry run; one that lacked memory before has no room to keep what it frees. Raises DoesNotFit."""
-        made = self.rehearsal(padded).plan(missed)
+    def plan(self, padded: bool = False, missed: Missed = NONE_MISSED, on_run: Callable[[], None] = lambda: None) -> Plan:
+        """Return the plan of the job by dry runs; one that lacked memory before has no room to keep what it frees. Raises DoesNotFit."""
+        made = self.rehearsal(padded, on_run).plan(missed)
         return made if missed else self._with_room(made)
 
     def survey(self) -> Survey:
@@ -263,7 +266,8 @@ class Prepared:
 
     def _with_room(self, made: Plan) -> Plan:
         """Return a plan that keeps what it frees where that is of use, and there is room for it now."""
-        room_bytes = min(made.budget_bytes, free_bytes(self.device) - self.device.reserve_bytes + HostMemory().current_bytes())
+        free = free_bytes(self.device) - self.device.reserve_bytes + HostMemory().current_bytes()
+        room_bytes = min(made.budget_bytes - self.device.spare_bytes, free)
         return replace(made, keeps_freed=self.device.kind == "cpu" and made.roomy_bytes <= room_bytes)
 
 
@@ -276,8 +280,10 @@ def usable_profile(wanted: str) -> DeviceProfile:
 
 
 def prepare(directory: JobDirectory, job: Job) -> Prepared:
-    """Read and check the inputs of a job directory."""
-    return prepare_files(job, *directory.read_dataset(job))
+    """Read and check the inputs of a job directory. Raises DatasetTooLarge where they would take much of the budget."""
+    left_bytes = job.budget_bytes - HostMemory().current_bytes()
+    of_host = detect_profile(job.device).kind != "discrete"
+    return prepare_files(job, *directory.read_dataset(job, max(LEAST_ROOM_BYTES, left_bytes // 4) if of_host else None))
 
 
 def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | None, device: DeviceProfile | None = None) -> Prepared:
@@ -314,7 +320,7 @@ def admit(prepared: Prepared, plan: Plan, directory: JobDirectory, held_bytes: i
         raise NoRoom("device memory", free, needed_bytes)
     # Two checkpoints exist while one replaces the other, then the adapter. A checkpoint has the weights and two moments, with
     # early stopping the best weights, and with ReFT those of the warm-up model.
-    needs = adapter_elements(prepared.shape, prepared.job.lora) * 4 * (2 * 5 + 1) + SPARE_DISK_BYTES
+    needs = adapter_elements(prepared.shape, prepared.job.lora) * 4 * (2 * 5 + 1) + SPARE_DISK_BYTES - directory.made_bytes
     if shutil.disk_usage(directory.path).free < needs:
         raise DiskFull(str(directory.path), needs)
 

@@ -42,6 +42,7 @@ from quantization.estimate import (
     with_overhead,
 )
 from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
+from quantization.load import explained
 from quantization.model_files import ModelFiles
 from quantization.plan import NONE_MISSED, Missed, Plan, RungCost, StagePlan, Survey, make_plan, smallest
 from quantization.shape import Shape, adapter_elements
@@ -64,26 +65,31 @@ class Rehearsal:
     method: Method
     padded: bool = False
     """Rows are padded although the architecture says that it could share their beginnings."""
+    on_run: Callable[[], None] = lambda: None
+    """Called before each of the dry runs, of which there may be dozens; what it raises ends the planning."""
     rows: Layout = field(init=False)
     rungs: list[Rung] = field(init=False)
     _config: Any = field(init=False)
     _known: dict[tuple[object, ...], dict[str, int]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._config = AutoConfig.from_pretrained(self.files.path, trust_remote_code=False, local_files_only=True)
-        self.rows = "shared" if takes_trees(self._config) and not self.padded else "padded"
+        with explained(self.files, "its config.json cannot be used"):
+            self._config = AutoConfig.from_pretrained(self.files.path, trust_remote_code=False, local_files_only=True)
+            self.rows = "shared" if takes_trees(self._config) and not self.padded else "padded"
         self.rungs = ladder(self.job, self.shape, self.lengths.train, self.device, self.rows)
         self._guess_of = estimates(self.shape, self.job, self.lengths, self.device, self.rows)
 
     def plan(self, missed: Missed = NONE_MISSED) -> Plan:
         """Return the plan on the fastest settings that fit. Raises DoesNotFit with the smallest budget that would work."""
-        return make_plan(self.job, self.rungs, self.rows, self._guess_of, self.lengths.score.longest, self.stages, missed)
+        return make_plan(
+            self.job, self.rungs, self.rows, self._guess_of, self.lengths.score.longest, self.stages, missed, self.device.spare_bytes
+        )
 
     def survey(self, made: Plan) -> Survey:
         """Return what else the ladder offers beside a plan."""
         guess, rungs = self._guess_of(1.0), self.rungs
         rung = smallest(rungs, guess)
-        least = max(s.peak_bytes for s in self.stages(rung, 1))
+        least = max(s.peak_bytes for s in self.stages(rung, 1)) + self.device.spare_bytes
         first = relative_time(self.shape, self.lengths.train, rungs[0], self.rows)
         asked = max(s.peak_bytes for s in guess(rungs[0], 1))
         costs = []
@@ -127,7 +133,7 @@ class Rehearsal:
         if isinstance(job.method, ReftOptions):
             during = self._generation(rung, min(batch, job.schedule.batch), lengths.generate, sampled=True)
             found.append(StagePlan("train", trained, during, "sample"))
-        return with_overhead(found, self.shape, self.device, lengths.held)
+        return with_overhead(found, self.shape, self.device, lengths)
 
     def _score(self, rung: Rung) -> dict[str, int]:
         rows = min(2 * rung.micro_batch, len(self.lengths.score.tokens))
@@ -168,19 +174,21 @@ class Rehearsal:
         return self._known[key]
 
     def _count(self, layers: int | None, rung: Rung, work: Callable[[Any, _Watch], None]) -> dict[str, int]:
-        model = ghost_model(
-            self._config, self.device, layers, _stored_type(self.files),
-            quantized_head=rung.quantized_head, embedding_on_host=rung.embedding_on_host,
-        )  # fmt: skip
-        if self.rows == "shared":
-            model.set_attn_implementation(TREE)
-        with torch.device("meta"):
-            model = attach_adapter(model, self.job.lora, 0, self.files.name)
-        may_lose = "judge" in self.method.contexts
-        with counted(model, self.device, may_lose) as live:
-            watch = _Watch(live, model)
-            live.peaks["held"] = live.now_bytes
-            work(model, watch)
+        self.on_run()
+        with explained(self.files, "a pass of what its config.json says fails"):
+            model = ghost_model(
+                self._config, self.device, layers, _stored_type(self.files),
+                quantized_head=rung.quantized_head, embedding_on_host=rung.embedding_on_host,
+            )  # fmt: skip
+            if self.rows == "shared":
+                model.set_attn_implementation(TREE)
+            with torch.device("meta"):
+                model = attach_adapter(model, self.job.lora, 0, self.files.name)
+            may_lose = "judge" in self.method.contexts
+            with counted(model, self.device, may_lose) as live:
+                watch = _Watch(live, model)
+                live.peaks["held"] = live.now_bytes
+                work(model, watch)
         return live.peaks
 
 

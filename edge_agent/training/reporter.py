@@ -72,11 +72,10 @@ class Reporter:
         self.check_stop()
         if self._resting() and (tokens or row.stage != "judge"):  # without any there it waits for answers, which would be lost
             self._rest()
-        now = time.monotonic()
-        if now - self.started - self._waited_s > self._max_run_s:
-            raise TimedOut(self._max_run_s)
+        self.check_time()
         if self._crowded():
             raise Crowded
+        now = time.monotonic()
         if now - self._shown < PROGRESS_INTERVAL_S and done < total:
             return
         self._shown = now
@@ -98,6 +97,16 @@ class Reporter:
         """Raise Stopped on request."""
         if self._stopping():
             raise Stopped
+
+    def check_time(self) -> None:
+        """Raise TimedOut past `max_run_s`, waiting left out."""
+        if time.monotonic() - self.started - self._waited_s > self._max_run_s:
+            raise TimedOut(self._max_run_s)
+
+    def check(self) -> None:
+        """Raise Stopped on request, TimedOut past `max_run_s`."""
+        self.check_stop()
+        self.check_time()
 
     def waited(self, seconds: float) -> None:
         """Leave out of the run's time what it waited."""
@@ -133,6 +142,8 @@ class Reporter:
 
 def out_of_memory(stage: str, error: Exception) -> OutOfMemory | None:
     """Return what a lack of memory is reported as; None for another error."""
+    if isinstance(error, OutOfMemory):
+        return error
     if lacks_memory(error):
         return OutOfMemory(stage, str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
     return None

@@ -19,7 +19,7 @@ from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DiskFull, DoesNo
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
-from edge_agent.report import Adapter, Event, Failure, Judgments, Miss, Model, Repairs, Result
+from edge_agent.report import Adapter, Event, Failure, Judgments, Model, Repairs, Result
 from edge_agent.training import outcome
 from edge_agent.training.completion import Completion, draw, find_endpoint, judge_outputs, sample_outputs
 from edge_agent.training.contexts import Sample, encode_target
@@ -96,20 +96,11 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     with reporter.stage("plan"):
         work = prepare(directory, job)
         endpoint = find_endpoint(job.judging, judges)
-        plan, misses = _plan(directory, work, reporter)
+        plan = _plan(directory, work, reporter)
         admit(work, plan, directory, reporter.recorder.memory.current_bytes(), machine)
         directory.begin(work.key)
         directory.write_plan(plan)
-    model = _load(work, plan, reporter)
-    if plan.rows == "shared" and not reads_trees(model):  # it says that it can, and its own check found otherwise
-        loaded = plan.vocabulary
-        plan, misses = _plan(directory, work, reporter, padded=True)
-        directory.write_plan(plan)
-        if plan.vocabulary != loaded:
-            del model
-            model = _load(work, plan, reporter)
-    if plan.keeps_freed:
-        keep_freed()
+    model, plan = _load(directory, work, plan, reporter)
     with reporter.stage("evaluate") as row:
         before, row.resumed = _kept(directory, "before.jsonl", Answer, lambda: _evaluate(model, work, plan, reporter))
     completion = _completion(model, work, plan, endpoint, directory, reporter)
@@ -148,7 +139,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         data=outcome.describe_data(
             job.dataset.sha256, records, cut_off, repairs, judgments, len(work.held_out), samples, weights, work.is_correct
         ),
-        plan=plan, misses=misses, kernel=kernel_of(model), updates=state.updates, losses=list(state.losses),
+        plan=plan, misses=directory.read_misses(work.key), kernel=kernel_of(model), updates=state.updates, losses=list(state.losses),
         kept_update=state.kept or state.updates, development_losses=list(state.development),
         accuracy=measured, accepted=accepted, acceptance=acceptance,
         examples=examples(before, after),
@@ -161,8 +152,8 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     return result
 
 
-def _plan(directory: JobDirectory, work: Prepared, reporter: Reporter, padded: bool = False) -> tuple[Plan, list[Miss]]:
-    """Return the plan that the job has begun with, or a new one that takes less than those that did not hold, and which these were.
+def _plan(directory: JobDirectory, work: Prepared, reporter: Reporter, padded: bool = False) -> Plan:
+    """Return the plan that the job has begun with, or a new one that takes less than those that did not hold.
 
     Raises DoesNotFit, or OutOfMemory where no lower rung is left.
     """
@@ -170,17 +161,31 @@ def _plan(directory: JobDirectory, work: Prepared, reporter: Reporter, padded: b
     missed: dict[str, int] = {m.stage: min(n.planned_bytes for n in misses if n.stage == m.stage) for m in misses}
     plan = None if padded else directory.read_plan(work.key)
     try:
-        reporter.plan = plan = plan or work.plan(padded, missed)
+        reporter.plan = plan = plan or work.plan(padded, missed, reporter.check)
     except DoesNotFit as error:
         if not misses:
             raise
         raise OutOfMemory(misses[-1].stage, f"{misses[-1].text}; no smaller settings are left") from error
-    return plan, misses
+    return plan
 
 
-def _load(work: Prepared, plan: Plan, reporter: Reporter) -> Any:
-    with reporter.stage("load"):
-        return load_model(work.files, work.device, cache=find_cache(), **plan.vocabulary)
+def _load(directory: JobDirectory, work: Prepared, plan: Plan, reporter: Reporter) -> tuple[Any, Plan]:
+    """Return the model and its plan: another one where the model says that it can share beginnings and its own check finds otherwise."""
+
+    def load(plan: Plan) -> Any:
+        with reporter.stage("load"):
+            return load_model(work.files, work.device, cache=find_cache(), **plan.vocabulary)
+
+    model, planned = load(plan), plan
+    if plan.rows == "shared" and not reads_trees(model):
+        plan = _plan(directory, work, reporter, padded=True)
+        directory.write_plan(plan)
+        if plan.vocabulary != planned.vocabulary:
+            del model
+            model = load(plan)
+    if plan.keeps_freed:
+        keep_freed()
+    return model, plan
 
 
 def _score(

@@ -35,23 +35,24 @@ def recorded(samples: Sequence[Sample]) -> int:
     return len(samples)
 
 
-def product_spans(samples: Sequence[Sample], options: NlftOptions) -> dict[int, int]:
-    """Return with how many states before it each state of a sample is to be multiplied, by the number of the sample.
+def product_spans(samples: Sequence[Sample], options: NlftOptions) -> list[int]:
+    """Return with how many states before it each state of a sample is to be multiplied, for the first samples, as there is room.
 
-    As far as the walks of the job's own options go if there is room, `SPAN` at least; none of the samples that there is no room for.
+    As far as the walks of the job's own options go, `SPAN` at least.
     """
     lengths = [len(sample.answer) for sample in samples[: recorded(samples)]]
     longest = max(lengths, default=0)
     walk = min(options.cluster_max_span or longest, longest)
     wanted = {"none": SPAN, "like": walk, "unlike": 2 * walk}[options.cluster]
     span = max(SPAN, min(wanted, MAX_PRODUCTS_BYTES // (4 * max(1, sum(lengths))) - 1))
-    spans, room = {}, MAX_PRODUCTS_BYTES
-    for number, length in enumerate(lengths):
+    spans: list[int] = []
+    room = MAX_PRODUCTS_BYTES
+    for length in lengths:
         own = min(span, length - 1)
         room -= 4 * length * (own + 1)
         if room < 0:
             break
-        spans[number] = own
+        spans.append(own)
     return spans
 
 
@@ -75,12 +76,12 @@ class Products:
 
     def __init__(self, directory: Path, samples: Sequence[Sample], options: NlftOptions) -> None:
         self._spans = product_spans(samples, options)
-        lengths = ((number, 4 * len(samples[number].answer) * (span + 1)) for number, span in self._spans.items())
+        lengths = (4 * len(sample.answer) * (span + 1) for sample, span in zip(samples, self._spans, strict=False))
         self._slots = Slots(directory / "products.bin", lengths)
 
     def add(self, sample: int, hidden_TD: torch.Tensor) -> None:
         """Keep what there is room for of a sample. Raises DiskFull."""
-        if sample in self._spans:
+        if sample < len(self._spans):
             self._slots.write(sample, _packed(inner_products(hidden_TD, self._spans[sample])))
 
     def flush(self) -> None:
@@ -89,7 +90,7 @@ class Products:
 
     def of(self, sample: int) -> bytes | None:
         """Return those of a sample, T x (span + 1) little-endian 32-bit numbers; None where there was no room."""
-        return self._slots.read(sample) if sample in self._spans else None
+        return self._slots.read(sample) if sample < len(self._spans) else None
 
 
 class Rescorings:
@@ -99,24 +100,24 @@ class Rescorings:
         self._samples = recorded(samples)
         tokens = [len(sample.answer) for sample in samples[: self._samples]]
         room = MAX_TOKENS // max(1, sum(tokens)) - 1
-        self._epochs = sorted({epochs - epochs * n // room for n in range(room)} if room < epochs else set(range(1, epochs + 1)))
-        kept = ((epoch, number, context) for epoch in self._epochs for number in range(self._samples) for context in CONTEXTS)
-        self._slots = Slots(directory / "rescored.bin", ((key, 4 * tokens[key[1]]) for key in kept))
+        chosen = sorted({epochs - epochs * n // room for n in range(room)}) if room < epochs else range(1, epochs + 1)
+        self._turns = {epoch: turn for turn, epoch in enumerate(chosen)}
+        self._slots = Slots(directory / "rescored.bin", (4 * length for length in tokens for _ in CONTEXTS))
 
     def add(self, scored: Sequence[tuple[int, int, Scores]]) -> None:
         """Keep (epoch, number of the sample, scores) of one update; one that is made again gives them again. Raises DiskFull."""
         for epoch, sample, scores in scored:
-            if epoch in self._epochs and sample < self._samples:
-                for context, logp_T in zip(CONTEXTS, (scores.base_logp_T, scores.standard_logp_T, scores.judge_logp_T), strict=True):
+            if epoch in self._turns and sample < self._samples:
+                for n, logp_T in enumerate((scores.base_logp_T, scores.standard_logp_T, scores.judge_logp_T)):
                     if logp_T is not None:
-                        self._slots.write((epoch, sample, context), _packed(logp_T))
+                        self._slots.write(sample * len(CONTEXTS) + n, _packed(logp_T), self._turns[epoch])
         self._slots.flush()
 
     def of(self, sample: int) -> list[Rescored]:
         """Return the scores of a sample, by epoch."""
         found = []
-        for epoch in self._epochs:
-            base, standard, judge = (_numbers(self._slots.read((epoch, sample, context))) for context in CONTEXTS)
+        for epoch, turn in self._turns.items():
+            base, standard, judge = (_numbers(self._slots.read(sample * len(CONTEXTS) + n, turn)) for n in range(len(CONTEXTS)))
             if base is not None:
                 found.append(Rescored(epoch, base, standard, judge))
         return found

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from array import array
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import Generic, TypeVar
 
 from edge_agent.errors import NO_SPACE, DiskFull
 from edge_agent.files import flush
 
-K = TypeVar("K", bound=Hashable)
 WRITTEN = b"\x01"
 """Stands before a byte string that is whole."""
 
 
-class Slots(Generic[K]):
-    """A place in a file for the byte string of each key. Those of an earlier run with the same keys and lengths are there."""
+class Slots:
+    """Places in a file, of the same lengths in every turn. What an earlier run has written there with the same lengths is there."""
 
-    def __init__(self, path: Path, lengths: Iterable[tuple[K, int]]) -> None:
+    def __init__(self, path: Path, lengths: Iterable[int]) -> None:
         self._path = path
-        slots = list(lengths)
-        starts = accumulate((len(WRITTEN) + length for _, length in slots), initial=0)
-        self._places = {key: (start, length) for (key, length), start in zip(slots, starts, strict=False)}
+        self._starts = array("Q", accumulate((len(WRITTEN) + length for length in lengths), initial=0))
         path.touch(mode=0o600)
 
-    def write(self, key: K, data: bytes) -> None:
-        """Put a byte string of its key's length in its place. Raises DiskFull."""
-        start, length = self._places[key]
+    def write(self, slot: int, data: bytes, turn: int = 0) -> None:
+        """Put a byte string of the slot's length in its place. Raises DiskFull."""
+        start, length = self._place(slot, turn)
         if len(data) != length:
-            raise ValueError(f"{key}: {len(data)} bytes do not fill {length}")
+            raise ValueError(f"{len(data)} bytes do not fill the {length} of slot {slot}")
         try:
             with self._path.open("r+b") as file:
                 file.seek(start + len(WRITTEN))
@@ -45,10 +42,14 @@ class Slots(Generic[K]):
         """Wait until all is on disk."""
         flush(self._path)
 
-    def read(self, key: K) -> bytes | None:
+    def read(self, slot: int, turn: int = 0) -> bytes | None:
         """Return a byte string, None where it was not written."""
-        start, length = self._places[key]
+        start, length = self._place(slot, turn)
         with self._path.open("rb") as file:
             file.seek(start)
             found = file.read(len(WRITTEN) + length)
-        return found[len(WRITTEN) :] if found[: len(WRITTEN)] == WRITTEN and len(found) == len(WRITTEN) + length else None
+        return found[len(WRITTEN) :] if found.startswith(WRITTEN) and len(found) == len(WRITTEN) + length else None
+
+    def _place(self, slot: int, turn: int) -> tuple[int, int]:
+        """Return where a slot begins, and its length."""
+        return turn * self._starts[-1] + self._starts[slot], self._starts[slot + 1] - self._starts[slot] - len(WRITTEN)

@@ -53,8 +53,10 @@ class Weighted:
 
     def backward(self, update: int, progress: OnProgress) -> tuple[float, int]:
         """Add up the gradients of one update. The longest samples come first."""
-        chosen, known = self._batch(update, progress)
-        samples = [self._samples[i] for i in chosen]
+        of_update = self._batches[update]
+        places = longest_first([self._row(self._samples[i]) for i in of_update])
+        samples = [self._samples[of_update[place]] for place in places]
+        known = self._known(update, places, samples, progress)
         self._model.train()
         plan, seed = self._training.plan, self._training.seed
         answer_tokens = sum(len(s.answer) for s in samples)
@@ -65,7 +67,7 @@ class Weighted:
             torch.manual_seed(hash((seed, update, start)) & 0x7FFFFFFF)  # dropout; integers hash the same in every process
             hidden_ND = answer_hidden(self._model, packed, plan.offload_checkpoints)
             part_of = slice(start, start + size)
-            likelihood_N, unlikelihood_N = self._on_device(self._weights_of(update, chosen[part_of], known[part_of], packed, hidden_ND))
+            likelihood_N, unlikelihood_N = self._on_device(self._weights_of(update, places[part_of], known[part_of], packed, hidden_ND))
             total = weighted_loss(self._model, hidden_ND, packed.target_ids_N, likelihood_N, unlikelihood_N, plan.head_chunk)
             part = total / answer_tokens
             part.backward()
@@ -79,8 +81,8 @@ class Weighted:
         """Prompt and answer that are trained on."""
         return sample.prompts[sample.target.prompt], sample.answer
 
-    def _batch(self, update: int, progress: OnProgress) -> tuple[list[int], list[Weights] | list[Scores]]:
-        """Return which samples are in an update, with their weights or with scores that the training pass has to complete first.
+    def _known(self, update: int, places: list[int], samples: list[Sample], progress: OnProgress) -> list[Weights] | list[Scores]:
+        """Return the weights of the samples at places of an update, or scores that the training pass has to complete first.
 
         They are renewed where the method asks for it. A pass without dropout gives the base context as scoring it would.
         """
@@ -90,45 +92,42 @@ class Weighted:
             if self._training.rescored:
                 epoch = update * self._training.schedule.batch // len(self._samples) + 1
                 self._training.rescored([(epoch, i, s) for i, s in enumerate(scores)])
-        of_update = self._batches[update]
-        chosen = [of_update[n] for n in longest_first([self._row(self._samples[i]) for i in of_update])]
-        samples = [self._samples[i] for i in chosen]
         if method.references == "pass":
-            return chosen, [Scores(unscored(s)) for s in samples]
+            return [Scores(unscored(s)) for s in samples]
         if method.references != "live":
-            return chosen, [self._weights[i] for i in chosen]
+            return [self._weights[self._batches[update][place]] for place in places]
 
         def told(done: int, total: int, tokens: int, *_: object) -> None:
             progress(update, self.updates, tokens, None, "score")  # the rows of one update are no progress that a person could follow
 
         if self._drops_out or method.needs_hidden:
             scores, weights = weigh(self._model, method, samples, plan, pad_id, told)
-            self._tell(update, chosen, scores)
-            return chosen, weights
+            self._tell(update, places, scores)
+            return weights
         found = dict(score_all(self._model, method, samples, plan, pad_id, told, of_pass=True))
-        return chosen, [found[i] for i in range(len(samples))]
+        return [found[i] for i in range(len(samples))]
 
-    def _tell(self, update: int, chosen: list[int], scores: list[Scores]) -> None:
-        """Tell the scores of samples of an update, which may have the last samples of an epoch and the first of the next."""
+    def _tell(self, update: int, places: list[int], scores: list[Scores]) -> None:
+        """Tell the scores of samples at places of an update, which may have the last samples of an epoch and the first of the next."""
         if self._training.rescored:
-            before = update * self._training.schedule.batch
-            epochs = [(before + self._batches[update].index(i)) // len(self._samples) + 1 for i in chosen]
-            self._training.rescored([*zip(epochs, chosen, scores, strict=True)])
+            before, of_update = update * self._training.schedule.batch, self._batches[update]
+            told = ((before + n) // len(self._samples) + 1 for n in places)
+            self._training.rescored([*zip(told, (of_update[n] for n in places), scores, strict=True)])
 
     def _weights_of(
-        self, update: int, chosen: list[int], known: list[Weights] | list[Scores], packed: Pack, hidden_ND: torch.Tensor
+        self, update: int, places: list[int], known: list[Weights] | list[Scores], packed: Pack, hidden_ND: torch.Tensor
     ) -> list[Weights]:
         """Return the weights of a group, made in the training pass, dropout included, of scores that lack the base context."""
         if isinstance(known[0], Weights):
             return known
         method = self._training.method
         logp_N = answer_logp(self._model, hidden_ND.detach(), packed.target_ids_N, self._training.plan.head_chunk).cpu()
-        samples = [self._samples[i] for i in chosen]
+        samples = [self._samples[self._batches[update][place]] for place in places]
         complete = [
             replace(scores, base_logp_T=logp_T) if sample.target.prompt == "base" else scores
             for sample, scores, logp_T in zip(samples, known, logp_N.split(packed.lengths), strict=True)
         ]
-        self._tell(update, chosen, complete)
+        self._tell(update, places, complete)
         return [method.weights(sample.target, scores) for sample, scores in zip(samples, complete, strict=True)]
 
     def _on_device(self, weights: list[Weights]) -> tuple[torch.Tensor, torch.Tensor]:
