@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from edge_agent.coordinator.store import JobFilter
 from edge_agent.dataset import file_sha256
 from edge_agent.errors import JobSchema
 from edge_agent.job import Dataset, Job, NlftOptions, Schedule
+from edge_agent.json_items import MAX_FILE_BYTES
 from edge_agent.messages import (
     Artifact,
     Heartbeat,
@@ -561,6 +563,8 @@ def test_presets_of_the_form_are_those_of_the_code(browser: Any, coordinator: Co
         for name, shown in opened.page.evaluate(f"{module}.then((m) => m.FIELDS.map(([name, , shown]) => [name, shown]))"):
             value = functools.reduce(lambda part, key: part[key], name.split("."), job)
             assert (value is None and shown == "by epochs") or float(shown) == value, name
+        [most] = re.findall(r"MOST_BYTES = ([\d* ]+);", (WEB / "dataset.js").read_text(encoding="utf-8"))
+        assert math.prod(int(base) ** int(power or 1) for base, power in re.findall(r"(\d+)(?: \*\* (\d+))?", most)) == MAX_FILE_BYTES
         sizes = ["6GiB", " 900 MiB ", "5000000", "1.5kb", "3 gib", "GiB", "1 XB", "-1", "1e3", "", "1GiB constructor"]
         read = opened.page.evaluate(f"{module}.then((m) => {json.dumps(sizes)}.map(m.parseSize))")
         assert read == [_size(text) for text in sizes]

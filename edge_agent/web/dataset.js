@@ -11,6 +11,7 @@ const FORMS = {
   chat: "chats of one exchange",
   alpaca: "Alpaca (instruction, input, output)",
 };
+const MOST_BYTES = 256 * 2 ** 20;
 const LENGTHS = ["question", "answer", "output", "judgment"];
 
 // A choice of datasets with what is in the chosen one beside it. `required`: one must be chosen. `changed` hears of each choice.
@@ -49,6 +50,10 @@ export function makeDataset({ label, none = null, changed }) {
   }
   async function upload(given) {
     if (!given) return;
+    if (given.size > MOST_BYTES) {
+      shown.replaceChildren(notice(`${given.name} has ${bytes(given.size)}; a dataset has at most ${bytes(MOST_BYTES)}`, "wrong"));
+      return;
+    }
     shown.replaceChildren();
     file.disabled = true;
     try {

@@ -217,7 +217,7 @@ function timeline(job, history) {
           { class: WORK.has(phase) ? phase : "wait" },
           h("b", {}, phase),
           ` ${moment(time)}`,
-          h("small", {}, n === parts.length - 1 && job.phase === "ended" ? "" : ` for ${seconds(lasted)}`),
+          h("small", {}, (n === parts.length - 1 && job.phase === "ended") || lasted < 0.05 ? "" : ` for ${seconds(lasted)}`),
         ),
       ),
     ),

@@ -170,7 +170,7 @@ function memory(now, info) {
   const used = now?.trainer_bytes ?? null;
   return [
     memoryBar(used, budget, { label: "Memory of the running job" }),
-    h("small", {}, used === null ? `${bytes(budget)} free to lend` : `${bytes(used)} of ${bytes(budget)}`),
+    h("small", {}, used === null ? `lends ${bytes(budget)}` : `${bytes(used)} of ${bytes(budget)}`),
   ];
 }
 
