@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "edge_agent" / "demo" / "tiny"
 SHARED = ROOT.parent / "shared" / "data"
 DEADLINE_S = 240
+ABSENT = "BROWSER ABSENT: {}, so no page was opened and nothing of this was checked"
 # The longest first, so that no core waits at the end for the last of them (they are shared out in the order of their collection).
 LONG = (
     "test_interruptions.py", "test_fleet.py", "test_killed.py", "test_enforce.py", "test_chaos.py", "test_https.py", "test_resume.py",
@@ -167,3 +169,18 @@ def key_file(tmp_path: Path) -> Path:
     file.touch(mode=0o600)
     file.write_text(f"{KEY}\n")
     return file
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright. Of a module: while it is there no other test of the process can run an event loop."""
+    playwright = pytest.importorskip("playwright.sync_api", reason=ABSENT.format("Playwright is not installed"))
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip(ABSENT.format("there is no Chromium; `apt-get install chromium`"))
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )  # fmt: skip
+        yield browser
+        browser.close()

@@ -73,7 +73,9 @@ def free_port() -> int:
 class Fleet:
     """Owns the processes. `secure`: TLS, passwords, signed orders; `amqtt`: a broker of MQTT 3.1.1 only, the agent's within a WebSocket."""
 
-    def __init__(self, *, secure: bool = False, amqtt: bool = False, agent: str = "", protocol: str = PROTOCOL) -> None:
+    def __init__(
+        self, *, secure: bool = False, amqtt: bool = False, agent: str = "", protocol: str = PROTOCOL, coordinator: str = ""
+    ) -> None:
         # Sockets have short paths; those of pytest are long.
         self.directory = Path(tempfile.mkdtemp(prefix="ea-"))
         self.port, self._websocket_port = free_port(), free_port()
@@ -92,7 +94,7 @@ class Fleet:
             (self.directory / "trusted_keys").write_text(make_key(self.directory / "signing.key", "the tests").line + "\n")
             agent += '[trust]\nkeys_file = "trusted_keys"\n'
         signing = 'signing_key_file = "signing.key"\n' if secure else ""
-        for name, text in (("agent", self._agent_toml(agent)), ("coordinator", f'state_directory = "coordinator"\n{signing}')):
+        for name, text in (("agent", self._agent_toml(agent)), ("coordinator", f'state_directory = "coordinator"\n{signing}{coordinator}')):
             (self.directory / f"{name}.toml").write_text(text + self._broker_toml(name, protocol))
         self.client = Client.local(self.directory / "coordinator")
 

@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,8 +29,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_agent.config import Api, CoordinatorConfig, read_config
-from edge_agent.coordinator import http, listening
-from edge_agent.coordinator.access import LOCAL, SCOPES
+from edge_agent.coordinator import audience, http, listening
+from edge_agent.coordinator.access import ANYONE, LOCAL, SCOPES
 from edge_agent.coordinator.client import Answered, Client, Problem
 from edge_agent.coordinator.http import MAX_BODY_BYTES, Door, make_app
 from edge_agent.coordinator.limits import MOST_BUCKETS, Limits, network
@@ -71,7 +72,8 @@ def _routes(app: Litestar) -> dict[tuple[str, str], str | None]:
 def test_every_route_declares_its_scope(coordinator: ApiServer) -> None:
     """There is no route without one, and docs/api.md names each with its own, and no other."""
     found = _routes(make_app(coordinator.service, Door()))
-    assert set(found.values()) <= set(SCOPES)
+    assert set(found.values()) <= {*SCOPES, ANYONE}
+    assert all(scope != ANYONE or (method == "GET" and not path.startswith("/v1")) for (method, path), scope in found.items())
     rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "api.md").read_text(encoding="utf-8").splitlines()]
     documented = {tuple(row[0].strip("`").split(" ")): row[1].strip("`") for row in rows if row[0].startswith("`") and " /" in row[0]}
     assert documented == {(method, path.replace(":str}", "}")): scope for (method, path), scope in found.items()}
@@ -81,6 +83,8 @@ def test_every_route_checks_its_scope(coordinator: ApiServer) -> None:
     """Without a token nobody gets anywhere, with a lesser one neither; with its own scope a request gets past the door."""
     for (method, path), needed in _routes(make_app(coordinator.service, Door())).items():
         assert needed is not None
+        if needed == ANYONE:
+            continue  # tests/test_pages.py has them
         place = f"{coordinator.url}{path}".replace("{sha256:str}", "0" * 64).replace("{", "").replace(":str}", "")  # of what does not exist
         assert _problem(coordinator.ask(method, place, None), 401, "unauthorized").title == "Unauthorized"
         for scope in SCOPES:
@@ -91,6 +95,12 @@ def test_every_route_checks_its_scope(coordinator: ApiServer) -> None:
             assert (answer.status_code == 403) == (not enough), f"{method} {path} with {scope}: {answer.status_code}"
             if not enough:
                 _problem(answer, 403, "forbidden")
+
+
+def test_who_asks_is_told(coordinator: ApiServer) -> None:
+    """A page learns whose token it has and what that may do."""
+    for scope in SCOPES:
+        assert coordinator.ask("GET", "/me", scope).json() == {"name": scope, "scope": scope}
 
 
 def test_options_tell_nothing_without_a_token(coordinator: ApiServer) -> None:
@@ -395,6 +405,28 @@ def test_events_of_a_job_end_with_it(coordinator: ApiServer) -> None:
     _problem(coordinator.ask("GET", f"/jobs/{new_id()}/events", "read"), 404, "refused")
 
 
+def test_progress_of_a_job_is_kept_for_who_comes_later(coordinator: ApiServer) -> None:
+    """From its beginning to the newest moment, evenly, however much was told; a stale one changes nothing; other jobs have none."""
+    file, sha256 = _dataset(coordinator, "told.jsonl", {"question": "Told?", "answer": "#### 7"})
+    with coordinator.client("submit") as client:
+        client.upload(file, sha256)
+    job, other = coordinator.submit(sha256).id, coordinator.submit(sha256).id
+    for most in (1, 2, audience.MOST_POINTS, 3 * audience.MOST_POINTS + 7):
+        for time_s in range(1, most + 1):  # those that were told before come again
+            event = Event(event="progress", time=float(time_s), stage="train", done=time_s, total=999, loss=0.5, memory_bytes=7)
+            coordinator.hear("job", JobProgress(event, [], RESOURCES), job, "progress")
+        points = coordinator.ask("GET", f"/jobs/{job}/progress", "read").json()
+        times = [point["time"] for point in points]
+        assert (times[0], times[-1]) == (1.0, float(most))
+        assert min(most, audience.MOST_POINTS // 2) <= len(points) <= audience.MOST_POINTS
+        assert len({b - a for a, b in pairwise(times[:-1])}) <= 1
+    none = {"total": 999, "tokens_per_s": None, "temperature_c": None}
+    first = {"time": 1.0, "stage": "train", "done": 1, "loss": 0.5, "memory_bytes": 7, "power_w": None}
+    assert points[0] == first | none
+    assert coordinator.ask("GET", f"/jobs/{other}/progress", "read").json() == []
+    _problem(coordinator.ask("GET", f"/jobs/{new_id()}/progress", "read"), 404, "refused")
+
+
 def test_events_of_the_fleet_go_on_where_they_were(coordinator: ApiServer) -> None:
     """All of jobs and nodes, in order, each with an id; from an id that is kept on nothing is missed, from another that is said."""
     with ExitStack() as ends:
@@ -404,6 +436,12 @@ def test_events_of_the_fleet_go_on_where_they_were(coordinator: ApiServer) -> No
         for boot in (1, 2, 3):
             coordinator.hear("state", NodeState("ready", boot, 1, 0))
         told = [next(events) for _ in range(3)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(coordinator.service, "_progress", lambda _n, job, progress: coordinator.service._audience.progress(job, progress))
+            progress = JobProgress(Event(event="progress", time=1.0, stage="train", done=1, total=9), [], RESOURCES)
+            coordinator.hear("job", progress, (of := new_id()), "progress")
+        kind, _, data = next(events)
+        assert (kind, data["job"], data["progress"]["event"]["done"]) == ("progress", of, 1)
         assert [(kind, data["id"], data["boot"]) for kind, _, data in told] == [("node", NODE, boot) for boot in (1, 2, 3)]
         ids = [int(number.partition("-")[2]) for _, number, _ in told]
         assert ids == sorted(set(ids))
@@ -411,6 +449,7 @@ def test_events_of_the_fleet_go_on_where_they_were(coordinator: ApiServer) -> No
         events = iter(Reader(coordinator, "/events", ends, told[0][1]))
         assert next(events)[::2] == ("start", {"lost": False})
         assert [next(events) for _ in range(2)] == told[1:]
+        assert next(events)[0] == "progress"
     for heard in ("0-0", start.replace("-", "-9"), "x", "1-1" + "0" * 40):
         with ExitStack() as ends:
             assert next(iter(Reader(coordinator, "/events", ends, heard)))[::2] == ("start", {"lost": True})

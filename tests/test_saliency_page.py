@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,6 @@ from edge_agent.saliency_page import saliency_page
 from edge_agent.training.methods.nlft import token_weights
 from edge_agent.training.saliency_scores import inner_products
 
-ABSENT = "BROWSER ABSENT: {}, so no page was opened and nothing of this was checked"
 WEB = ROOT / "edge_agent" / "web"
 JOB = Job(model="models/<b>tiny</b>", dataset=Dataset("0" * 64), budget_bytes=2**30)
 HOSTILE = (
@@ -39,21 +37,6 @@ HOSTILE = (
     "<style>*{}</style>", "' onmouseover='globalThis.struck = 1", '"><svg onload="globalThis.struck = 1">', "{data}",
     "${globalThis.struck = 1}", "\\u003cscript>", "&lt;b&gt;", "\u2028", "\u202e", "\0", "\t", "\n", "", "javascript:globalThis.struck = 1",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium, driven by Playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason=ABSENT.format("Playwright is not installed"))
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip(ABSENT.format("there is no Chromium; `apt-get install chromium`"))
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )  # fmt: skip
-        yield browser
-        browser.close()
 
 
 class Opened:

@@ -7,7 +7,6 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import msgspec
@@ -18,13 +17,14 @@ from edge_agent.errors import Forbidden, Refused, Unauthorized, Unknown
 Scope = Literal["read", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 """Each may do what those before it may."""
+ANYONE = "anyone"
+"""Stands where a scope would: the web pages, before anybody has said who they are."""
 SECRET_BYTES = 32
 NOBODY = bytes(32)
 """Compared with where there is no token of a name: an answer takes as long."""
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who asks."""
 
     name: str

@@ -1,8 +1,8 @@
-"""Who looks at a job or at the whole fleet: their ears, and the nodes' leave to tell progress faster while somebody looks at a job."""
+"""Who looks at a job or at the whole fleet: their ears, nodes' leave to tell progress faster meanwhile, and what was told before."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +11,15 @@ import msgspec
 
 from edge_agent.coordinator.store import JobView, NodeView
 from edge_agent.messages import JobProgress, Watch
+from profiles.recorder import StageName
 
 WATCH_TTL_S = 10.0
 KEPT = 256
 """Of what has happened, for who comes back and says how far they had heard."""
+MOST_POINTS = 128
+"""Of the progress of one job, for who begins to look when it runs already."""
+MOST_TRACKS = 1000
+"""Jobs of which that is kept; those that nothing was told of for longest go first."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,41 @@ class Happening:
         return f"{self.epoch}-{self.number}"
 
 
+class ProgressPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trainer and its device told at one moment; null: it said nothing of that."""
+
+    time: float
+    """Seconds since 1970, by the clock of the node."""
+    stage: StageName | None
+    done: int | None
+    total: int | None
+    loss: float | None
+    tokens_per_s: float | None
+    memory_bytes: int | None
+    power_w: float | None
+    temperature_c: float | None
+
+
+class Track:
+    """The progress of one job from its beginning on: where it has become much, every second point goes, and fewer are kept from then on."""
+
+    def __init__(self) -> None:
+        self.points: list[ProgressPoint] = []
+        self._told, self._every, self._loose = 0, 1, False
+
+    def add(self, point: ProgressPoint) -> None:
+        """Add a point. The newest is always there; it is loose where it goes as soon as there is a newer one."""
+        if self.points and point.time <= self.points[-1].time:
+            return
+        if self._loose:
+            self.points.pop()
+        self.points.append(point)
+        self._loose = self._told % self._every != 0
+        self._told += 1
+        if len(self.points) > MOST_POINTS:
+            self.points, self._every = self.points[::2], 2 * self._every
+
+
 Listener = Callable[[Happening], None]
 
 
@@ -49,6 +89,7 @@ class Audience:
         self._last: dict[str, Happening] = {}
         self._kept: deque[Happening] = deque(maxlen=KEPT)
         self._number = 0
+        self._tracks: OrderedDict[str, Track] = OrderedDict()
 
     def join(self, job: JobView, listener: Listener, heard: str | None) -> None:
         """Have a listener hear of a job: what it has missed since `heard`, if that is kept, where the job stands now, and what follows."""
@@ -91,7 +132,18 @@ class Audience:
         return [h for h in self._kept if h.number > int(number)] if oldest <= int(number) <= self._number else None
 
     def progress(self, job: str, progress: JobProgress) -> None:
+        self._tracks[job] = track = self._tracks.pop(job, None) or Track()
+        track.add(_point(progress))
+        if len(self._tracks) > MOST_TRACKS:
+            self._tracks.popitem(last=False)
         self._last[job] = self._tell(self._happening("progress", job, progress))
+
+    def track(self, job: str) -> list[ProgressPoint]:
+        """Return what was told of the progress of a job, thinned, the oldest first."""
+        return [*self._tracks[job].points] if job in self._tracks else []
+
+    def forget(self, job: str) -> None:
+        self._tracks.pop(job, None)
 
     def changed(self, job: JobView) -> None:
         ended = job.phase == "ended"
@@ -120,3 +172,12 @@ class Audience:
         for listener in (*self._listeners.get(happening.subject, ()), *self._listeners.get(None, ())):
             listener(happening)
         return happening
+
+
+def _point(progress: JobProgress) -> ProgressPoint:
+    event, resources = progress.event, progress.resources
+    return ProgressPoint(
+        time=event.time, stage=event.stage, done=event.done, total=event.total, loss=event.loss, tokens_per_s=event.tokens_per_s,
+        memory_bytes=resources.trainer_bytes if event.memory_bytes is None else event.memory_bytes,
+        power_w=resources.power_w.value, temperature_c=resources.temperature_c.value,
+    )  # fmt: skip

@@ -35,11 +35,12 @@ from litestar.types import ControllerRouterHandler, Message
 from msgspec import Meta
 
 from edge_agent.config import Api, Name
-from edge_agent.coordinator.access import Caller, Identify, NewToken, Scope, allow, local
-from edge_agent.coordinator.audience import Happening
+from edge_agent.coordinator.access import ANYONE, Caller, Identify, NewToken, Scope, allow, local
+from edge_agent.coordinator.audience import Happening, ProgressPoint
 from edge_agent.coordinator.client import PROBLEM, SOCKET, VERSION, Problem
 from edge_agent.coordinator.limits import Limits, network
 from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
+from edge_agent.coordinator.pages import PAGES
 from edge_agent.coordinator.ranges import ranged
 from edge_agent.coordinator.service import Service
 from edge_agent.coordinator.store import (
@@ -150,7 +151,7 @@ class Door:
 def make_app(service: Service, door: Door) -> Litestar:
     """Return the application over a running service."""
     return Litestar(
-        routes(),
+        [*routes(), *PAGES],
         state=State({"service": service, "door": door}),
         guards=[check_scope, check_parameters],
         before_send=[_account],
@@ -167,10 +168,12 @@ def make_app(service: Service, door: Door) -> Litestar:
 
 
 def check_scope(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """Let a request through whose caller has the scope of its route. A route without one is for nobody."""
+    """Let a request through whose caller has the scope of its route. A route without one is for nobody; the pages are for anyone."""
     door: Door = connection.app.state.door
     if door.by_address is not None:
         door.by_address.take(network(connection.client.host if connection.client else ""))
+    if handler.opt.get("scope") == ANYONE:
+        return
     caller = door.identify(connection.headers.get("authorization"))
     connection.scope["state"]["caller"] = caller
     if door.by_token is not None:
@@ -206,6 +209,13 @@ async def _account(message: Message, scope: Any) -> None:
         made=made.decode("latin-1") if made else None, status=status,
     )  # fmt: skip
     service.call_later(lambda: service.audit(request))
+
+
+@get("/me", scope="read", sync_to_thread=False)
+def me(request: Request[Any, Any, Any]) -> Caller:
+    """Who asks, and what they may do."""
+    caller: Caller = request.scope["state"]["caller"]
+    return caller
 
 
 @get("/nodes", scope="read", sync_to_thread=True)
@@ -264,6 +274,13 @@ def history(state: State, job_id: FromPath[str]) -> list[HistoryRow]:
     """What the node has said of a job, the oldest first."""
     service: Service = state.service
     return service.call(lambda: service.history(job_id))
+
+
+@get("/jobs/{job_id:str}/progress", scope="read", sync_to_thread=True)
+def progress(state: State, job_id: FromPath[str]) -> list[ProgressPoint]:
+    """What was told of a job's progress since the coordinator's start, thinned, the oldest first."""
+    service: Service = state.service
+    return service.call(lambda: service.progress_of(job_id))
 
 
 @post("/jobs/{job_id:str}/cancel", scope="submit", status_code=200, sync_to_thread=True)
@@ -329,10 +346,10 @@ async def upload(state: State, sha256: Sha256InPath, request: Request[Any, Any, 
     part = service.files.incoming / f"{sha256}.upload-{new_id()}"
     try:
         await _receive_file(part, request)
-        found = await asyncio.to_thread(_look_into, service, part, sha256)
+        found = await asyncio.to_thread(_look_into, service, part, sha256, name or sha256[:12])
         view = DatasetView(
             sha256=sha256, name=name or sha256[:12], size_bytes=part.stat().st_size, uploaded=time.time(),
-            found=msgspec.structs.replace(found, file=name or sha256[:12]),
+            found=found,
         )  # fmt: skip
         await asyncio.to_thread(service.files.take, part, sha256)
         return await asyncio.to_thread(service.call, lambda: service.keep_dataset(view))
@@ -390,7 +407,7 @@ def revoke_token(state: State, name: FromPath[str]) -> Token:
 
 
 ROUTES = [
-    nodes, drain, resume, jobs, submit, job, history, cancel, retry, forget, job_events, events, artifact,
+    me, nodes, drain, resume, jobs, submit, job, history, progress, cancel, retry, forget, job_events, events, artifact,
     datasets, upload, dataset, remove_dataset, audit, tokens, new_token, revoke_token,
 ]  # fmt: skip
 """All that can be asked, but for the metrics, which Prometheus looks for elsewhere. Each says what scope that takes."""
@@ -464,13 +481,14 @@ async def _receive_file(part: Path, request: Request[Any, Any, Any]) -> None:
             await asyncio.to_thread(file.write, chunk)
 
 
-def _look_into(service: Service, part: Path, sha256: str) -> Check:
+def _look_into(service: Service, part: Path, sha256: str, name: str) -> Check:
     """Return what is in an uploaded dataset. Raises a DatasetError where it is another one, or one that is wrong."""
     check_sha256(part, sha256)
     with service.looking:  # one after the other: a check holds the whole file
         found, _ = check(part)
+    found = msgspec.structs.replace(found, file=name)
     if found.error is not None:
-        raise DatasetWrong(found, found.error.text)
+        raise DatasetWrong(found, found.error.text.replace(part.name, name))
     return found
 
 
@@ -506,11 +524,18 @@ async def _events(service: Service, job: str | None, ear: Ear, heard: str | None
             except asyncio.TimeoutError:
                 yield ServerSentEventMessage(data=None, comment="still here")
                 continue
-            yield ServerSentEventMessage(event=happening.kind, id=happening.id, data=happening.data.decode())
+            yield ServerSentEventMessage(event=happening.kind, id=happening.id, data=_told(happening, job).decode())
             if job is not None and happening.ended:
                 return
     finally:
         service.call_later(lambda: service.stop_listening(job, ear))
+
+
+def _told(happening: Happening, job: str | None) -> bytes:
+    """Return the data of an event. Jobs and nodes have their names in them; a progress has not, so the fleet's stream says whose it is."""
+    if job is None and happening.kind == "progress":
+        return msgspec.json.encode({"job": happening.subject, "progress": msgspec.Raw(happening.data)})
+    return happening.data
 
 
 def serve(service: Service, directory: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
 from edge_agent.coordinator.access import Access
-from edge_agent.coordinator.audience import Audience, Listener
+from edge_agent.coordinator.audience import Audience, Listener, ProgressPoint
 from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.metrics import Metrics, Standing
@@ -95,7 +95,7 @@ class Call:
     future: Future[Any]
 
     def answer(self) -> None:
-        """Run it, and hand over what it returns or raises. Raises too what says that the database is broken, or another's: no request can go on then."""
+        """Run it, and hand over what it returns or raises. Raises too what says that the database is broken, or another's."""
         try:
             self.future.set_result(self.run())
         except Exception as error:
@@ -342,6 +342,7 @@ class Service:
         if view is None or view.node != node or not view.forget:
             return
         self._store.delete_job(job)
+        self._audience.forget(job)
         self._commands.at_once(job)
         for sha256 in view.files - {s for other in self._store.jobs(MANY) for s in other.files}:
             self._store.delete_dataset(sha256)
@@ -423,6 +424,10 @@ class Service:
 
     def history(self, job: str) -> list[HistoryRow]:
         return self._store.history(self.job(job).id)
+
+    def progress_of(self, job: str) -> list[ProgressPoint]:
+        """Return what was told of the progress of a job since the coordinator's start. Raises Unknown."""
+        return self._audience.track(self.job(job).id)
 
     def nodes(self, state: str | None, after: str | None, limit: int) -> NodePage:
         return self._store.node_page(state, after, limit)
