@@ -111,7 +111,7 @@ def middles(work: Prepared) -> Iterator[tuple[int, int]]:
     rehearsal, least = work.rehearsal(), 2**62
     widest: dict[int, tuple[int, int]] = {}
     for rung in rehearsal.rungs:
-        peak = max(stage.peak_bytes for stage in rehearsal.stages(rung, 1))
+        peak = max(stage.peak_bytes for stage in rehearsal.stages(rung, 1)) + work.device.spare_bytes
         above = peak + 256 * MIB if least == 2**62 else least
         if peak < least:
             low, high = widest.get(rung.number, (0, 0))
