@@ -79,6 +79,7 @@ SAMPLES: dict[type, Any] = {
 LONGEST = {"fleet": "f" * 64, "node": "n" * 64, "instance": "i" * 64, "job": JOB, "message": JOB, "sha256": SHA256, "number": "9" * 19}
 """The longest ids, and the number of a block in the largest file that a 64-bit size can name."""
 CODES_OF_PROCESSES = {
+    "database_away",
     "answers",
     "package_missing",
     "config",
