@@ -9,7 +9,7 @@ outputs as in benchmarks/methods.py, on rung 0, with 8-bit Adam (4), and with he
 within each seed, and told with their 95 % interval (Student's t). The adapter's rank is 32: moments of less than 4,096 numbers stay in
 32 bits. The other rungs train the same adapter to 1e-3, as tests/test_rungs.py shows.
 
-About 40 minutes on two cores. Does not cover GPUs, and so not rung 7.
+About 10 and 30 minutes on two cores; `--only` measures one of both. Does not cover GPUs, and so not rung 7.
 """
 
 from __future__ import annotations
@@ -81,13 +81,20 @@ class Trained(msgspec.Struct, frozen=True):
     loss: float
 
 
-class Report(msgspec.Struct, frozen=True):
-    """The committed results."""
+class Circumstances(msgspec.Struct, frozen=True):
+    """When and where something was measured."""
 
     date: str
     machine: str
     versions: dict[str, str]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The committed results."""
+
+    budgets_of: Circumstances
     budgets: list[Budget]
+    trained_of: Circumstances
     trained: list[Trained]
 
 
@@ -154,6 +161,10 @@ def budgets(shape: str) -> list[Budget]:
             found.append(train(shape, model, data, budget_bytes, Path(place) / f"rung-{number}"))
             Console(stderr=True).print(found[-1])
     return found
+
+
+def _held(shapes: list[str]) -> list[Budget]:
+    return [budget for shape in shapes for budget in budgets(shape)]
 
 
 # Accuracy -----------------------------------------------------------------------------------------------------------
@@ -225,11 +236,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=NAMES, nargs="+", default=["llama-100m"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that train at once where accuracy is measured")
+    parser.add_argument("--only", choices=("budgets", "accuracy"), help="measure this part; the other stays as it is in the results")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options: Any = parser.parse_args()
-    today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    held = [b for shape in options.shape for b in budgets(shape)]
-    report = Report(today, device_name("cpu"), versions(), held, qualities(options.workers))
+    now = Circumstances(datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), device_name("cpu"), versions())
+    earlier = msgspec.json.decode(RESULTS.read_bytes(), type=Report) if options.only else None
+    report = Report(
+        *((earlier.budgets_of, earlier.budgets) if earlier and options.only != "budgets" else (now, _held(options.shape))),
+        *((earlier.trained_of, earlier.trained) if earlier and options.only != "accuracy" else (now, qualities(options.workers))),
+    )
     write_file(options.out, msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     for lines in page(report).values():
         Console().print("\n".join(lines), markup=False)
