@@ -25,7 +25,7 @@ from edge_agent.training.prepare import learn_overhead
 from edge_agent.training.reporter import Reporter
 from edge_agent.training.run import run_job
 from profiles import nvidia
-from profiles.calibration import calibrated
+from profiles.calibration import LEAST_SPREAD_BYTES, calibrated
 from profiles.device import device_profile
 from profiles.host import Machine
 from profiles.memory import HostCap, lacks_memory
@@ -85,7 +85,8 @@ def test_a_run_that_lacks_memory_goes_on_one_rung_lower(data: Path, whole: Any, 
     budget_bytes = (peaks["train"] + peaks["load"]) // 2
     planned = max(stage["resident_bytes"] + stage["transient_bytes"] for stage in whole["plan"]["stages"])
     device = device_profile("cpu")
-    wrong = {device.title: {"train": [device.overhead_bytes - (planned - budget_bytes) - MIB]}}
+    spare_bytes = device.spare_bytes + LEAST_SPREAD_BYTES
+    wrong = {device.title: {"train": [device.overhead_bytes - (planned - budget_bytes) - spare_bytes - MIB]}}
     write(tmp_path, {"edge-agent/calibration.json": json.dumps(wrong)})
     result = _train(cold_cli, data, tiny_model, tmp_path / "job", budget_bytes, tmp_path)
     assert result["state"] == "succeeded"
