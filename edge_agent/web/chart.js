@@ -9,8 +9,9 @@ const LEFT = 52,
   BOTTOM = 22;
 
 // A line over time or updates. `set(points, bound)` draws points of {x, y, note}; `bound` is a level to mark, or null. What is pointed at, or
-// walked to by arrow keys, is read out; else the last one. `zero`: the axis begins at 0; `unit`: its round numbers are those of that.
-export function makeLine({ title, x: nameX, showX, showY, zero = false, unit = 1, tall = 150 }) {
+// walked to by arrow keys, is read out; else the last one. `zero`: the axis begins at 0; `unit`: its round numbers are those of that; `whole`:
+// there is nothing between two whole numbers along it.
+export function makeLine({ title, x: nameX, showX, showY, zero = false, unit = 1, whole = false, tall = 150 }) {
   const told = h("output", {}),
     drawing = svg("svg", { height: tall, role: "img", tabindex: 0 }),
     element = h("figure", { class: "chart" }, h("figcaption", {}, h("span", {}, title), told), drawing);
@@ -34,7 +35,7 @@ export function makeLine({ title, x: nameX, showX, showY, zero = false, unit = 1
       parts.push(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: placeY(y), y2: placeY(y) }));
       parts.push(svg("text", { x: LEFT - 6, y: placeY(y) + 4, "text-anchor": "end" }, showY(y)));
     }
-    for (const x of points.length ? ticks(fromX, toX, Math.max(2, Math.floor(width / 130))) : []) {
+    for (const x of points.length ? ticks(fromX, toX, Math.max(2, Math.floor(width / 130)), 1, whole ? 1 : 0) : []) {
       const nearEnd = placeX(x) > width - 30;
       parts.push(svg("text", { x: placeX(x), y: tall - 5, "text-anchor": nearEnd ? "end" : "middle" }, showX(x)));
     }
@@ -96,12 +97,13 @@ function spread(values, zero) {
   return [from, to + (zero ? 0.06 : 0) * (to - from)];
 }
 
-// Some round numbers between two ends, of a unit: of bytes those that are round in MiB or GiB.
-function ticks(from, to, about, unit = 1) {
+// Some round numbers between two ends, of a unit: of bytes those that are round in MiB or GiB; `least` apart.
+function ticks(from, to, about, unit = 1, least = 0) {
   const rough = (to - from) / about / unit,
     base = unit === 1 ? 10 : 2,
     size = base ** Math.floor(Math.log(rough) / Math.log(base)),
-    step = unit * size * ((unit === 1 ? [1, 2, 5, 10] : [1, 2]).find((factor) => factor * size >= rough * 0.999) ?? base);
+    round = unit * size * ((unit === 1 ? [1, 2, 5, 10] : [1, 2]).find((factor) => factor * size >= rough * 0.999) ?? base),
+    step = Math.max(round, least);
   const found = [];
   for (let n = Math.ceil(from / step); n * step <= to + step * 1e-9; n++) found.push(n * step);
   return found;

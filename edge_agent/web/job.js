@@ -268,7 +268,7 @@ function remaining(samples, stage, done, total) {
 // Loss over updates; tokens per second, power and memory over time.
 function makeCurves() {
   const time = { x: "seconds", showX: seconds, zero: true };
-  const loss = makeLine({ title: "Loss", x: "updates", showX: (x) => count(Math.round(x)), showY: (y) => number(y) }),
+  const loss = makeLine({ title: "Loss", x: "updates", whole: true, showX: count, showY: (y) => number(y) }),
     speed = makeLine({ title: "Tokens/s", showY: rate, ...time }),
     power = makeLine({ title: "Power", showY: (y) => `${number(y, y < 10 ? 1 : 0)} W`, ...time }),
     memory = makeLine({ title: "Memory", showY: bytes, unit: 2 ** 20, ...time });

@@ -161,7 +161,7 @@ export function lossPoints(losses) {
 
 export function developmentChart(losses) {
   if (!losses?.length) return null;
-  const line = makeLine({ title: "Loss on development records", x: "epochs", showX: count, showY: (y) => number(y) });
+  const line = makeLine({ title: "Loss on development records", x: "epochs", whole: true, showX: count, showY: (y) => number(y) });
   line.set(losses.map((loss, n) => ({ x: n + 1, y: loss, note: `epoch ${n + 1}` })));
   return line.element;
 }
