@@ -68,36 +68,6 @@ def outbox(fleet: Fleet) -> int:
     return count
 
 
-def test_agent_killed_in_mid_job(fleet: Fleet, undisturbed: bytes) -> None:
-    """kill -9 of the agent: its child is gone within 10 s; the next agent goes on from the checkpoint. Twice, the second time the agent
-    comes back at once, beside a child that has not ended yet."""
-    job = fleet.submit(fleet.data()).id
-    fleet.trained(job, 2)
-    fleet.stop("agent", signal.SIGKILL)
-    wait_for("the child to end", lambda: not fleet.trainers(), deadline_s=10)
-    wait_for("the last will", lambda: fleet.client.nodes()[0].state == "lost")
-    fleet.start_agent()
-    fleet.trained(job, 5)
-    fleet.stop("agent", signal.SIGKILL)
-    fleet.start_agent()
-    check_end(fleet, job, undisturbed)
-    result = fleet.client.result(fleet.client.job(job))
-    assert result is not None
-    assert result.resumed
-    assert fleet.client.job(job).attempt == 3
-
-
-def test_agent_stopped_in_order(fleet: Fleet, undisturbed: bytes) -> None:
-    """SIGTERM: the child writes a checkpoint and ends, the agent says that it is offline and exits with 0; the next one goes on."""
-    job = fleet.submit(fleet.data()).id
-    fleet.trained(job, 2)
-    assert fleet.stop("agent") == 0
-    assert not fleet.trainers()
-    wait_for("offline", lambda: fleet.client.nodes()[0].state == "offline")
-    fleet.start_agent()
-    check_end(fleet, job, undisturbed)
-
-
 def test_trainer_killed(fleet: Fleet, undisturbed: bytes) -> None:
     """kill -9 of the child alone: the agent starts it again from the checkpoint."""
     job = fleet.submit(fleet.data()).id
