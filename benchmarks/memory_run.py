@@ -48,13 +48,11 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
     import torch
 
     from edge_agent.job import Lora, Schedule
-    from edge_agent.saliency import SPAN
     from edge_agent.training.generate import generate
-    from edge_agent.training.head import answer_logp, weighted_loss
+    from edge_agent.training.head import weighted_loss
     from edge_agent.training.loop import trained
     from edge_agent.training.optimizer import make_optimizer
     from edge_agent.training.packing import answer_hidden, pack
-    from edge_agent.training.saliency_scores import inner_products
     from profiles.device import device_profile
     from profiles.memory import fix_malloc, trim_heap
     from quantization.adapter import attach_adapter, checkpoint_activations
@@ -75,15 +73,7 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
         ids = [[*beginning, *torch.randint(2, 700, (case.tokens - case.shared,)).tolist()] for _ in range(count)]
         return [(row[: -case.answer], row[-case.answer :]) for row in ids]
 
-    @torch.no_grad()
-    def score() -> None:
-        packed = pack(adapted, rows(2 * case.micro_batch), 1)
-        hidden_ND = answer_hidden(adapted, packed)
-        answer_logp(adapted, hidden_ND, packed.target_ids_N, rung.head_chunk).cpu()
-        for hidden_TD in hidden_ND.split(packed.lengths):
-            inner_products(hidden_TD, SPAN)
-
-    phase(peaks, "score", score)
+    phase(peaks, "score", lambda: score(adapted, rows(2 * case.micro_batch), rung.head_chunk))
     parameters, schedule = trained(adapted), Schedule()
     optimizer = make_optimizer(parameters.values(), schedule, rung.adam_8bit)
     if rung.checkpointing:
@@ -108,6 +98,23 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
         adapted, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch=len(prompts), progress=lambda *_: None
     ))  # fmt: skip
     return peaks
+
+
+def score(adapted: Any, rows: list[tuple[list[int], list[int]]], chunk: int) -> None:
+    """Score answers as NLFT does, with what the Saliency Map keeps of them."""
+    import torch
+
+    from edge_agent.saliency import SPAN
+    from edge_agent.training.head import answer_logp
+    from edge_agent.training.packing import answer_hidden, pack
+    from edge_agent.training.saliency_scores import inner_products
+
+    with torch.no_grad():
+        packed = pack(adapted, rows, 1)
+        hidden_ND = answer_hidden(adapted, packed)
+        answer_logp(adapted, hidden_ND, packed.target_ids_N, chunk).cpu()
+        for hidden_TD in hidden_ND.split(packed.lengths):
+            inner_products(hidden_TD, SPAN)
 
 
 def update(parameters: dict[str, Any], optimizer: Any) -> None:

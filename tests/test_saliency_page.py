@@ -236,9 +236,8 @@ def test_modules_work_as_files_and_their_fields_are_those_of_the_options(browser
     page = context.new_page()
     data = re.findall(rb'id="data">(.*?)</script>', saliency_page(JobDirectory(answers))[0], re.DOTALL)[0].decode()
     kinds = {".js": "text/javascript", ".css": "text/css"}
-    body = (
-        f'<!doctype html><link rel=stylesheet href=saliency.css><div id=map></div><script type="application/json" id=data>{data}</script>'
-    )
+    sheets = "".join(f"<link rel=stylesheet href={name}.css>" for name in ("colours", "saliency"))
+    body = f'<!doctype html>{sheets}<div id=map></div><script type="application/json" id=data>{data}</script>'
 
     def answer(route: Any) -> None:
         file = WEB / Path(route.request.url).name

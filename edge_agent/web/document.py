@@ -36,9 +36,11 @@ TEMPLATE = """<!doctype html>
 def document(title: str, entry: str, style: str, data: bytes) -> tuple[bytes, str]:
     """Return a page and its content security policy. `entry` and `style` name files here, `data` is the JSON that the entry reads.
 
-    The data cannot end their element: `<` is written as an escape of JSON, which is the same text to who parses it.
+    Before the style come the colours of all pages. The data cannot end their element: `<` is written as an escape of JSON, which is the
+    same text to who parses it.
     """
-    sheet, script = (WEB / f"{style}.css").read_text(encoding="utf-8"), "".join(_inlined(entry, set()))
+    sheet = "".join((WEB / f"{name}.css").read_text(encoding="utf-8") for name in ("colours", style))
+    script = "".join(_inlined(entry, set()))
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(sheet)}'; base-uri 'none'; form-action 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
