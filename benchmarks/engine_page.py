@@ -70,7 +70,7 @@ def claim_lines(rows: list[step.Row]) -> list[str]:
             _memory(arms["SFT"].peak_bytes, trl),
             *_ratio(once, trl.seconds),
             _memory(peak, trl),
-            *_ratio([e + s for e, s in zip(arms["NLFT, scored before"].seconds, arms["scoring"].seconds, strict=True)], trl.seconds),
+            *(_ratio(arms["NLFT, scored in each epoch"].seconds, trl.seconds) if "NLFT, scored in each epoch" in arms else [""]),
         ]
         if released := arms.get("released scheme"):
             live = arms["NLFT, scored live"]

@@ -84,7 +84,7 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
         packed = pack(adapted, pairs, 1)
         hidden_ND = answer_hidden(adapted, packed)
         ones_N = torch.ones(len(packed.target_ids_N))
-        return weighted_loss(adapted, hidden_ND, packed.target_ids_N, ones_N, 0 * ones_N, rung.head_chunk)
+        return weighted_loss(adapted, hidden_ND, packed.target_ids_N, ones_N, 0 * ones_N, rung.head_chunk).total
 
     forward([([2, 3], [4, 5])]).backward()  # so that the moments are there, as in all updates but the first
     update(parameters, optimizer)

@@ -89,13 +89,13 @@ def profile_of(device: str) -> DeviceProfile:
 
 
 def ours(work: Work, method: Any, rows: list[Sample], score_only: bool = False) -> Callable[[], int]:
-    """The engine: a pack a micro-batch; weights by the method, renewed when it says."""
+    """The engine: a pack a micro-batch; weights by the method, renewed when it says. An epoch is the second of a run of two."""
     s = work.settings
     model = attach_adapter(load_model(find_model(s.model), profile_of(s.device)), LORA, SEED, s.model)
     checkpoint_activations(model)
     plan = Plan("benchmark", s.micro_batch, HEAD_CHUNK, True, 1, 0, ())
-    schedule = Schedule(batch=BATCH, epochs=1, learning_rate=LEARNING_RATE)
-    training = Training("", schedule, SEED, plan, work.tokenizer, Path(), method)
+    schedule = Schedule(batch=min(BATCH, len(rows)), epochs=2, learning_rate=LEARNING_RATE)
+    training = Training("", schedule, SEED, plan, work.tokenizer, Path(), method, rescored=lambda _: None)
     _, weights = weigh(model, method, rows, plan, work.tokenizer.pad_token_id, lambda *_: None)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
 
@@ -106,7 +106,7 @@ def ours(work: Work, method: Any, rows: list[Sample], score_only: bool = False) 
 
     def epoch() -> int:
         objective, tokens = Weighted(model, rows, weights, training), 0
-        for update in range(objective.updates):
+        for update in range(objective.updates // 2, objective.updates):
             tokens += objective.backward(update, lambda *_: None)[1]
             torch.nn.utils.clip_grad_norm_(objective.parameters.values(), schedule.max_grad_norm)
             optimizer.step()
@@ -229,6 +229,7 @@ def _nlft(references: References) -> Nlft:
 OURS: dict[str, Callable[[Work], Callable[[], int]]] = {
     "SFT": lambda w: ours(w, Sft(SftOptions()), [as_imitation(s) for s in w.samples]),
     "NLFT, scored live": lambda w: ours(w, _nlft("live"), w.samples),
+    "NLFT, scored in each epoch": lambda w: ours(w, _nlft("epoch"), w.samples),
     "NLFT, scored before": lambda w: ours(w, _nlft("once"), w.samples),
     "scoring": lambda w: ours(w, _nlft("once"), w.samples, score_only=True),
     "released scheme": released,

@@ -56,7 +56,7 @@ def _gradients(tiny_model: Path, *, evaluate_first: bool, guard: bool) -> dict[s
             answer_hidden(model, packed)
     ones = torch.ones(len(ROWS[0][1]))
     model.train()
-    weighted_loss(model, answer_hidden(model, packed), packed.target_ids_N, ones, torch.zeros_like(ones), 64).backward()
+    weighted_loss(model, answer_hidden(model, packed), packed.target_ids_N, ones, torch.zeros_like(ones), 64).total.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 

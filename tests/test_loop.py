@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from edge_agent.errors import JobSchema
 from edge_agent.job import Dataset, Evaluation, Job, Lora, NlftOptions, Schedule, SftOptions
 from edge_agent.training.contexts import Sample
 from edge_agent.training.loop import Training, order, starts_epoch
+from edge_agent.training.methods.method import Scores
 from edge_agent.training.methods.nlft import Nlft
 from edge_agent.training.methods.sft import Sft
 from edge_agent.training.prepare import prepare_files
 from edge_agent.training.saliency_scores import Rescorings
+from edge_agent.training.scoring import score
 
 SCHEDULE = Schedule(batch=1, updates=5, learning_rate=5e-3, checkpoint_s=0)
-DROPOUT = Lora(rank=4, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +33,25 @@ def tiny(tiny_model: Path) -> Tiny:
     return Tiny(tiny_model)
 
 
-@pytest.mark.parametrize("references", ["live", "epoch", "once"])
-def test_killed_run_ends_in_the_same_adapter(references: Any, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("references", "dropout"), [("live", 0.1), ("epoch", 0.1), ("epoch", 0.0), ("once", 0.1)])
+def test_killed_run_ends_in_the_same_adapter(references: Any, dropout: float, tiny: Tiny, tmp_path: Path) -> None:
     """Killed twice and resumed, with dropout and whenever references are taken: the same losses, adapter and scores of each epoch."""
+    lora = Lora(rank=4, dropout=dropout)
     method = Nlft(NlftOptions(references=references))
     samples = tiny.samples(method, judged_records(1))
 
     def training(directory: Path) -> Training:
         return replace(tiny.training(method, directory, SCHEDULE), rescored=Rescorings(directory, samples, epochs=2).add)
 
-    with tiny.adapted(DROPOUT) as model:
+    with tiny.adapted(lora) as model:
         state, resumed = tiny.train(model, samples, training(_new(tmp_path / "whole")))
         whole = adapter(model)
     assert not resumed
     again = _new(tmp_path / "killed")
     for update in (1, 4):  # in the first epoch of three samples and within the second
-        with tiny.adapted(DROPOUT) as model, pytest.raises(Killed):
+        with tiny.adapted(lora) as model, pytest.raises(Killed):
             tiny.train(model, samples, training(again), kill_after(update))
-    with tiny.adapted(DROPOUT) as model:
+    with tiny.adapted(lora) as model:
         end, resumed = tiny.train(model, samples, training(again))
         assert resumed
         assert end == state
@@ -61,15 +64,42 @@ def test_killed_run_ends_in_the_same_adapter(references: Any, tiny: Tiny, tmp_pa
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_update_over_the_end_of_an_epoch_tells_both(dropout: float, tiny: Tiny, tmp_path: Path) -> None:
-    """A sample that an update holds twice is scored in two epochs: none is missing, and none counts for another."""
-    method, told = Nlft(NlftOptions(references="live")), list[tuple[int, int]]()
+@pytest.mark.parametrize(("references", "epochs"), [("live", (1, 2, 3, 4)), ("epoch", (2, 4))])
+def test_an_update_over_the_end_of_an_epoch_tells_both(
+    references: Any, epochs: tuple[int, ...], dropout: float, tiny: Tiny, tmp_path: Path
+) -> None:
+    """A sample that an update holds twice is scored in two epochs, once in each context: none is missing, and none counts for another."""
+    method, told = Nlft(NlftOptions(references=references)), list[tuple[int, int, str]]()
     samples = tiny.samples(method, judged_records(1))
     training = tiny.training(method, tmp_path, Schedule(batch=2 * len(samples) - 1, epochs=4))
-    listening = replace(training, rescored=lambda scored: told.extend((epoch, sample) for epoch, sample, _ in scored))
+
+    def listen(scored: Sequence[tuple[int, int, Scores]]) -> None:
+        for epoch, sample, s in scored:
+            logp = {"base": s.base_logp_T, "standard": s.standard_logp_T, "judge": s.judge_logp_T}
+            told.extend((epoch, sample, context) for context, x_T in logp.items() if x_T is not None and not x_T.isnan().any())
+
     with tiny.adapted(Lora(rank=4, dropout=dropout)) as model:
-        tiny.train(model, samples, listening)
-    assert Counter(told) == Counter((epoch, sample) for epoch in (1, 2, 3, 4) for sample in range(len(samples)))
+        tiny.train(model, samples, replace(training, rescored=listen))
+    assert Counter(told) == Counter(
+        (epoch, n, context) for epoch in epochs for n, sample in enumerate(samples) for context in sample.prompts
+    )
+
+
+def test_an_epoch_is_not_scored_in_contexts_that_no_weight_depends_on(tiny: Tiny, tmp_path: Path) -> None:
+    """Correct outputs weigh what the standard context says: their base context is the training pass's, and so are its numbers."""
+    method, told = Nlft(NlftOptions(references="epoch")), list[tuple[int, int, Scores]]()
+    samples = tiny.samples(method, judged_records(1))
+    schedule = Schedule(batch=len(samples), epochs=2, learning_rate=1e-12)  # the adapter stays what it is
+    training = replace(tiny.training(method, tmp_path, schedule), rescored=told.extend)
+    with tiny.adapted(moved=0.05) as model:
+        scored = dict(score(model, samples, 1, 64, tiny.tokenizer.pad_token_id, lambda *_: None))
+        tiny.train(model, samples, training)
+    of_epoch, of_pass = told[: len(samples)], told[len(samples) :]
+    correct = {i for i, sample in enumerate(samples) if sample.target.kind == "correct"}
+    assert {i for _, i, s in of_epoch if s.base_logp_T.isnan().all()} == correct == {i for _, i, _ in of_pass}
+    assert len(of_pass) == len(correct)
+    for _, i, s in of_pass:
+        torch.testing.assert_close(s.base_logp_T, scored[i].base_logp_T, rtol=1e-4, atol=1e-5)
 
 
 def _new(directory: Path) -> Path:

@@ -160,7 +160,7 @@ def _adapted(tiny_model: Path, kernel: str, monkeypatch: pytest.MonkeyPatch, ada
 def _loss(model: Any) -> torch.Tensor:
     packed = pack(model, [(list(range(5, 45)), list(range(50, 70)))], 1)
     ones = torch.ones(20)
-    return weighted_loss(model.train(), answer_hidden(model, packed), packed.target_ids_N, ones, ones / 2, 7)
+    return weighted_loss(model.train(), answer_hidden(model, packed), packed.target_ids_N, ones, ones / 2, 7).total
 
 
 def test_plain_torch_trains_as_bitsandbytes_does(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

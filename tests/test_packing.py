@@ -56,7 +56,7 @@ def test_weighted_loss_and_gradient_equal_the_formula(says: dict[str, float], mo
     wanted.backward()
     for chunk in (1, 3, 64):
         chunked = hidden.clone().requires_grad_()
-        loss = weighted_loss(model, chunked, packed.target_ids_N, likelihood, unlikelihood, chunk)
+        loss = weighted_loss(model, chunked, packed.target_ids_N, likelihood, unlikelihood, chunk).total
         loss.backward()
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(chunked.grad, plain.grad, rtol=1e-4, atol=1e-6)
@@ -74,7 +74,7 @@ class _Head:
 def test_unlikelihood_of_a_certain_token_is_finite_and_pushes_it_down() -> None:
     """Where b is 1 in floating point, log(1 - b) is still finite and its gradient lowers the logit."""
     logits = torch.tensor([[200.0, 0.0, -5.0]], requires_grad=True)
-    loss = weighted_loss(_Head(), logits, torch.tensor([0]), torch.zeros(1), torch.ones(1), 8)
+    loss = weighted_loss(_Head(), logits, torch.tensor([0]), torch.zeros(1), torch.ones(1), 8).total
     loss.backward()
     assert loss.item() == pytest.approx(200, rel=1e-3)
     assert logits.grad[0, 0] == pytest.approx(1.0)

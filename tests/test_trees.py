@@ -96,7 +96,7 @@ def _together(model: Any, rows: list[Row], micro_batch: int) -> torch.Tensor:
     for start in range(0, len(rows), micro_batch):
         packed = pack(model, rows[start : start + micro_batch], 0)
         ones = torch.ones(len(packed.target_ids_N))
-        total = total + weighted_loss(model, answer_hidden(model, packed), packed.target_ids_N, ones, ones / 2, 7)
+        total = total + weighted_loss(model, answer_hidden(model, packed), packed.target_ids_N, ones, ones / 2, 7).total
     return total
 
 

@@ -54,17 +54,23 @@ def _chunk_logp(head: torch.nn.Module, finish: Finish, hidden_CD: torch.Tensor, 
     return logits_CV.gather(1, ids_C[:, None])[:, 0] - logits_CV.logsumexp(1)
 
 
+class WeightedLoss(NamedTuple):
+    """The sum over tokens of likelihood * -log b + unlikelihood * -log(1 - b), and log b of every token without gradient; in 32 bits."""
+
+    total: torch.Tensor
+    logp_N: torch.Tensor
+
+
 def weighted_loss(
     model: Any, hidden_ND: torch.Tensor, target_ids_N: torch.Tensor, likelihood_N: torch.Tensor, unlikelihood_N: torch.Tensor, chunk: int
-) -> torch.Tensor:
-    """Return the sum over tokens of likelihood * -log b + unlikelihood * -log(1 - b), in 32 bits.
+) -> WeightedLoss:
+    """Return the loss of answer tokens with the weights of each.
 
     The gradient of the hidden states is formed with the loss: nothing is computed again in the backward pass, and beside the logits of
     a chunk, which its gradient takes the place of, a few rows of them exist in 32 bits. The head gets no gradient.
     """
     parts = hidden_ND, target_ids_N, likelihood_N, unlikelihood_N
-    loss: torch.Tensor = _FrozenHeadLoss.apply(*parts, *_head(model), chunk)  # type: ignore[no-untyped-call]
-    return loss
+    return WeightedLoss(*_FrozenHeadLoss.apply(*parts, *_head(model), chunk))  # type: ignore[no-untyped-call]
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -78,12 +84,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
         head: torch.nn.Module,
         finish: Finish,
         chunk: int,
-    ) -> torch.Tensor:
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, logp_N = hidden_ND.new_zeros((), dtype=torch.float32), hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
         unlikely_N = unlikelihood_N.cpu()  # asked on the host row by row, so that the device is waited for once
         needed = ctx.needs_input_grad[0]
         grad_ND = torch.empty_like(hidden_ND) if needed else None
-        parts = (hidden_ND, target_ids_N, likelihood_N, unlikelihood_N, unlikely_N)
+        parts = (hidden_ND, target_ids_N, likelihood_N, unlikelihood_N, unlikely_N, logp_N)
         for start in range(0, len(hidden_ND), chunk):
             hidden_CD, *of_chunk = (part[start : start + chunk] for part in parts)
             with torch.set_grad_enabled(needed):
@@ -94,10 +100,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
             if grad_ND is not None:
                 (grad_ND[start : start + chunk],) = torch.autograd.grad(logits_CV, hidden_CD, grad_CV)
         ctx.save_for_backward(grad_ND)
-        return total
+        ctx.mark_non_differentiable(logp_N)
+        return total, logp_N
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad.to(grad_ND.dtype), None, None, None, None, None, None
 
@@ -109,11 +116,12 @@ def _loss_and_gradient(
     likelihood_C: torch.Tensor,
     unlikelihood_C: torch.Tensor,
     unlikely_C: torch.Tensor,
+    logp_C: torch.Tensor,
 ) -> torch.Tensor:
     """Return the loss of a chunk, and put its gradient for the logits in their place, in their type; a few rows at a time in 32 bits.
 
     With l and u the weights and p the softmax, the gradient of the finished logits is (l + u) p - l at the target and (l + u) p - u q
-    elsewhere, where q is the softmax over all tokens but the target. `unlikely_C` are the weights u on the host.
+    elsewhere, where q is the softmax over all tokens but the target. `unlikely_C` are the weights u on the host; `logp_C` takes log b.
     """
     total = torch.zeros((), device=logits_CV.device)
     for start in range(0, len(logits_CV), ROWS):
@@ -121,7 +129,9 @@ def _loss_and_gradient(
         logits_RV, ids_R1, likelihood_R1, unlikelihood_R1 = logits_CV[rows], *(x[rows, None] for x in (ids_C, likelihood_C, unlikelihood_C))
         finished_RV = finish(logits_RV)
         logp_RV = finished_RV.log_softmax(1, dtype=torch.float32)
-        total -= (likelihood_R1 * logp_RV.gather(1, ids_R1)).sum()
+        logp_R1 = logp_RV.gather(1, ids_R1)
+        logp_C[rows] = logp_R1[:, 0]
+        total -= (likelihood_R1 * logp_R1).sum()
         grad_RV = logp_RV.exp().mul_(likelihood_R1 + unlikelihood_R1).scatter_add_(1, ids_R1, -likelihood_R1)
         if unlikely_C[rows].any():
             # 1 - b is the sum over all other tokens, exact and with a gradient even where b is 1 in floating point.

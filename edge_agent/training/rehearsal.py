@@ -283,7 +283,7 @@ def _train(
 
 def _weighted(model: Any, hidden_ND: torch.Tensor, ids_N: torch.Tensor, weights_N: torch.Tensor, chunk: int) -> torch.Tensor:
     """The loss of all methods but PPO (training/weighted.py)."""
-    return weighted_loss(model, hidden_ND, ids_N, weights_N, weights_N, chunk)
+    return weighted_loss(model, hidden_ND, ids_N, weights_N, weights_N, chunk).total
 
 
 def _reinforced(model: Any, hidden_ND: torch.Tensor, ids_N: torch.Tensor, weights_N: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -198,7 +198,7 @@ def _score(
     if scored is not None:
         return scored, True
     on_hidden = saliency.products.add if saliency else unheard
-    scored = weigh(model, work.method, samples, plan, work.tokenizer.pad_token_id, reporter.progress, on_hidden)
+    scored = weigh(model, work.method, samples, plan, work.tokenizer.pad_token_id, reporter.progress, on_hidden=on_hidden)
     if saliency:
         saliency.products.flush()
     save_scores(directory.path, key, scored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from typing import Any
 
@@ -27,22 +27,21 @@ def unheard(_: int, __: torch.Tensor) -> None:
 @torch.no_grad()
 def score(
     model: Any, samples: list[Sample], batch: int, chunk: int, pad_id: int, progress: Callable[[int, int, int], None],
-    hidden: bool = False, of_pass: bool = False, on_hidden: OnHidden = unheard,
+    hidden: bool = False, of_pass: Set[int] = frozenset(), on_hidden: OnHidden = unheard,
 ) -> Iterator[tuple[int, Scores]]:  # fmt: skip
     """Yield (index, scores) of each sample once its last context is scored, on the CPU.
 
     `batch` contexts are scored at once; `progress` hears (done, total, tokens). With `hidden`, base contexts come last, so that no hidden
-    state has to wait for another context of its sample. With `of_pass`, the base context of a sample that is trained in it is left out,
-    and is all NaN: its training pass will give it.
+    state has to wait for another context of its sample. The base context of the samples `of_pass` is left out, and is all NaN: their
+    training pass will give it.
     """
     model.eval()
     logp: dict[tuple[int, Context], torch.Tensor] = {}
-    left_out = {i for i, sample in enumerate(samples) if of_pass and sample.target.prompt == "base"}
-    for i in left_out:
+    for i in of_pass:
         logp[i, "base"] = unscored(samples[i])
         if len(samples[i].prompts) == 1:
             yield i, Scores(logp.pop((i, "base")))
-    work = [(i, context) for i, sample in enumerate(samples) for context in sample.prompts if context != "base" or i not in left_out]
+    work = [(i, context) for i, sample in enumerate(samples) for context in sample.prompts if context != "base" or i not in of_pass]
     rows = [(samples[i].prompts[context], samples[i].answer) for i, context in work]
     work = [work[n] for n in longest_first(rows)]
     if hidden:
@@ -71,7 +70,7 @@ def unscored(sample: Sample) -> torch.Tensor:
 
 
 def score_all(
-    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress, of_pass: bool = False,
+    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress, of_pass: Set[int] = frozenset(),
     on_hidden: OnHidden = unheard,
 ) -> Iterator[tuple[int, Scores]]:  # fmt: skip
     """Yield (index, scores) of every sample, in no order, with what the method asks for; `of_pass` and `on_hidden` as `score` has them."""
@@ -82,18 +81,20 @@ def score_all(
     scored = [i for i, s in enumerate(samples) if s.target.contexts is not None]
     yield from ((i, Scores(unscored(s))) for i, s in enumerate(samples) if s.target.contexts is None)
     found = score(
-        model, [samples[i] for i in scored], 2 * plan.micro_batch, plan.head_chunk, pad_id, count, method.needs_hidden, of_pass,
+        model, [samples[i] for i in scored], 2 * plan.micro_batch, plan.head_chunk, pad_id, count, method.needs_hidden,
+        {place for place, i in enumerate(scored) if i in of_pass},
         lambda place, hidden_TD: on_hidden(scored[place], hidden_TD),
     )  # fmt: skip
     yield from ((scored[place], scores) for place, scores in found)
 
 
 def weigh(
-    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress, on_hidden: OnHidden = unheard
-) -> tuple[list[Scores], list[Weights]]:
-    """Return the scores that a method asks for, without hidden states, and the weights that it makes of them; `on_hidden` as above."""
+    model: Any, method: Method, samples: list[Sample], plan: Plan, pad_id: int, progress: OnProgress, of_pass: Set[int] = frozenset(),
+    on_hidden: OnHidden = unheard,
+) -> tuple[list[Scores], list[Weights]]:  # fmt: skip
+    """Return the scores that a method asks for, without hidden states, and the weights that it makes of them; the rest as above."""
     found: dict[int, tuple[Scores, Weights]] = {}
-    for i, scores in score_all(model, method, samples, plan, pad_id, progress, on_hidden=on_hidden):
+    for i, scores in score_all(model, method, samples, plan, pad_id, progress, of_pass, on_hidden):
         found[i] = replace(scores, hidden_TD=None), method.weights(samples[i].target, scores)
     every = [found[i] for i in range(len(samples))]
     return [scores for scores, _ in every], [weights for _, weights in every]

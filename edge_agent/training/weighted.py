@@ -56,7 +56,8 @@ class Weighted:
         of_update = self._batches[update]
         places = longest_first([self._row(self._samples[i]) for i in of_update])
         samples = [self._samples[of_update[place]] for place in places]
-        known = self._known(update, places, samples, progress)
+        of_pass = self._of_pass(update)
+        known = self._known(update, places, samples, of_pass, progress)
         self._model.train()
         plan, seed = self._training.plan, self._training.seed
         answer_tokens = sum(len(s.answer) for s in samples)
@@ -66,11 +67,12 @@ class Weighted:
             packed = pack(self._model, [self._row(s) for s in group], self._training.tokenizer.pad_token_id)
             torch.manual_seed(hash((seed, update, start)) & 0x7FFFFFFF)  # dropout; integers hash the same in every process
             hidden_ND = answer_hidden(self._model, packed, plan.offload_checkpoints)
-            part_of = slice(start, start + size)
-            likelihood_N, unlikelihood_N = self._on_device(self._weights_of(update, places[part_of], known[part_of], packed, hidden_ND))
-            total = weighted_loss(self._model, hidden_ND, packed.target_ids_N, likelihood_N, unlikelihood_N, plan.head_chunk)
-            part = total / answer_tokens
+            likelihood_N, unlikelihood_N = self._on_device(self._weights_of(group, known[start : start + size], packed, hidden_ND))
+            of_group = weighted_loss(self._model, hidden_ND, packed.target_ids_N, likelihood_N, unlikelihood_N, plan.head_chunk)
+            part = of_group.total / answer_tokens
             part.backward()
+            logp = zip(places[start : start + size], of_group.logp_N.split(packed.lengths), strict=True)
+            self._tell(update, {place: Scores(logp_T.cpu()) for place, logp_T in logp if place in of_pass})
             loss += part.item()
             tokens += packed.tokens
         check_finite(loss, update, samples)
@@ -81,17 +83,16 @@ class Weighted:
         """Prompt and answer that are trained on."""
         return sample.prompts[sample.target.prompt], sample.answer
 
-    def _known(self, update: int, places: list[int], samples: list[Sample], progress: OnProgress) -> list[Weights] | list[Scores]:
+    def _known(
+        self, update: int, places: list[int], samples: list[Sample], of_pass: set[int], progress: OnProgress
+    ) -> list[Weights] | list[Scores]:
         """Return the weights of the samples at places of an update, or scores that the training pass has to complete first.
 
-        They are renewed where the method asks for it. A pass without dropout gives the base context as scoring it would.
+        They are renewed where the method asks for it.
         """
         method, plan, pad_id = self._training.method, self._training.plan, self._training.tokenizer.pad_token_id
         if method.references == "epoch" and starts_epoch(update, len(self._samples), self._training.schedule.batch):
-            scores, self._weights = weigh(self._model, method, self._samples, plan, pad_id, progress)
-            if self._training.rescored:
-                epoch = update * self._training.schedule.batch // len(self._samples) + 1
-                self._training.rescored([(epoch, i, s) for i, s in enumerate(scores)])
+            self._score_epoch(update, progress)
         if method.references == "pass":
             return [Scores(unscored(s)) for s in samples]
         if method.references != "live":
@@ -100,35 +101,62 @@ class Weighted:
         def told(done: int, total: int, tokens: int, *_: object) -> None:
             progress(update, self.updates, tokens, None, "score")  # the rows of one update are no progress that a person could follow
 
-        if self._drops_out or method.needs_hidden:
-            scores, weights = weigh(self._model, method, samples, plan, pad_id, told)
-            self._tell(update, places, scores)
-            return weights
-        found = dict(score_all(self._model, method, samples, plan, pad_id, told, of_pass=True))
-        return [found[i] for i in range(len(samples))]
+        left_out = {n for n, place in enumerate(places) if place in of_pass}
+        found = dict(score_all(self._model, method, samples, plan, pad_id, told, left_out))
+        scores = [found[n] for n in range(len(samples))]
+        self._tell(update, dict(zip(places, scores, strict=True)))
+        return scores if of_pass else [method.weights(sample.target, s) for sample, s in zip(samples, scores, strict=True)]
 
-    def _tell(self, update: int, places: list[int], scores: list[Scores]) -> None:
-        """Tell the scores of samples at places of an update, which may have the last samples of an epoch and the first of the next."""
+    def _score_epoch(self, update: int, progress: OnProgress) -> None:
+        """Score all samples for the epoch that an update begins, and weigh them anew."""
+        epoch, of_pass = self._epoch(update, 0), set[int]()
+        for later in range(update, self.updates):
+            if self._epoch(later, 0) > epoch:
+                break
+            of_pass |= {self._batches[later][place] for place in self._of_pass(later)}
+        plan, pad_id = self._training.plan, self._training.tokenizer.pad_token_id
+        scores, self._weights = weigh(self._model, self._training.method, self._samples, plan, pad_id, progress, of_pass)
         if self._training.rescored:
-            before, of_update = update * self._training.schedule.batch, self._batches[update]
-            told = ((before + n) // len(self._samples) + 1 for n in places)
-            self._training.rescored([*zip(told, (of_update[n] for n in places), scores, strict=True)])
+            self._training.rescored([(epoch, i, s) for i, s in enumerate(scores)])
+
+    def _of_pass(self, update: int) -> set[int]:
+        """Return the places of an update whose samples are not scored in the base context, because the training pass gives it.
+
+        A pass without dropout gives what scoring right before it would: all that `live` asks for. Where an epoch is scored as a whole it
+        comes too late for the weights, but for the Saliency Map it will do, from the first update on that begins in the epoch.
+        """
+        method = self._training.method
+        if self._drops_out or method.needs_hidden or method.references not in ("live", "epoch"):
+            return set()
+        targets, epoch = {place: self._samples[i].target for place, i in enumerate(self._batches[update])}, self._epoch(update, 0)
+        in_base = {place for place, target in targets.items() if target.prompt == "base"}
+        if method.references == "live":
+            return in_base
+        return {place for place in in_base if not targets[place].needs_base and 1 < epoch == self._epoch(update, place)}
+
+    def _epoch(self, update: int, place: int) -> int:
+        """Return the epoch of a place of an update, counted from 1: an update may have the last samples of one and the first of another."""
+        return (update * self._training.schedule.batch + place) // len(self._samples) + 1
+
+    def _tell(self, update: int, scores: dict[int, Scores]) -> None:
+        """Tell scores by their places in an update."""
+        if self._training.rescored and scores:
+            self._training.rescored([(self._epoch(update, place), self._batches[update][place], s) for place, s in scores.items()])
 
     def _weights_of(
-        self, update: int, places: list[int], known: list[Weights] | list[Scores], packed: Pack, hidden_ND: torch.Tensor
+        self, samples: list[Sample], known: list[Weights] | list[Scores], packed: Pack, hidden_ND: torch.Tensor
     ) -> list[Weights]:
         """Return the weights of a group, made in the training pass, dropout included, of scores that lack the base context."""
         if isinstance(known[0], Weights):
             return known
         method = self._training.method
-        logp_N = answer_logp(self._model, hidden_ND.detach(), packed.target_ids_N, self._training.plan.head_chunk).cpu()
-        samples = [self._samples[self._batches[update][place]] for place in places]
-        complete = [
-            replace(scores, base_logp_T=logp_T) if sample.target.prompt == "base" else scores
-            for sample, scores, logp_T in zip(samples, known, logp_N.split(packed.lengths), strict=True)
-        ]
-        self._tell(update, places, complete)
-        return [method.weights(sample.target, scores) for sample, scores in zip(samples, complete, strict=True)]
+        if any(s.target.needs_base for s in samples):
+            logp_N = answer_logp(self._model, hidden_ND.detach(), packed.target_ids_N, self._training.plan.head_chunk).cpu()
+            known = [
+                replace(scores, base_logp_T=logp_T) if sample.target.prompt == "base" else scores
+                for sample, scores, logp_T in zip(samples, known, logp_N.split(packed.lengths), strict=True)
+            ]
+        return [method.weights(sample.target, scores) for sample, scores in zip(samples, known, strict=True)]
 
     def _on_device(self, weights: list[Weights]) -> tuple[torch.Tensor, torch.Tensor]:
         likelihood_N, unlikelihood_N = (torch.cat(w) for w in zip(*((w.likelihood_T, w.unlikelihood_T) for w in weights), strict=True))

@@ -27,7 +27,8 @@ OwnOutputs = Literal["before", "during", "never"]
 class Target:
     """One answer to train on after the prompt of one context, and the contexts beside the base context that it is scored in.
 
-    Where these are None it is not scored at all: its weights are constants.
+    Where these are None it is not scored at all: its weights are constants. Where `needs_base` is false, its weights do not depend on the
+    base context.
     """
 
     record: Record
@@ -35,6 +36,7 @@ class Target:
     kind: Kind
     contexts: tuple[Context, ...] | None = None
     prompt: Context = "base"
+    needs_base: bool = True
     standard_answer: bool = False
     """The text is the record's standard answer, and not an output."""
 

@@ -123,13 +123,13 @@ class Nlft:
         self.references: Timing = options.references
 
     def targets(self, records: list[Record], is_correct: IsCorrect) -> list[Target]:
-        chosen = standard_answers(records, ("standard",)) if self._options.standard_answers else []
+        chosen = standard_answers(records, ("standard",), self.needs_hidden) if self._options.standard_answers else []
         for record in records:
             if record.output is None:
                 continue
             standard: tuple[Context, ...] = ("standard",) if record.answer is not None else ()
             if is_correct(record):
-                chosen.append(Target(record, record.output, "correct", standard))
+                chosen.append(Target(record, record.output, "correct", standard, needs_base=self.needs_hidden))
             elif record.judgment is not None:
                 chosen.append(Target(record, record.output, "incorrect", (*standard, "judge")))
         return chosen

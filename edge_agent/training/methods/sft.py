@@ -9,10 +9,14 @@ from edge_agent.job import DftOptions, SftOptions
 from edge_agent.training.methods.method import Context, IsCorrect, OwnOutputs, Scores, Target, Timing, Weights
 
 
-def standard_answers(records: list[Record], contexts: tuple[Context, ...] | None = None) -> list[Target]:
+def standard_answers(records: list[Record], contexts: tuple[Context, ...] | None = None, needs_base: bool = True) -> list[Target]:
     """One target for every standard answer of each question; none for records without one."""
     first = {(r.instruction, r.question, r.answer): r for r in reversed(records)}
-    return [Target(r, r.answer, "correct", contexts, standard_answer=True) for r in first.values() if r.answer is not None][::-1]
+    return [
+        Target(r, r.answer, "correct", contexts, needs_base=needs_base, standard_answer=True)
+        for r in first.values()
+        if r.answer is not None
+    ][::-1]
 
 
 class Sft:
