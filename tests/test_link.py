@@ -44,9 +44,11 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     settings.write_text(f"listener {port} 127.0.0.1\nuser root\nallow_anonymous true\nqueue_qos0_messages true\n")
     assert MOSQUITTO
     with subprocess.Popen([MOSQUITTO, "-c", str(settings)], stderr=subprocess.DEVNULL) as broker:
-        wait_for("the broker", lambda: answers(port), 10)
-        yield port
-        broker.terminate()
+        try:
+            wait_for("the broker", lambda: answers(port), 10)
+            yield port
+        finally:
+            broker.terminate()
 
 
 def answers(port: int) -> bool:
@@ -98,6 +100,7 @@ def test_lost_connection_is_told_unless_it_is_soon_back(protocol: Version, port:
         _, watched = stack.enter_context(linked(port, protocol, f"watch-{protocol}", f"wills/{protocol}/+"))
         back, events = stack.enter_context(linked(port, protocol, f"back-{protocol}", "back", will=True))
         process = stack.enter_context(subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True))
+        stack.callback(process.kill)
         assert process.stdout
         assert process.stdout.readline() == "Connected\n"
         assert [type(event) for event in drained(events)] == [Connected]
