@@ -34,7 +34,7 @@ SESSION_S = 7 * 24 * 3600
 """How long the broker keeps messages for a client that is away (MQTT 5; with 3.1.1 the broker decides)."""
 WILL_DELAY_S = 30
 """The broker waits one keepalive, and no longer than this, before it tells that a connection is lost (MQTT 5): the pauses before the first
-five attempts to be back, of up to 1, 2, 4, 8 and 16 seconds, fit in. Far below `SESSION_S`: with its session, a will is out at once."""
+four attempts to be back, of up to 1, 2, 4 and 8 seconds, fit in. Far below `SESSION_S`: with its session, a will is out at once."""
 DAY_S = 24 * 3600.0
 RETRY_S, LONGEST_RETRY_S = 1.0, 120.0
 STEADY_S = 30.0
