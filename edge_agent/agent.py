@@ -29,6 +29,10 @@ from edge_agent.files import lock_state
 from edge_agent.https import Carried, Fetched
 from edge_agent.jobs import Jobs
 from edge_agent.messages import (
+    ANSWER_S,
+    HEARTBEAT_BUSY_S,
+    HEARTBEAT_IDLE_S,
+    HEARTBEAT_JITTER,
     A,
     Ack,
     Cancel,
@@ -65,9 +69,8 @@ from quantization.model_files import find_model
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
-HEARTBEAT_IDLE_S, HEARTBEAT_BUSY_S, HEARTBEAT_JITTER = 60.0, 30.0, 0.2
-HELLO_S, ANSWER_S = 300.0, 30.0
-"""Between two hellos; and until a hello is sent again whose answer, which tells the time, has not come."""
+HELLO_S = 300.0
+"""Between two hellos that are answered."""
 CLOCKS_DIFFER_S = 60.0
 PROGRESS_S, WATCHED_PROGRESS_S = 10.0, 0.5
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")

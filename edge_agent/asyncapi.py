@@ -11,6 +11,9 @@ from typing import Any, Literal
 import msgspec
 
 from edge_agent.messages import (
+    LIFE_S,
+    LONGEST_ORDER_S,
+    LONGEST_WATCH_S,
     MAX_MESSAGE_BYTES,
     PAYLOAD_TYPES,
     TYPES,
@@ -65,6 +68,15 @@ class Channel:
     retain: bool = False
     payload: type[Addressed] | None = None
     """Of the envelope in it."""
+    longest_life_s: float | None = None
+    """Where a message says itself how long it is of use: at most so long."""
+
+    @property
+    def life(self) -> int | Schema | None:
+        """After how many seconds the broker may drop it; None: never."""
+        if self.longest_life_s is not None:
+            return {"type": "integer", "minimum": 1, "maximum": int(self.longest_life_s)}
+        return int(LIFE_S[self.kind]) if self.kind in LIFE_S else None
 
     @property
     def action(self) -> Literal["send", "receive"]:
@@ -97,9 +109,9 @@ CHANNELS = {
     "jobForgotten": Channel(_up("job", "{job}", "forgotten"), Forgotten, 1),
     "upFileRequest": Channel(_up("file", "{sha256}", "request"), FileRequest, 0),
     "upFileBlock": Channel(_up("file", "{sha256}", "block", "{number}"), None, 0),
-    "jobOffer": Channel(_down("job", "{job}", "offer"), Offer, 1, payload=Order),
+    "jobOffer": Channel(_down("job", "{job}", "offer"), Offer, 1, payload=Order, longest_life_s=LONGEST_ORDER_S),
     "jobCancel": Channel(_down("job", "{job}", "cancel"), Envelope, 1, payload=Cancel),
-    "jobWatch": Channel(_down("job", "{job}", "watch"), Watch, 0),
+    "jobWatch": Channel(_down("job", "{job}", "watch"), Watch, 0, longest_life_s=LONGEST_WATCH_S),
     "ack": Channel(_down("ack", "{message}"), Envelope, 1, payload=Ack),
     "commandReport": Channel(_down("command", "report"), Report, 1),
     "commandDrain": Channel(_down("command", "drain"), Envelope, 1, payload=Drain),
@@ -182,11 +194,12 @@ def _channel(channel: Channel) -> Schema:
 
 
 def _operation(name: str, channel: Channel) -> Schema:
+    lasting = {} if channel.life is None else {"messageExpiryInterval": channel.life}
     return {
         "action": channel.action,
         "channel": {"$ref": f"#/channels/{name}"},
         "messages": [{"$ref": f"#/channels/{name}/messages/{channel.message}"}],
-        "bindings": {"mqtt": {"qos": channel.qos, "retain": channel.retain, "bindingVersion": "0.2.0"}},
+        "bindings": {"mqtt": {"qos": channel.qos, "retain": channel.retain, **lasting, "bindingVersion": "0.2.0"}},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from edge_agent.messages import encode
+from edge_agent.messages import LIFE_S, encode
 from edge_agent.mqtt import Link
 from edge_agent.store import Store
 from edge_agent.topics import up
@@ -28,11 +28,11 @@ class Uplink:
 
     def send(self, data: object, *parts: object) -> bool:
         """Send a message that may be lost; False where it was not sent at all."""
-        return self._link.publish(self.topic(*parts), self.message(data))
+        return self._link.publish(self.topic(*parts), self.message(data), life_s=LIFE_S.get(type(data)))
 
     def ask(self, data: object, *parts: object, message_id: str | None = None) -> bool:
         """Send a message that the broker hands on at least once, if the link holds."""
-        return self._link.publish(self.topic(*parts), self.message(data, message_id), qos=1)
+        return self._link.publish(self.topic(*parts), self.message(data, message_id), qos=1, life_s=LIFE_S.get(type(data)))
 
     def keep(self, data: object, *parts: object) -> bool:
         """Send a message that the broker keeps for whoever comes later."""

@@ -34,6 +34,12 @@ WINDOW_BLOCKS = 8
 """Blocks that a receiver asks for at once."""
 ORDER_S, LONGEST_ORDER_S = 7 * 24 * 3600.0, 30 * 24 * 3600.0
 """From issue to expiry of an order, if nobody says otherwise and at most."""
+ANSWER_S = 30.0
+"""The answer to a hello tells the time only so long after it, and then another one is sent."""
+HEARTBEAT_IDLE_S, HEARTBEAT_BUSY_S, HEARTBEAT_JITTER = 60.0, 30.0, 0.2
+LIVE_S = 60.0
+"""Progress of before that is no live view any more."""
+LONGEST_WATCH_S = 600
 
 Phase = Literal["accepted", "staging", "ready", "running", "paused", "finalizing", "ended"]
 Outcome = Literal["succeeded", "failed", "rejected", "canceled", "timed_out"]
@@ -201,7 +207,7 @@ class Offer(Strict, frozen=True):
 class Watch(Strict, frozen=True):
     """Somebody looks: progress at up to 2 per second for this long."""
 
-    ttl_s: Annotated[float, Meta(gt=0, le=600)]
+    ttl_s: Annotated[float, Meta(gt=0, le=LONGEST_WATCH_S)]
 
 
 class Report(Strict, frozen=True):
@@ -285,6 +291,9 @@ TYPES: dict[type, str] = {
     FileRequest: "edge1.file.request",
 }  # fmt: skip
 """The `type` attribute of each kind of data."""
+LIFE_S: dict[type, float] = {Hello: ANSWER_S, Heartbeat: HEARTBEAT_IDLE_S * (1 + HEARTBEAT_JITTER), JobProgress: LIVE_S}
+"""How long a message is of use, for those of which another comes anyway. An offer lives as long as its order, a watch for its `ttl_s`; all
+others until they come: delivery depends on them, or whoever comes later reads them as retained."""
 PAYLOAD_TYPES: dict[type[Addressed], str] = {
     kind: f"application/vnd.edge1.{kind.__name__.lower()}+json" for kind in (Order, Cancel, Forget, Drain, Resume, Ack)
 }

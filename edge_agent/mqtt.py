@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 SESSION_S = 7 * 24 * 3600
 """How long the broker keeps messages for a client that is away (MQTT 5; with 3.1.1 the broker decides)."""
+WILL_DELAY_S = 30
+"""The broker waits one keepalive, and no longer than this, before it tells that a connection is lost (MQTT 5): the pauses before the first
+four attempts to be back, of up to 1, 2, 4 and 8 seconds, fit in. Far below `SESSION_S`: with its session, a will is out at once."""
 DAY_S = 24 * 3600.0
 RETRY_S, LONGEST_RETRY_S = 1.0, 120.0
 STEADY_S = 30.0
@@ -93,6 +96,30 @@ class Birth:
     will: bytes
 
 
+class Pauses:
+    """Those between attempts to connect: random, so that the nodes of a fleet do not come back all at once, and growing."""
+
+    def __init__(self, source: random.Random) -> None:
+        self._source, self._longest_s = source, RETRY_S
+
+    def after(self, lasted_s: float) -> float:
+        """Return how long to wait after an attempt, or a connection, that has lasted so long.
+
+        A connection that is lost at once again and again is as bad as none: two clients may fight for one id.
+        """
+        self._longest_s = RETRY_S if lasted_s > STEADY_S else min(2 * self._longest_s, LONGEST_RETRY_S)
+        return self._source.uniform(RETRY_S / 2, self._longest_s)
+
+
+def expiry(life_s: float | None) -> Properties | None:
+    """Return the properties of a message that may expire, in whole seconds; paho leaves them out with 3.1.1."""
+    if life_s is None:
+        return None
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties.MessageExpiryInterval = max(1, int(life_s))  # of 0, brokers differ
+    return properties
+
+
 class Link:
     """A supervised connection. Events go to `events`; `publish` may be called from any thread."""
 
@@ -152,8 +179,11 @@ class Link:
         """Longest payload that the broker takes for sure."""
         return int(self._limit * PACKET_SHARE)
 
-    def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> bool:
-        """Hand a message to the connection; False where there is none, it is too slow for more, or the broker would refuse the size."""
+    def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False, life_s: float | None = None) -> bool:
+        """Hand a message to the connection; False where there is none, it is too slow for more, or the broker would refuse the size.
+
+        `life_s`: the broker drops the message for those who have not got it by then (MQTT 5; 3.1.1 knows no such thing).
+        """
         client, going = self._client, self._going
         if client is None or not self._subscribed:
             return False
@@ -162,7 +192,7 @@ class Link:
             return False
         if not going.has_room(payload):
             return False
-        given = client.publish(topic, payload, qos, retain)
+        given = client.publish(topic, payload, qos, retain, expiry(life_s))
         if given.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             return False
         going.add(given, payload)
@@ -196,7 +226,7 @@ class Link:
     def _serve(self) -> None:
         if time.time() - psutil.boot_time() < FRESH_BOOT_S:  # a whole fleet may have got its power back
             self._closing.wait(random.uniform(0, FRESH_BOOT_S))
-        delay = RETRY_S
+        pauses = Pauses(random.Random())
         while not self._closing.is_set():
             self._version, began = "3.1.1" if self._broker.protocol == "3.1.1" else "5", time.monotonic()
             why = self._connect()
@@ -207,9 +237,7 @@ class Link:
                 self._events.put(Disconnected(with_way(why, self._broker.proxy)))
                 if why == TAKEN_OVER:
                     log.error("id_taken_over client=%s", self._client_id)
-                # A connection that is lost at once again and again is as bad as none: two clients may fight for one id.
-                delay = RETRY_S if time.monotonic() - began > STEADY_S else min(2 * delay, LONGEST_RETRY_S)
-                self._closing.wait(random.uniform(RETRY_S / 2, delay))
+                self._closing.wait(pauses.after(time.monotonic() - began))
 
     def _connect(self) -> str:
         """Serve one connection until it ends; return why it ended. Never raises."""
@@ -228,7 +256,7 @@ class Link:
         if self._broker.username is not None:
             client.username_pw_set(self._broker.username, self._password)
         if birth := self._birth():
-            client.will_set(birth.topic, birth.will, qos=1, retain=True)
+            connection.leave_will(birth)
         connection.open()
         self._client, self._going = client, Going()
         code, opened = MQTTErrorCode.MQTT_ERR_SUCCESS, time.monotonic()
@@ -299,6 +327,14 @@ class _Connection:
         client.on_socket_register_write = lambda *_: None
         client.on_connect, client.on_subscribe = self._connected, self._granted
         client.on_disconnect, client.on_message = self._disconnected, self._message
+
+    def leave_will(self, birth: Birth) -> None:
+        """What the broker publishes when this connection is lost and no other comes in time. To be called before `open`."""
+        properties = None
+        if self._version == "5":
+            properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
+            properties.WillDelayInterval = min(self._broker.keepalive_s, WILL_DELAY_S)
+        self.client.will_set(birth.topic, birth.will, qos=1, retain=True, properties=properties)
 
     def open(self) -> None:
         """Connect; the broker's answer comes with the loop. Raises OSError."""

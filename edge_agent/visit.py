@@ -24,8 +24,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edge_agent.admission import Rejected, open_envelope
 from edge_agent.config import AgentConfig
 from edge_agent.errors import MessageInvalid
-from edge_agent.messages import Ack, Envelope, Hello, decode, encode, new_id
-from edge_agent.mqtt import Connected, Disconnected, Link, Received
+from edge_agent.messages import LIFE_S, Ack, Envelope, Hello, decode, encode, new_id
+from edge_agent.mqtt import Connected, Disconnected, Link, Received, expiry
 from edge_agent.signing import seal
 from edge_agent.topics import COORDINATOR, down, split, up
 
@@ -108,10 +108,10 @@ class _Guest:
                     self._answers[number] = reasons
         return done()
 
-    def say(self, topic: str, payload: bytes) -> int | None:
+    def say(self, topic: str, payload: bytes, life_s: float | None = None) -> int | None:
         """Publish; return the number of the request."""
         client = self._link.client
-        return None if client is None else client.publish(topic, payload, qos=1).mid
+        return None if client is None else client.publish(topic, payload, qos=1, properties=expiry(life_s)).mid
 
     def listen(self, topics: list[str]) -> int | None:
         client = self._link.client  # with QoS 0 nothing waits for the next visit
@@ -157,11 +157,11 @@ def _try_everything(config: AgentConfig, found: Visit, guest: _Guest, message: s
     nothing = Ack(config.fleet, stranger, new_id(), datetime.now(timezone.utc), 0)
     as_stranger, to_stranger = up(config.fleet, stranger, "hello"), down(config.fleet, stranger, "ack", nothing.message)
     sent, sent_at = time.monotonic(), time.time()
-    hello = guest.say(up(config.fleet, config.node, "hello"), encode(Hello(), "doctor", message_id=message))
+    hello = guest.say(up(config.fleet, config.node, "hello"), encode(Hello(), "doctor", message_id=message), LIFE_S[Hello])
     # The states of other nodes are retained. Nothing is said of the stranger after this visit, so its topics may stay subscribed.
     listening = guest.listen([states, up(config.fleet, stranger, "#"), down(config.fleet, stranger, "#")])
     said = {
-        as_stranger: guest.say(as_stranger, encode(Hello(), "doctor")),
+        as_stranger: guest.say(as_stranger, encode(Hello(), "doctor"), LIFE_S[Hello]),
         to_stranger: guest.say(to_stranger, encode(seal(nothing, None), "doctor")),
     }
     found.answered = guest.answered(hello, listening, *said.values())

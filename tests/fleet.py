@@ -32,9 +32,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jsonschema import Draft202012Validator
 from orders import NODE
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from edge_agent.asyncapi import schema_of
+from edge_agent.asyncapi import channel_of, schema_of
 from edge_agent.coordinator.client import Client
 from edge_agent.coordinator.store import JobView
 from edge_agent.job_building import build_job
@@ -79,10 +79,12 @@ class Fleet:
         # Sockets have short paths; those of pytest are long.
         self.directory = Path(tempfile.mkdtemp(prefix="ea-"))
         self.port, self._websocket_port = free_port(), free_port()
-        self._secure, self._amqtt = secure, amqtt
+        self._secure, self._amqtt, self._five = secure, amqtt, protocol != "3.1.1" and not amqtt
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._spoken: set[bytes] = set()
         self.messages: list[tuple[float, str, bytes]] = []
+        self._lives: list[tuple[str, bytes, int | None]] = []
+        """Topic and payload of every message, and after how many seconds it was to expire."""
         self.trainers_at_once = 0
         self._closing = threading.Event()
         if secure:
@@ -268,17 +270,23 @@ class Fleet:
     # messages
 
     def _listen(self) -> None:
-        self.ear = paho.Client(CallbackAPIVersion.VERSION2, "ear")
+        version = MQTTProtocolVersion.MQTTv311 if self._amqtt else MQTTProtocolVersion.MQTTv5
+        self.ear = paho.Client(CallbackAPIVersion.VERSION2, "ear", protocol=version)
         self.ear.max_inflight_messages_set(100)
         if self._secure:
             self.ear.tls_set(ca_certs=str(self.directory / "ca.pem"), cert_reqs=ssl.CERT_REQUIRED)
             self.ear.username_pw_set("ear", "secret of ear")
-        self.ear.on_message = lambda _c, _u, m: self.messages.append((time.monotonic(), m.topic, bytes(m.payload)))
+        self.ear.on_message = self._hear
         self.ear.on_connect = lambda client, *_: client.subscribe("edge1/#", 1)
         self.ear.reconnect_delay_set(1, 1)
         self.ear.connect("127.0.0.1", self.port)
         self.ear.loop_start()
         wait_for("the ear", self.ear.is_connected)
+
+    def _hear(self, _c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
+        topic, payload = message.topic, bytes(message.payload)
+        self._lives.append((topic, payload, getattr(message.properties, "MessageExpiryInterval", None)))
+        self.messages.append((time.monotonic(), topic, payload))
 
     def publish(self, data: object, *parts: object) -> None:
         """Speak as a coordinator would."""
@@ -314,6 +322,12 @@ class Fleet:
             if schema is not None:
                 key = json.dumps(schema, sort_keys=True)
                 validators.setdefault(key, Draft202012Validator(schema)).validate(json.loads(payload))
+        for topic, payload, life_s in list(self._lives):
+            if payload not in self._spoken:
+                life = channel_of(topic).life if self._five else None
+                longest_s = life["maximum"] if isinstance(life, dict) else life
+                assert (life_s is None) == (longest_s is None), (topic, life_s, life)
+                assert life_s is None or longest_s is None or 0 < life_s <= longest_s, (topic, life_s, life)
         return len(self.messages)
 
 

@@ -13,9 +13,8 @@ import msgspec
 import pytest
 from conftest import ROOT
 
-from edge_agent.agent import ANSWER_S
 from edge_agent.clocks import ToldTime
-from edge_agent.messages import NodeState, encode
+from edge_agent.messages import ANSWER_S, NodeState, encode
 from edge_agent.mqtt import Connected
 from edge_agent.signing import seal
 from edge_agent.topics import down, up

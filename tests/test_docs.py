@@ -356,10 +356,13 @@ def test_commands_documented_are_those_of_a_fleet() -> None:
 
 
 def test_topics_documented_are_those_of_the_contract() -> None:
-    """docs/fleet.md names every topic with its message, its QoS and whether the broker keeps it."""
+    """docs/fleet.md names every topic with its message, its QoS, whether the broker keeps it, and when it expires."""
     rows = _rows("fleet.md", "Topics", "Topic")
     documented = {topic: (row["Message"].strip("`"), int(row["QoS"]), row["Retained"] == "yes") for topic, row in rows.items()}
     assert documented == {c.address: (c.message, c.qos, c.retain) for c in CHANNELS.values()}
+    for channel in CHANNELS.values():
+        said, life = rows[channel.address]["Expires"], channel.life
+        assert (said not in ("", "no") and not said[0].isdigit()) if isinstance(life, dict) else said == (f"{life} s" if life else "no")
 
 
 def test_reasons_documented_are_those_of_the_contract() -> None:

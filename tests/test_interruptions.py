@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,13 +17,14 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 from conftest import Cli, write_domain
-from fleet import MOSQUITTO, QUICK, Fleet, free_port, wait_for
+from fleet import MOSQUITTO, PROTOCOL, QUICK, Fleet, free_port, wait_for
 from orders import NODE
 from paho.mqtt.enums import CallbackAPIVersion
 from websockets import Subprotocol
 from websockets.sync.server import ServerConnection, serve
 
 from edge_agent.config import Broker, Size
+from edge_agent.job_building import build_job
 from edge_agent.messages import Cancel, encode, new_id
 from edge_agent.mqtt import Connected, Link
 from edge_agent.signing import seal
@@ -122,6 +124,29 @@ def test_orders_of_the_past_are_ignored(fleet: Fleet) -> None:
     wait_for("the retained order", lambda: f"retained_ignored topic=edge1/default/{NODE}/down/job/{job}/cancel" in fleet.log("agent"))
     wait_for("the node", lambda: fleet.client.nodes()[0].heartbeat is not None)
     assert fleet.heard("job", job, "result") == []
+
+
+def test_an_offer_that_expires_while_its_node_is_away_is_not_given(fleet: Fleet) -> None:
+    """A killed node counts as present until its will is out, in MQTT 5, so it is offered a job. It is back when that has expired, never
+    sees the offer, and for the coordinator was not away. In 3.1.1 that is told at once, and there is no offer."""
+    fleet.stop("agent", signal.SIGKILL)
+    killed = time.monotonic()
+    if PROTOCOL == "3.1.1":
+        wait_for("the last will", lambda: not fleet.present())
+    data = fleet.data()
+    document = build_job("tiny", data, None, {"budget_bytes": 2**30, "method.name": "nlft"} | QUICK, [])
+    job = fleet.client.submit(NODE, document, {document.dataset.sha256: data}, priority=4, expires_s=2).id
+    assert fleet.ended(job).outcome == "expired"
+    offered = [topic for _, topic, _ in fleet.messages if topic.endswith(f"{job}/offer")]
+    assert len(offered) == (0 if PROTOCOL == "3.1.1" else 1)
+    fleet.start_agent()
+    wait_for("the next start", lambda: fleet.log("agent").count('"connected ') == 2)
+    fleet.publish(b"{}", "command", "last")
+    wait_for("what came after it", lambda: "command_unknown name=last" in fleet.log("agent"))
+    assert "job_rejected" not in fleet.log("agent")
+    assert "offer_waits" not in fleet.log("agent")
+    lost = "state=lost" in fleet.log("coordinator")
+    assert lost if PROTOCOL == "3.1.1" else not lost or time.monotonic() - killed > 9  # the keepalive, and so the delay, is 10 s
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -86,7 +86,7 @@ class Commands:
             self.at_once(view.id)
             # The same offer again: a node that has the job says where it stands, one that has lost its disk takes it anew.
             if known is not None and known.state == "ready" and view.phase not in ("created", "offered") and not view.cancel:
-                self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer")
+                self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer", life_s=ORDER_S)
 
     def drain(self, node: str) -> None:
         """Tell a node whether it is to take new jobs, unless it says that it has been told that, or something later."""
@@ -121,9 +121,10 @@ class Commands:
         retry = self._retries.setdefault(view.id, Retry())
         if node is None or not node.present or now < retry.due:
             return
+        left_s = (view.order.expires - datetime.now(timezone.utc)).total_seconds()
         if view.cancel and self.cancel(view):
             retry.sent(now)
-        elif not view.cancel and self._send(view.node, self._exchange.offer(view), "job", view.id, "offer"):
+        elif not view.cancel and self._send(view.node, self._exchange.offer(view), "job", view.id, "offer", life_s=left_s):
             retry.sent(now)
             if view.phase == "created":
                 self._store.offered(view.id)

@@ -203,11 +203,11 @@ class Service:
     def _message(self, data: object) -> bytes:
         return encode(data, self._source, boot=self._store.epoch)
 
-    def _send(self, node: str, data: object, *parts: object, qos: int = 1) -> bool:
+    def _send(self, node: str, data: object, *parts: object, qos: int = 1, life_s: float | None = None) -> bool:
         message = self._message(data)
         if isinstance(data, Offer):
             self._offers.append(hashlib.sha256(message).hexdigest())
-        return self._link.publish(down(self._config.fleet, node, *parts), message, qos)
+        return self._link.publish(down(self._config.fleet, node, *parts), message, qos, life_s=life_s)
 
     def _seal(self, payload: Addressed) -> Envelope:
         return seal(payload, self._signing_key)
@@ -519,7 +519,7 @@ class Service:
     def _ask_progress(self, job: str, watch: Watch) -> None:
         view = self._store.job(job)
         if view is not None and view.phase != "ended":
-            self._send(view.node, watch, "job", job, "watch", qos=0)
+            self._send(view.node, watch, "job", job, "watch", qos=0, life_s=watch.ttl_s)
 
     def _changed(self, job: str) -> None:
         view = self._store.job(job)
