@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 MOST_COME_BYTES = 32 * 2**20
 """Of messages that have come and are still to be handled; above this, those that may be lost are dropped."""
 MOST_OF_SENDER_BYTES = MOST_COME_BYTES // 4
-"""Of these, of one sender where there are many: the windows of a dozen files that it sends at once, and its flood leaves room for others."""
+"""Of these, of one sender where there are many: windows of a dozen files that it sends at once. Its flood leaves room for others."""
 MOST_OF_SENDER = 16
 """Messages of QoS 1 of one sender that are to be handled: a quarter of what the broker may have on its way here. An agent has 8 at once on
 their way, and what says how it is; it sends those that were dropped again, for nobody has acknowledged them to it."""
