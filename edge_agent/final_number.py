@@ -72,8 +72,8 @@ _TAKEN_BACK = re.compile(
 _CONCLUDES = re.compile(r"\W*(?:so|thus|therefore|hence|finally|altogether|overall|in (?:total|all|conclusion))\b", re.IGNORECASE)
 _SPOILED = re.compile(
     r"\b(?=[a-z])(?:or|either|plus|sqrt|(?:at|the) (?:very )?(?:least|most)|and (?:up|above|over|below|under|beyond|more|less|fewer"
-    r"|counting|higher|lower|older|younger|change)|(?:up|on|down)wards?|(?:less|fewer) than|(?:divided|multiplied) by|raised to|binary|octal"
-    r"|hex|(?:of|than|times|mod|choose|over) [b-hj-z])\b|[¤√~…∞]|\.\.\.|[<>!]=|[a-z]\("
+    r"|counting|higher|lower|older|younger|change)|(?:up|on|down)wards?|(?:less|fewer) than|(?:divided|multiplied) by|raised to|binary"
+    r"|octal|hex|(?:of|than|times|mod|choose|over) [b-hj-z])\b|[¤√~…∞]|\.\.\.|[<>!]=|[a-z]\("
     r"|\b(?:negative|minus)\b(?![ ]{1,2}[$€£¥₹]?[.\d])|(?<=\d)[^\d=]{0,40}\b(?-i:minimum|maximum|max)\b"
     r"|\\[a-z]"
     r"|(?-i:\b(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
