@@ -125,7 +125,7 @@ class Side:
 
     def __init__(self, daemon: Agent | Service) -> None:
         self.daemon, self.wire = daemon, Wire()
-        self._connection = _Connection(Broker(), "fuzz", [], "5", lambda _: None, daemon._link._heard)
+        self._connection = _Connection(Broker(), "fuzz", [], "5", lambda _: None, daemon._link._come.take)
         daemon._link._client, daemon._link._subscribed = self.wire, True
         self._number = 0
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from edge_agent.written_number import RUN, WINDOW, WORDS, Number, has_number, numbers_of
@@ -46,20 +48,21 @@ _STOP = re.compile(r"(?:\.|(?<![\d)])!)(?=\s|$)|\b(?:because|since)\b", re.IGNOR
 _CUT = re.compile(r"(?<=\?)\s|[.,;](?=\s)|[=\n]")
 REASON = re.compile(r"\b(?:because|since|as)\b[^.!?\n]*")
 _EXCESS = "too (?:high|low|large|small|big|much|many|few)"
+# `(?=[a-z])` changes nothing: where a word cannot begin, its many alternatives need not be tried.
 _DENIED = re.compile(
     r"[?‽✗✘❌]|~~|n't\b|\bno(?=\W*\Z|:? (?:\d|[b-hj-z]\b))"
-    r"|\b(?:(?:is|are|was|do|does|did|ca|wo)nt|not|never|neither|nor|none of|cannot|wrong\w*|incorrect\w*|mistaken\w*|false|untrue|error"
-    r"|invalid|un(?:known|defined|determined)|doubt\w*|impossible|unlikely|excep\w+|exclud\w+|eliminat\w+|rul(?:e[sd]?|ing) out"
+    r"|\b(?=[a-z])(?:(?:is|are|was|do|does|did|ca|wo)nt|not|never|neither|nor|none of|cannot|wrong\w*|incorrect\w*|mistaken\w*|false|untrue"
+    r"|error|invalid|un(?:known|defined|determined)|doubt\w*|impossible|unlikely|excep\w+|exclud\w+|eliminat\w+|rul(?:e[sd]?|ing) out"
     rf"|(?:(?:any|every|no)thing|all|any|none) but|(?:instead|rather|other|apart|far) (?:of|than|from)|{_EXCESS}"
     r"|no (?:way|longer|answer|chance|means)|if|unless|whether|suppos\w+|assum\w+|pretend|imagine|let(?!'s| us)"
     r"|(?:first|initial|old|earlier|previous|partial|intermediate|naive|tempting) answer)\b"
-    r"|\b(?:when|once|given|for|where|with|try|say) [a-z] ?=",
+    r"|\b(?=[a-z])(?:when|once|given|for|where|with|try|say) [a-z] ?=",
     re.IGNORECASE,
 )
 _TAKEN_BACK = re.compile(
     r"\A\W*(?:(?:or|no|not|wait|actually|sorry|hmm|but|rather|alternatively|instead)\b"
     r"|(?:it|that|this)(?:'s| is| was)(?: [a-z]{1,12})? \$?\d)"
-    r"|\b(?:wrong\w*|incorrect\w*|mistaken?|mistakes|error|erroneous|false|untrue|invalid|impossible|oops|whoops|nope|cannot|correction"
+    r"|\b(?=[a-z])(?:wrong\w*|incorrect\w*|mistaken?|mistakes|error|erroneous|false|untrue|invalid|impossible|oops|whoops|nope|cannot|correction"
     r"|corrected|i mean|i meant|my bad|mis(?:read|took|count\w*|calculat\w+|understood)|try again|second thoughts?|disregard|retract"
     r"|re-?(?:consider|calculat|count|check|comput|do|think|try)\w*|(?:scratch|strike|forget|ignore|take) (?:it|that|this)|never ?mind"
     rf"|{_EXCESS}|should have been|it should be|kidding|joking"
@@ -68,9 +71,9 @@ _TAKEN_BACK = re.compile(
 )
 _CONCLUDES = re.compile(r"\W*(?:so|thus|therefore|hence|finally|altogether|overall|in (?:total|all|conclusion))\b", re.IGNORECASE)
 _SPOILED = re.compile(
-    r"\b(?:or|either|plus|sqrt|(?:at|the) (?:very )?(?:least|most)|and (?:up|above|over|below|under|beyond|more|less|fewer|counting|higher"
-    r"|lower|older|younger|change)|(?:up|on|down)wards?|(?:less|fewer) than|(?:divided|multiplied) by|raised to|binary|octal|hex"
-    r"|(?:of|than|times|mod|choose|over) [b-hj-z])\b|[¤√~…∞]|\.\.\.|[<>!]=|[a-z]\("
+    r"\b(?=[a-z])(?:or|either|plus|sqrt|(?:at|the) (?:very )?(?:least|most)|and (?:up|above|over|below|under|beyond|more|less|fewer"
+    r"|counting|higher|lower|older|younger|change)|(?:up|on|down)wards?|(?:less|fewer) than|(?:divided|multiplied) by|raised to|binary"
+    r"|octal|hex|(?:of|than|times|mod|choose|over) [b-hj-z])\b|[¤√~…∞]|\.\.\.|[<>!]=|[a-z]\("
     r"|\b(?:negative|minus)\b(?![ ]{1,2}[$€£¥₹]?[.\d])|(?<=\d)[^\d=]{0,40}\b(?-i:minimum|maximum|max)\b"
     r"|\\[a-z]"
     r"|(?-i:\b(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
@@ -89,12 +92,14 @@ class Clause(NamedTuple):
     before: str
     text: str
     after: str
-    denied: bool
+    rest: str
+    """What follows the whole, up to the next marker."""
+    cut_off: bool = False
 
     @property
-    def numeric(self) -> bool:
-        """Whether it says a number, in digits or words, that can be an answer."""
-        return has_number(self.text) and not _HEADING.match(self.text)
+    def denied(self) -> bool:
+        """Whether it is no answer, by itself or by what follows it."""
+        return self.cut_off or denied(self.before + self.text + self.after, self.rest)
 
 
 def final_number(text: str) -> Number | None:
@@ -114,9 +119,12 @@ def final_number(text: str) -> Number | None:
     clauses = marked_clauses(plain)
     if not clauses:
         return _unmarked(plain)
-    top = max((c.level for c in clauses if c.numeric), default=None)
-    first = next((n for n, c in enumerate(clauses) if c.numeric and c.level == top), len(clauses))
-    return _agreed([_read(c) for c in clauses[first:] if c.numeric or (c.denied and not _HEADING.match(c.text))])
+    heading = {text: _HEADING.match(text) is not None for text in {c.text for c in clauses}}
+    numeric = {text: not heading[text] and has_number(text) for text in heading}
+    top = max((c.level for c in clauses if numeric[c.text]), default=None)
+    first = next((n for n, c in enumerate(clauses) if numeric[c.text] and c.level == top), len(clauses))
+    said = dict.fromkeys(clauses[first:])  # the same again says nothing new, and the first that differs decides
+    return _agreed(_read(c) for c in said if numeric[c.text] or (not heading[c.text] and c.denied))
 
 
 def denied(said: str, rest: str) -> bool:
@@ -142,7 +150,7 @@ def _clause(plain: str, marker: re.Match[str], limit: int) -> Clause:
     stop = _STOP.search(plain, number.end() if number else start, end)
     end = stop.start() if stop else end
     before, text = _lead(plain, marker.start()) + plain[marker.start() : start], plain[start:end]
-    return Clause(_LEVELS[marker.lastgroup], before, text, "", denied(before + text, plain[end:limit]))
+    return Clause(_LEVELS[marker.lastgroup], before, text, "", plain[end:limit])
 
 
 def _boxed(plain: str, marker: re.Match[str], limit: int) -> Clause:
@@ -151,8 +159,7 @@ def _boxed(plain: str, marker: re.Match[str], limit: int) -> Clause:
     end = inside.end() if inside else marker.end()
     before, text = _lead(plain, marker.start()), plain[marker.end() : end]
     after = _CUT.split(plain[end + 1 : min(limit, end + 1 + WINDOW)], maxsplit=1)[0]
-    cut_off = plain[end : end + 1] != "}"
-    return Clause(_LEVELS["boxed"], before, text, after, cut_off or denied(before + text + after, plain[end + 1 : limit]))
+    return Clause(_LEVELS["boxed"], before, text, after, plain[end + 1 : limit], plain[end : end + 1] != "}")
 
 
 def _lead(plain: str, start: int) -> str:
@@ -167,7 +174,7 @@ def _unmarked(plain: str) -> Number | None:
         return None
     last, rest = sentences[numeric[-1]], " ".join(sentences[numeric[-1] + 1 :])
     final = len(numeric) == 1 or "=" in last or _CONCLUDES.match(last)
-    return _read(Clause(0, "", last, "", denied(last, rest))) if final else None
+    return _read(Clause(0, "", last, "", rest)) if final else None
 
 
 def _read(clause: Clause) -> Number | None:
@@ -197,16 +204,17 @@ def _leads_to(left: str, numbers: list[Number | None]) -> bool:
     return not alone or _agreed(before + numbers) is not None
 
 
-def _agreed(numbers: list[Number | None]) -> Number | None:
-    """Return the first number, where all have been read and are equal."""
-    first = numbers[0] if numbers else None
-    return first if first is not None and all(n is not None and first.equals(n) for n in numbers) else None
+def _agreed(numbers: Iterable[Number | None]) -> Number | None:
+    """Return the first number, where all have been read and are equal; those after one that is not are not asked for."""
+    rest = iter(numbers)
+    first = next(rest, None)
+    return first if first is not None and all(n is not None and first.equals(n) for n in rest) else None
 
 
 def plain_text(text: str) -> str:
     """Return the text with its markup and the forms of characters brought to those that are read here."""
     if not text.isascii():
-        text = re.sub(r"[^\x00-\x7f]", _plain_character, text)
+        text = re.sub(r"[^\x00-\x7f]", lambda match: _plain_character(match[0]), text)
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     return text
@@ -218,8 +226,8 @@ _CHARACTERS = {
 }  # fmt: skip
 
 
-def _plain_character(match: re.Match[str]) -> str:
-    character = match[0]
+@lru_cache(4096)
+def _plain_character(character: str) -> str:
     if character in _CHARACTERS:
         return _CHARACTERS[character]
     kind, folded = unicodedata.category(character), unicodedata.normalize("NFKC", character)

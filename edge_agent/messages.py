@@ -278,7 +278,7 @@ class JobResult(Strict, frozen=True):
 class FileRequest(Strict, frozen=True):
     """Asks the other side for blocks of the file that the topic names by its sha256."""
 
-    block_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)]
+    block_bytes: Annotated[int, Meta(ge=1024, le=BLOCK_BYTES)]
     blocks: Annotated[list[Count], Meta(min_length=1, max_length=WINDOW_BLOCKS)]
     """Numbers of blocks: block k begins at byte k * block_bytes."""
 

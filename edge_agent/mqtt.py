@@ -124,9 +124,13 @@ class Link:
     """A supervised connection. Events go to `events`; `publish` may be called from any thread."""
 
     def __init__(
-        self, broker: Broker, client_id: str, subscriptions: list[str], events: SimpleQueue[Any], birth: Callable[[], Birth | None]
-    ) -> None:
-        """`birth()` is called before each connection and returns its `Birth`, or None for a connection without a will."""
+        self, broker: Broker, client_id: str, subscriptions: list[str], events: SimpleQueue[Any], birth: Callable[[], Birth | None],
+        sender: Callable[[str], str] | None = None, is_standing: Callable[[str], bool] = lambda _: False,
+    ) -> None:  # fmt: skip
+        """`birth()` is called before each connection and returns its `Birth`, or None for a connection without a will.
+
+        `sender`, `is_standing`: see backlog.Come; a link without them listens to one other alone.
+        """
         self._broker, self._client_id, self._subscriptions = broker, client_id, subscriptions
         self._events, self._birth = events, birth
         self._closing = threading.Event()
@@ -138,7 +142,7 @@ class Link:
         _ = broker.proxy and broker.proxy.login  # read anew with every connection
         if broker.tls is not None:
             client_context(broker.tls, "broker.tls")
-        self._come, self._going = Come(), Going()
+        self._come, self._going = Come[Received](events.put, _acknowledge, sender, is_standing), Going()
         self._expiry_looked_at, self._dropped_at = -DAY_S, -DROPPED_S
         self._thread: threading.Thread | None = None
 
@@ -157,7 +161,7 @@ class Link:
         now = time.monotonic()
         if now - self._dropped_at >= DROPPED_S and (dropped := self._come.take_dropped()):
             self._dropped_at = now
-            log.warning("messages_dropped count=%d", dropped)
+            log.warning("messages_dropped count=%d most_of=%s", dropped.total(), dropped.most_common(1)[0][0])
         if now - self._expiry_looked_at >= DAY_S:
             self._expiry_looked_at = now
             if self._broker.tls is not None and self._broker.tls.certificate_file is not None:
@@ -168,6 +172,11 @@ class Link:
     @property
     def connected(self) -> bool:
         return self._subscribed
+
+    @property
+    def dropped(self) -> int:
+        """Messages that came faster than they were handled, since the start."""
+        return self._come.dropped
 
     @property
     def client(self) -> paho.Client | None:
@@ -200,9 +209,8 @@ class Link:
 
     def acknowledge(self, message: Received) -> None:
         """Tell the broker that a message is stored, or dropped for good. On a connection that has ended the broker does not hear it."""
-        self._come.handled(message.payload)
-        if message.qos:
-            message.client.ack(message.number, message.qos)
+        _acknowledge(message)
+        self._come.handled(message)
 
     def reconnect(self) -> None:
         """End the connection in order; the next one has a new last will."""
@@ -249,7 +257,7 @@ class Link:
             self._subscribed, self._client = False, None
 
     def _connection(self) -> str:
-        connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._heard)
+        connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._come.take)
         client = connection.client
         if self._broker.tls is not None:  # read anew, so that a certificate can be changed while it runs
             client.tls_set_context(client_context(self._broker.tls, "broker.tls"))
@@ -269,13 +277,14 @@ class Link:
             return NO_VERSION_5  # some brokers say it, others close the connection
         return connection.refused or paho.error_string(code)
 
-    def _heard(self, message: Received) -> None:
-        if self._come.take(message.payload, message.qos):
-            self._events.put(message)
-
     def _subscribed_now(self, packet_limit: int) -> None:
         self._limit, self._subscribed = packet_limit, True
         self._events.put(Connected(self._version))
+
+
+def _acknowledge(message: Received) -> None:
+    if message.qos:
+        message.client.ack(message.number, message.qos)
 
 
 def _mask_pongs(websocket: Any) -> None:

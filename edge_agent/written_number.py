@@ -17,6 +17,8 @@ MAX_RUN = 80
 """Characters of one number; a longer one is not read."""
 WINDOW = 80
 """Characters beside a number that may change what it says."""
+LONGEST_BEFORE = 24
+"""Characters that one word or sign before a number can have with the blanks after it: `absolute value of`, `than` and a word."""
 
 # A number with all that is joined to it: a range, date or product is one run, and no number.
 RUN = re.compile(
@@ -69,7 +71,7 @@ _SMALL = {
 }  # fmt: skip
 # A lone "one" is mostly no number: `one of them`.
 WORDS = re.compile(
-    rf"\b(?:(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<ones>{'|'.join(list(_SMALL)[1:10])}))?"
+    rf"\b(?=[a-z])(?:(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<ones>{'|'.join(list(_SMALL)[1:10])}))?"
     rf"|(?P<small>{'|'.join(w for w in _SMALL if w != 'one')}|one(?=[ ](?:and|to|in|out)\b))"
     rf"|(?:{'|'.join(_SCALES)})s?|[a-z]{{1,12}}illi(?:on|ard)(?:th)?s?|{_FUNCTION}|tens|half|halves|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)\b",
     re.IGNORECASE,
@@ -141,7 +143,7 @@ def _number(text: str, run: re.Match[str]) -> tuple[Number | None, int]:
     window = text[max(0, run.start() - WINDOW) : run.start()]
     beside = _CLOSERS.match(text, run.end())
     edge = beside.end() if beside else run.end()
-    before = _BEFORE.search(window)
+    before = _BEFORE.search(window, max(0, len(window) - LONGEST_BEFORE))
     after = _AFTER.match(text, edge, edge + WINDOW)
     value = _value(run[0])
     if before is None or after is None or value is None or _spoiled(window, before) or _SPOILED_AFTER.match(text, edge):
@@ -166,7 +168,7 @@ def _spoiled(window: str, before: re.Match[str]) -> bool:
     signs = [sign for sign in (before["word"], before["outer"], before["inner"]) if sign]
     apart = before["outer"] and before["blank"] and not before["currency"]
     joined = signs and (lead[-1:].isalnum() or lead[-1:] in ("-", "+", ")")) and not lead.lower().endswith(_SAYS)
-    return len(signs) > 1 or bool(apart or joined or _SPOILED_BEFORE.search(lead))
+    return len(signs) > 1 or bool(apart or joined or _SPOILED_BEFORE.search(lead, max(0, len(lead) - LONGEST_BEFORE)))
 
 
 def _unit(before: re.Match[str], after: re.Match[str]) -> str | None:

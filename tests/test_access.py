@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import signal
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
+from api_server import INFO
 from conftest import ROOT, Cli
 from cryptography import x509
 from fleet import MOSQUITTO, free_port, wait_for
@@ -21,11 +26,18 @@ from orders import NODE
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge_agent import backlog
-from edge_agent.config import AgentConfig, Broker, Size, Tls
+from edge_agent.backlog import MOST_OF_SENDER
+from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Size, Tls
+from edge_agent.coordinator.service import Service
+from edge_agent.coordinator.turns import Turns, is_standing, sender_of
+from edge_agent.delivery import Outbox, Uplink
 from edge_agent.doctor import CHECKS, _Wrong
 from edge_agent.enrolment import Authority, days_left
 from edge_agent.errors import ConfigInvalid
+from edge_agent.job import Dataset, Job
+from edge_agent.messages import JobResult, NodeState, encode
 from edge_agent.mqtt import Birth, Connected, Link
+from edge_agent.store import Store
 from edge_agent.topics import coordinator_state, coordinator_subscriptions, down, node_subscriptions, up
 
 FLEET, OTHER, STOLEN = "lab", "node-2", "node-3"
@@ -277,6 +289,115 @@ def test_node_that_floods_does_not_fill_the_memory(
         up_link.acknowledge(message)
     flooder.publish(up(FLEET, OTHER, "heartbeat"), b"later", 0)
     assert events.get(timeout=10).payload == b"later"
+
+
+@pytest.fixture
+def coordinator(place: Place, tmp_path: Path) -> Iterator[Service]:
+    service = Service(CoordinatorConfig(tmp_path / "coordinator", FLEET, broker=place.broker("coordinator.main")))
+    service.start()
+    wait_for("the coordinator", lambda: service._link.connected)
+    yield service
+    service.stop()
+
+
+def test_flood_of_one_node_keeps_no_other_waiting(place: Place) -> None:
+    """Of one that floods only a few messages wait, and it is served in turn; its newest state and all that others say come."""
+    events = Turns()
+    link = Link(
+        place.broker("coordinator.main"),
+        "coordinator/lab/main",
+        coordinator_subscriptions(FLEET),
+        events,
+        lambda: None,
+        sender_of,
+        is_standing,
+    )
+    link.start()
+    try:
+        while not isinstance(event := events.get(timeout=10), Connected):
+            link.acknowledge(event)
+        flooder, _ = _joined(place, OTHER)
+        for number in range(500):
+            flooder.publish(up(FLEET, OTHER, "hello"), b"%d" % number, 1)
+            last = flooder.publish(up(FLEET, OTHER, "state"), b"%d" % number, 1)
+        last.wait_for_publish(30)
+        node, _ = _joined(place, NODE)
+        for number in range(10):
+            node.publish(up(FLEET, NODE, "hello"), b"%d" % number, 1)
+        wait_for("all messages", lambda: link.dropped + events.qsize() == 1009, 10)
+        come = [events.get(timeout=10) for _ in range(22)]
+        assert [m.payload for m in come if sender_of(m.topic) == NODE] == [b"%d" % number for number in range(10)]
+        assert link.dropped == 1000 - MOST_OF_SENDER - 1, "one state waits"
+        while come:
+            link.acknowledge(come.pop())
+            while not events.empty():
+                come.append(event := events.get())
+        assert (event.topic, event.payload) == (up(FLEET, OTHER, "state"), b"499")
+        assert not link._come._shares
+    finally:
+        link.close()
+
+
+def test_job_goes_its_way_while_another_node_floods(place: Place, coordinator: Service, tmp_path: Path) -> None:
+    """It is offered, accepted and reported, with all that its node has to tell, before what the other had said earlier is handled."""
+    flooder, _ = _joined(place, OTHER)
+    said, ended = count(1), threading.Event()
+
+    def flood() -> None:
+        while not ended.is_set():
+            told = [flooder.publish(up(FLEET, OTHER, "state"), encode(NodeState("ready", 1, next(said), 0), "test"), 1) for _ in range(500)]
+            told[-1].wait_for_publish(30)
+
+    store, events = Store(tmp_path / "node.sqlite", FLEET, NODE), SimpleQueue[Any]()
+    link = Link(place.broker(NODE), NODE, node_subscriptions(FLEET, NODE), events, lambda: None)
+    uplink, outbox = Uplink(link, FLEET, NODE, store), Outbox(store, link)
+    thread = threading.Thread(target=flood)
+    try:
+        link.start()
+        while not isinstance(events.get(timeout=10), Connected):
+            pass
+        thread.start()
+        wait_for("the flood", lambda: coordinator._link.dropped > 500, 30)
+        uplink.keep(NodeState("ready", store.boot, 1, 0), "state")
+        uplink.keep(INFO, "info")
+        wait_for("the node", lambda: any(n.id == NODE and n.info for n in coordinator.call(coordinator._store.nodes)))
+        data = b'{"question": "How many?", "answer": "#### 1"}'
+        job = Job(model="tiny", dataset=Dataset(hashlib.sha256(data).hexdigest()), budget_bytes=2**29)
+        coordinator.files.put(data, job.dataset.sha256)
+        made = coordinator.call(lambda: coordinator.submit(NODE, job, 4, 3600.0))
+        _next_topic(link, events, down(FLEET, NODE, "job", made.id, "offer"))
+        store.accept(made.id, job.digest, b"{}", 4)
+        for phase in ("staging", "ready", *("running", "paused") * 10):
+            store.move(made.id, phase)
+        store.end(made.id, JobResult(job.digest, "failed", "internal", "as the test wants it"))
+        wanted = len(store.waiting())
+        while store.waiting():
+            outbox.tick()
+            topic = _next_topic(link, events, down(FLEET, NODE, "ack"))
+            outbox.acknowledged(topic.rpartition("/")[2])
+        view, history = coordinator.call(lambda: (coordinator.job(made.id), coordinator.history(made.id)))
+        flood_handled = coordinator.metrics.received.labels("state")._value.get()
+        assert (view.phase, view.outcome) == ("ended", "failed")
+        assert sorted(row.seq for row in history) == list(range(1, wanted + 1))
+        assert flood_handled < next(said) / 2
+    finally:
+        ended.set()
+        thread.join()
+        link.close()
+        store.close()
+    dropped = coordinator._link.dropped
+    told = re.search(r"^edge_agent_messages_dropped_total (\d+)\.", coordinator.metrics.text().decode(), re.MULTILINE)
+    assert told
+    assert int(told[1]) >= dropped, "what the broker still had comes meanwhile"
+
+
+def _next_topic(link: Link, events: SimpleQueue[Any], begin: str) -> str:
+    """Take in what a node hears until something comes on a topic; returns that."""
+    while True:
+        event = events.get(timeout=30)
+        link.acknowledge(event)
+        if event.topic.startswith(begin):
+            return str(event.topic)
 
 
 def test_connection_that_is_too_slow_does_not_fill_the_memory(

@@ -37,7 +37,7 @@ from edge_agent.coordinator.limits import MOST_BUCKETS, Limits, network
 from edge_agent.coordinator.store import CoordinatorPhase, JobFilter, JobPage, JobView
 from edge_agent.dataset import file_sha256
 from edge_agent.enrolment import Authority
-from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, TooManyRequests
+from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, DiskFull, TooManyRequests
 from edge_agent.messages import Artifact, JobProgress, JobResult, NodeState, new_id
 from edge_agent.mqtt import Received
 from edge_agent.report import Event
@@ -484,6 +484,24 @@ def test_reader_that_does_not_read_is_cut_off(coordinator: ApiServer) -> None:
 
 def _value(text: str, name: str) -> float:
     return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + " "))
+
+
+@pytest.mark.parametrize("lost", ["incoming", "sha256"])
+def test_disk_that_fails_is_told_without_its_paths(lost: str, coordinator: ApiServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Who asks learns what is wrong, and the log also where."""
+    file, sha256 = _dataset(coordinator, f"without-{lost}.jsonl", {"question": f"Without {lost}?", "answer": "#### 7"})
+    place = coordinator.root / "coordinator" / "files" / lost
+    place.rename(place.with_name("away"))
+    try:
+        answer = coordinator.ask("PUT", f"/datasets/{sha256}", "submit", content=file.read_bytes())
+    finally:
+        place.with_name("away").rename(place)
+    problem = _problem(answer, 503, "state")
+    assert "No such file or directory" in problem.detail
+    assert str(coordinator.root) not in answer.text
+    assert str(place) in caplog.text
+    full = http._explain_disk(None, DiskFull(str(place), 7))  # type: ignore[arg-type]
+    assert (full.status_code, full.content.detail.count("no space is left"), str(place) in full.content.detail) == (503, 1, False)
 
 
 def test_metrics_count_what_happens(coordinator: ApiServer) -> None:

@@ -21,7 +21,7 @@ from orders import NODE, make_offer, make_order
 from edge_agent.config import AgentConfig, read_config
 from edge_agent.doctor import BROKER_CHECKS, CHECKS, at_the_broker
 from edge_agent.job_building import build_job
-from edge_agent.messages import Cancel, Drain, File, FileRequest, Forget, Offer, Order, Report, Resume, encode, new_id
+from edge_agent.messages import BLOCK_BYTES, Cancel, Drain, File, FileRequest, Forget, Offer, Order, Report, Resume, encode, new_id
 from edge_agent.signing import seal, seal_bytes
 from edge_agent.topics import up
 
@@ -226,7 +226,7 @@ def test_garbage_does_not_end_a_job_that_runs(fleet: Fleet) -> None:
     job = fleet.submit(data, schedule__updates=3)
     wait_for("running", lambda: fleet.client.job(job.id).phase == "running")
     fleet.publish(b'{"bad": 1}', "job", job.id, "offer")
-    absurd = encode(FileRequest(2**20, [2**42]), "test")
+    absurd = encode(FileRequest(BLOCK_BYTES, [2**42]), "test")
     fleet.speak(up("default", NODE, "file", job.order.dataset.sha256, "request"), absurd)
     fleet.speak(up("default", NODE, "file", job.order.dataset.sha256, "block", "9" * 5000), b"x")
     assert fleet.ended(job.id).outcome == "succeeded"

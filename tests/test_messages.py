@@ -23,8 +23,10 @@ from edge_agent import topics
 from edge_agent.asyncapi import CHANNELS, PARAMETERS, channel_of, document, schema_of
 from edge_agent.errors import EdgeAgentError, MessageInvalid, Stopped, exit_code_of
 from edge_agent.messages import (
+    BLOCK_BYTES,
     MAX_MESSAGE_BYTES,
     TYPES,
+    WINDOW_BLOCKS,
     Artifact,
     CoordinatorState,
     Envelope,
@@ -257,6 +259,15 @@ def test_long_message_is_refused_unread() -> None:
     assert decode(message.ljust(MAX_MESSAGE_BYTES), Hello).data == Hello()
     with pytest.raises(MessageInvalid, match=f"{MAX_MESSAGE_BYTES:,}"):
         decode(message.ljust(MAX_MESSAGE_BYTES + 1), Hello)
+
+
+def test_request_for_longer_blocks_is_refused() -> None:
+    """Nobody is sent more at once than a window of the contract's blocks."""
+    whole = FileRequest(BLOCK_BYTES, list(range(WINDOW_BLOCKS)))
+    assert decode(encode(whole, "edge1/f/n"), FileRequest).data == whole
+    for data in (FileRequest(BLOCK_BYTES + 1, [0]), FileRequest(BLOCK_BYTES, list(range(WINDOW_BLOCKS + 1)))):
+        with pytest.raises(MessageInvalid):
+            decode(encode(data, "edge1/f/n"), FileRequest)
 
 
 @given(payload=st.binary(max_size=300), kind=st.sampled_from(list(TYPES)))

@@ -136,6 +136,25 @@ def test_the_longest_texts_have_no_answer(text: str) -> None:
     assert [letter for letter in "AB" if choice_match(text, f"#### {letter}")] == []
 
 
+@pytest.mark.parametrize("lead", ["absolute value of", "than twelveletter", "log_{abcdefgh}", "difference of", "3  and", "- {"])
+@pytest.mark.parametrize("blanks", [" ", " ```", "**` "])
+def test_longest_words_before_a_number_count(lead: str, blanks: str) -> None:
+    """What stands before a number is looked at as far as its longest word and the blanks after it go, whatever stands before that."""
+    for before in ("", "the box has ", "pears and apples " * 8):
+        assert final_answer(f"#### {before}{lead}{blanks}5") is None
+    assert final_answer("#### negative  $5") == "negative  $5"
+
+
+def test_marked_answers_that_agree_are_one() -> None:
+    """However many there are; one that differs, is denied or cannot be read is enough for none, wherever it stands."""
+    same = ["#### 5 apples\n"] * 4_000
+    assert final_answer("".join(same)) == "5"
+    for other in ("#### 6 apples\n", "#### not 5\n", "#### 5 or so\n", "#### 5 6\n"):
+        for place in (0, 2_000, 4_000):
+            assert final_answer("".join([*same[:place], other, *same[place:]])) is None
+    assert final_answer("#### none\n" + "".join(same)) == "5", "what stands before the first"
+
+
 def test_exact_ignores_case_and_blanks() -> None:
     """Compared is what stands after the last marker, or the whole text."""
     assert exact_match("It is\n####  Paris ", "#### paris")

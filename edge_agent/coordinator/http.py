@@ -67,6 +67,7 @@ from edge_agent.errors import (
     DatasetEmpty,
     DatasetSchema,
     DatasetTooLarge,
+    DiskFull,
     EdgeAgentError,
     Forbidden,
     StateDamaged,
@@ -156,7 +157,8 @@ def make_app(service: Service, door: Door) -> Litestar:
         guards=[check_scope, check_parameters],
         before_send=[_account],
         exception_handlers={
-            EdgeAgentError: _explain, HTTPException: _explain_http, sqlite3.Error: _explain_disk, OSError: _explain_disk,
+            EdgeAgentError: _explain, HTTPException: _explain_http,
+            **dict.fromkeys((sqlite3.Error, OSError, DiskFull), _explain_disk),
             RecursionError: _explain_form, UnicodeError: _explain_form, concurrent.futures.TimeoutError: _explain_delay,
             500: _explain_defect,
         },
@@ -444,9 +446,11 @@ def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Probl
     return _problem(status, error.code, str(error), headers, found)
 
 
-def _explain_disk(_: Request[Any, Any, Any], error: OSError | sqlite3.Error) -> Response[Problem]:
-    log.error("storage_error error=%r", error)
-    return _problem(503, "state", f"the coordinator cannot use its disk: {error}; look whether it is full, and try again")
+def _explain_disk(_: Request[Any, Any, Any], error: OSError | sqlite3.Error | DiskFull) -> Response[Problem]:
+    """The log names the file; where it lies is nothing to who asks."""
+    log.error("storage_error error=%r", f"{type(error).__name__}: {error}")
+    why = "no space is left" if isinstance(error, DiskFull) else getattr(error, "strerror", None) or type(error).__name__
+    return _problem(503, "state", f"the coordinator cannot use its disk: {why}; look whether it is full, and try again")
 
 
 def _explain_delay(_: Request[Any, Any, Any], error: concurrent.futures.TimeoutError) -> Response[Problem]:

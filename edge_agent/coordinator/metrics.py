@@ -30,6 +30,7 @@ class Standing:
     """Offers and commands that a node has not answered."""
     listeners: int
     late: int
+    dropped: int
     connected: bool
 
 
@@ -84,5 +85,6 @@ class _Gauges(Collector):
         yield jobs
         yield GaugeMetricFamily(f"{PREFIX}_unanswered", "Offers and commands that a node has not answered yet.", now.waiting)
         yield CounterMetricFamily(f"{PREFIX}_messages_late", "Messages that came after newer ones and changed nothing.", now.late)
+        yield CounterMetricFamily(f"{PREFIX}_messages_dropped", "Messages that came faster than they were handled.", now.dropped)
         yield GaugeMetricFamily(f"{PREFIX}_listeners", "Readers of events.", now.listeners)
         yield GaugeMetricFamily(f"{PREFIX}_broker_connected", "1 where the broker is connected.", now.connected)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
@@ -41,6 +40,7 @@ from edge_agent.coordinator.store import (
     NodeView,
     Token,
 )
+from edge_agent.coordinator.turns import Turns, is_standing, sender_of
 from edge_agent.database import is_damage
 from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
 from edge_agent.files import lock_state
@@ -111,7 +111,7 @@ class Service:
         """Open the state. Raises an EdgeAgentError where a coordinator with this configuration can never work."""
         self._config = config
         self._signing_key = read_private_key(config.signing_key_file) if config.signing_key_file else None
-        self._events: SimpleQueue[Any] = SimpleQueue()
+        self._events = Turns()
         self._lock = lock_state(config.state_directory)
         self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s, server=config.database)
         self.access, self.metrics = Access(self._store), Metrics()
@@ -129,6 +129,8 @@ class Service:
             coordinator_subscriptions(config.fleet),
             self._events,
             self._birth,
+            sender_of,
+            is_standing,
         )
         self._audience = Audience(self._ask_progress, self._store.epoch)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
@@ -459,7 +461,7 @@ class Service:
 
     def _standing(self) -> Standing:
         nodes, jobs, unanswered = self._store.counts()
-        return Standing(nodes, jobs, unanswered, self._audience.size, self._store.late, self._link.connected)
+        return Standing(nodes, jobs, unanswered, self._audience.size, self._store.late, self._link.dropped, self._link.connected)
 
     def audit(self, request: Audited) -> None:
         """Keep a request that was to change something."""
