@@ -63,14 +63,17 @@ def claim_lines(rows: list[step.Row]) -> list[str]:
     for group in settings(rows):
         arms = {r.arm: r for r in group}
         trl = step.fastest_of_trl(group)
-        once = [(EPOCHS * e + s) / EPOCHS for e, s in zip(arms["NLFT, scored before"].seconds, arms["scoring"].seconds, strict=True)]
+        parts = list(zip(arms["NLFT, scored before"].seconds, arms["scoring"].seconds, strict=True))
+        once = [epoch + scoring / EPOCHS for epoch, scoring in parts]
+        # Until the arm is measured: the sum, which scores contexts that it leaves out.
+        anew = arms["NLFT, scored in each epoch"].seconds if "NLFT, scored in each epoch" in arms else [sum(part) for part in parts]
         peak = max(arms["NLFT, scored before"].peak_bytes, arms["scoring"].peak_bytes)
         cells = [
             *_ratio(arms["SFT"].seconds, trl.seconds),
             _memory(arms["SFT"].peak_bytes, trl),
             *_ratio(once, trl.seconds),
             _memory(peak, trl),
-            *(_ratio(arms["NLFT, scored in each epoch"].seconds, trl.seconds) if "NLFT, scored in each epoch" in arms else [""]),
+            *_ratio(anew, trl.seconds),
         ]
         if released := arms.get("released scheme"):
             live = arms["NLFT, scored live"]

@@ -1,4 +1,4 @@
-"""Holds an epoch of the engine against TRL and the released scheme: `python benchmarks/step.py` writes results/step-DEVICE-SHAPE.json.
+"""Holds an epoch of the engine against TRL and the released scheme: `python benchmarks/step.py` writes a file of results for every setting.
 
 Seconds and peak memory of an epoch of NLFT and of SFT on the same records, beside TRL's SFTTrainer with the same QLoRA settings in each of
 its options, and the scheme of the released NLFT code (three padded rows a record, all with gradient). Records are GSM8K questions with a
@@ -235,10 +235,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count, before the others")
     parser.add_argument("--in-turn", action="store_true", help="one arm after the other, where they do not fit side by side")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--out", type=Path)
     options: Any = parser.parse_args()
-    out = options.out or result_file("step", options.device, options.shape)
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
         model = write_model(Path(directory) / options.shape, options.shape)
         for instruction in options.instruction:
@@ -248,8 +245,8 @@ def main() -> None:
                 in_turn = options.in_turn or options.device == "cuda"  # a GPU has no room for all models at once
                 found = measure(settings, options.rounds, options.shape, options.warm_up, in_turn)
                 Console(width=max(Console().width, 100)).print(table(found))
-                rows += found
-                write_report(out, options.device, rows)
+                setting = f"{options.shape}-micro-batch-{micro}-instruction-{instruction}"
+                write_report(result_file("step", options.device, setting), options.device, found)
 
 
 if __name__ == "__main__":
