@@ -1,6 +1,7 @@
 """A job as a directory: what goes in, what comes out, and the lock that keeps two trainers apart.
 
 job.json dataset.jsonl [evaluation.jsonl]        in
+options.json                                     in, while it runs
 events.jsonl before.jsonl outputs.jsonl
 repairs.jsonl judgments.jsonl records.jsonl      on the way, kept for a later run of the same job
 scores.safetensors products.bin rescored.bin
@@ -25,6 +26,7 @@ from edge_agent.dataset import Record, check_sha256, file_sha256, read_records
 from edge_agent.errors import Busy, Conflict, DirectoryUnusable, JobSchema
 from edge_agent.files import copy_file, write_file
 from edge_agent.job import Job
+from edge_agent.new_options import NewOptions
 from edge_agent.report import Event, Miss, Result
 from profiles.recorder import StageName
 from quantization.plan import Plan
@@ -52,6 +54,7 @@ class JobDirectory:
         self.trace = path / "trace.json"
         self.memory_snapshot = path / "memory_snapshot.pickle"
         self.result_file = path / "result.json"
+        self.options_file = path / "options.json"
 
     def create(self, job: Job, dataset: Path, evaluation: Path | None) -> None:
         """Lay down the inputs of a job.
@@ -87,6 +90,21 @@ class JobDirectory:
             raise JobSchema(str(file), f"it cannot be read ({error.strerror}); give a job directory") from None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise JobSchema(str(file), str(error)) from None
+
+    def read_options(self) -> NewOptions:
+        """Return the new options that were laid down. Raises JobSchema with the path of what is wrong in them."""
+        try:
+            return msgspec.json.decode(self.options_file.read_bytes(), type=NewOptions)
+        except OSError as error:
+            raise JobSchema(str(self.options_file), f"it cannot be read ({error.strerror})") from None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise JobSchema(str(self.options_file), str(error)) from None
+
+    def write_options(self, options: NewOptions) -> None:
+        """Lay down new options for the run, where they are not there already. Raises DiskFull."""
+        data = msgspec.json.format(msgspec.json.encode(options)) + b"\n"
+        if not self.options_file.is_file() or self.options_file.read_bytes() != data:
+            write_file(self.options_file, data)
 
     def read_dataset(self, job: Job, room_bytes: int | None = None) -> tuple[list[Record], list[Record] | None]:
         """Return (records, evaluation records or None), their digests checked against the job; each may take `room_bytes` of memory."""

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from edge_agent.intervals import newcombe_interval, wilson_interval
+from edge_agent.job import NlftOptions
 from profiles.energy import EnergySource
 from profiles.recorder import StageName, StageRow
 from quantization.plan import Plan
@@ -194,6 +195,16 @@ class Miss(msgspec.Struct, frozen=True):
     text: str
 
 
+class Change(msgspec.Struct, frozen=True):
+    """Options that a job has gone on with while it ran."""
+
+    number: int
+    """Under which they were sent."""
+    update: int
+    """Updates that had been made with what was before."""
+    method: NlftOptions
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """`result.json`: the outcome of a job."""
 
@@ -224,6 +235,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     updates: int = 0
     losses: list[float] = []
     """Loss of every optimizer update."""
+    changes: list[Change] = []
+    """Options that it has gone on with, in their order."""
     kept_update: int = 0
     """The update whose adapter was kept: the last one, or with `schedule.patience` the best."""
     development_losses: list[float] = []
@@ -265,7 +278,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
 
 EventKind = Literal[
-    "locked_down", "stage_started", "stage_finished", "progress", "out_of_memory", "paused", "continued", "finished", "failed", "stopped"
+    "locked_down", "stage_started", "stage_finished", "progress", "options_taken", "options_refused", "out_of_memory", "paused",
+    "continued", "finished", "failed", "stopped",
 ]  # fmt: skip
 
 
@@ -283,6 +297,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_bytes: int | None = None
     budget_bytes: int | None = None
     seconds: float | None = None
+    number: int | None = None
     code: str | None = None
     text: str | None = None
 

@@ -181,7 +181,7 @@ OUTPUTS = [
         "dataset.md", "Findings and spreads", _fields(Finding, (), "finding.") | _fields(Spread, (), "spread."), id="dataset-check-parts"
     ),
     pytest.param("dataset.md", "Building", _fields(Built), id="dataset-build"),
-    pytest.param("report.md", "`result.json`", _fields(Result), id="result"),
+    pytest.param("report.md", "`result.json`", _fields(Result, (NlftOptions,)), id="result"),
     pytest.param("report.md", "`events.jsonl`", _fields(Event), id="event"),
     pytest.param("report.md", "`profile.jsonl`", _fields(Sample), id="sample"),
     pytest.param("report.md", "`before.jsonl`, `after.jsonl`", _fields(Answer), id="answer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from tiny_training import Killed, Tiny, adapter, judged_records, kill_after
 from edge_agent.dataset import Record
 from edge_agent.errors import JobSchema
 from edge_agent.job import Dataset, Evaluation, Job, Lora, NlftOptions, Schedule, SftOptions
+from edge_agent.job_directory import JobDirectory
+from edge_agent.new_options import CLUSTER, FIXED, NewOptions, change, check_change
 from edge_agent.training.contexts import Sample
+from edge_agent.training.live_options import LiveOptions
 from edge_agent.training.loop import Training, order, starts_epoch
 from edge_agent.training.methods.method import Scores
 from edge_agent.training.methods.nlft import Nlft
@@ -61,6 +65,115 @@ def test_killed_run_ends_in_the_same_adapter(references: Any, dropout: float, ti
     assert scored == [kept_again.of(i) for i in range(len(samples))]
     # Five updates are an epoch of three samples, and two of the next.
     assert Counter(s.epoch for of_sample in scored for s in of_sample) == {"live": {1: 3, 2: 2}, "epoch": {2: 3}, "once": {}}[references]
+
+
+CHANGED = {"correct_threshold": 0.4, "correct_other_power": 3.0, "unlikelihood_scale": 9.0, "imitate_incorrect": True}
+SENT = {1: {"judge_base_ratio": 0.5, "imitate_flagged_share": 1.0}, 4: CHANGED}
+"""Fields of the options that come when so many updates are done."""
+
+
+def _sending(directory: Path, own: NlftOptions, kill_at: int | None = None) -> Any:
+    """Return a listener that lays down what comes while a run trains, and then may kill it."""
+
+    def progress(done: int, total: int, tokens: int, loss: float | None, doing: str | None) -> None:
+        if doing is None and done in SENT:
+            JobDirectory(directory).write_options(NewOptions([*SENT].index(done) + 1, change(own, SENT[done])))
+        if doing is None and done == kill_at:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize(("checkpoint_s", "kills"), [(0.0, (2, 4)), (1e9, (3, 5))])
+@pytest.mark.parametrize("references", ["live", "epoch", "once"])
+def test_killed_run_takes_new_options_at_the_same_update(
+    references: Any, checkpoint_s: float, kills: tuple[int, int], tiny: Tiny, tmp_path: Path
+) -> None:
+    """Killed before or after it has taken them, between two checkpoints or not: the same losses and adapter, bit for bit."""
+    own, lora = NlftOptions(references=references), Lora(rank=4, dropout=0.1)
+    method, told = Nlft(own), list[dict[str, Any]]()
+    samples = tiny.samples(method, judged_records(1))
+    schedule = msgspec.structs.replace(SCHEDULE, updates=6, checkpoint_s=checkpoint_s)
+
+    def train(name: str, kill_at: int | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
+        directory = tmp_path / name
+        directory.mkdir(exist_ok=True)
+        live = LiveOptions(JobDirectory(directory), own, lambda kind, **fields: told.append({"kind": kind, **fields}))
+        training = replace(tiny.training(method, directory, schedule), newer=live.newer, taken=live.taken)
+        with tiny.adapted(lora) as model:
+            state, resumed = tiny.train(model, samples, training, _sending(directory, own, kill_at))
+            assert resumed == (name == "killed")
+            return state, adapter(model)
+
+    state, whole = train("whole")
+    assert [(c.number, c.update, c.method) for c in state.changes] == [(1, 1, change(own, SENT[1])), (2, 4, change(own, SENT[4]))]
+    assert told == [{"kind": "options_taken", "stage": "train", "number": n, "done": update} for n, update in ((1, 1), (2, 4))]
+    for kill_at in kills:
+        with pytest.raises(Killed):
+            train("killed", kill_at)
+    end, again = train("killed")
+    assert end == state
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize(("references", "cluster"), [("live", "none"), ("epoch", "none"), ("once", "none"), ("live", "like")])
+def test_options_that_come_before_training_are_those_of_another_job(references: Any, cluster: Any, tiny: Tiny, tmp_path: Path) -> None:
+    """Taken before the first update, they give the adapter of a job that had them from the start, bit for bit, and not its own."""
+    own = NlftOptions(references=references, cluster=cluster)
+    other = change(own, CHANGED | ({"cluster": "none"} if cluster != "none" else {}))
+    samples = tiny.samples(Nlft(own), judged_records(1))
+    adapters = []
+    for name, options, comes in (("own", own, False), ("new", own, True), ("other", other, False)):
+        directory = JobDirectory(_new(tmp_path / name))
+        if comes:
+            directory.write_options(NewOptions(1, other))
+        newer = LiveOptions(directory, own, lambda *_, **__: None).newer
+        with tiny.adapted(moved=0.05) as model:
+            tiny.train(model, samples, replace(tiny.training(Nlft(options), directory.path, SCHEDULE), newer=newer))
+            adapters.append(adapter(model))
+    same = [all(torch.equal(tensor, adapters[1][name]) for name, tensor in found.items()) for found in adapters]
+    assert same == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("own", "fields", "says"),
+    [
+        (NlftOptions(), {"references": "live"}, "method.references: it cannot change while a job runs: the run is planned"),
+        (NlftOptions(), {"turning_ratio": 0.2}, "method.turning_ratio: it cannot change while a job runs: it decides"),
+        (NlftOptions(), {"cluster": "like"}, "method.cluster: it cannot change while this job runs, which takes no hidden states"),
+        (NlftOptions(cluster="like"), {"correct_threshold": 0.5}, 'has clusters, whose hidden states are kept only with references "live"'),
+        (SftOptions(), {"correct_threshold": 0.5}, "the job does not train by nlft"),
+    ],
+)
+def test_options_that_a_job_cannot_go_on_with_are_refused_once(own: Any, fields: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """The run goes on as it is, and one event says why; what is no options at all is refused likewise, and what is good is taken."""
+    directory, told = JobDirectory(tmp_path), list[tuple[str, int | None, str]]()
+    live = LiveOptions(directory, own, lambda kind, stage, number, text: told.append((kind, number, text)))
+    assert live.newer(0) is None
+    nlft = own if isinstance(own, NlftOptions) else NlftOptions()
+    directory.write_options(NewOptions(3, change(nlft, fields)))
+    assert [live.newer(0), live.newer(0)] == [None, None]
+    [(kind, number, text)] = told
+    assert (kind, number) == ("options_refused", 3)
+    assert says in text
+    directory.options_file.write_text('{"number": 4, "method": {"name": "nlft", "correct_threshold": 1.5}}')
+    assert [live.newer(0), live.newer(0)] == [None, None]
+    assert told[1][:2] == ("options_refused", None)
+    assert "$.method.correct_threshold" in told[1][2]
+    assert len(told) == 2
+
+
+def test_every_field_of_the_options_can_change_or_says_why_not() -> None:
+    """A field is fixed, one of clusters, or can change in every job without clusters and, where scores are live, with them."""
+    values: dict[str, Any] = {"cluster": "unlike", "imitate_incorrect": True}
+    for name in NlftOptions.__struct_fields__:
+        for own in (NlftOptions(), NlftOptions(references="live", cluster="like")):
+            fixed = name in FIXED or (name in CLUSTER and own.cluster == "none")
+            if name in FIXED:
+                continue
+            new = change(own, {name: values.get(name, 1 if name == "cluster_max_span" else 0.5)})
+            with pytest.raises(JobSchema) if fixed else nullcontext():
+                check_change(own, new)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from edge_agent.training.completion import Completion
 from edge_agent.training.contexts import Sample, encode_target
 from edge_agent.training.loop import Training, optimize, trained
 from edge_agent.training.methods.method import Method, Weights
+from edge_agent.training.methods.nlft import Nlft
 from edge_agent.training.scoring import weigh
 from edge_agent.training.weighted import Weighted
 from edge_agent.verify import numeric_match
@@ -117,7 +119,8 @@ class Tiny:
         return optimize(model, self.objective(model, samples, training), training, progress)
 
     def objective(self, model: Any, samples: list[Sample], training: Training, kind: Any = Weighted) -> Any:
-        return kind(model, samples, self.weights(model, training.method, samples), training)
+        scores, weights = weigh(model, training.method, samples, plan(), self.tokenizer.pad_token_id, silent)
+        return kind(model, samples, weights, replace(training, scores=scores) if isinstance(training.method, Nlft) else training)
 
 
 def adapter(model: Any) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from edge_agent.files import write_file
+from edge_agent.report import Change
 from edge_agent.training.optimizer import restore_state, saved_state
 
 FILE = "checkpoint.safetensors"
@@ -27,6 +28,13 @@ class Progress(msgspec.Struct, frozen=True):
     """Loss on the development records after each epoch that was measured."""
     kept: int = 0
     """The update whose adapter is to be kept; 0 for the last one."""
+    changes: tuple[Change, ...] = ()
+    """Options that training has gone on with; the last ones hold."""
+
+    @property
+    def change(self) -> int:
+        """The number of the last ones; 0: they are the job's own."""
+        return self.changes[-1].number if self.changes else 0
 
     @property
     def waited(self) -> int:

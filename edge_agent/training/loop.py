@@ -21,7 +21,9 @@ from msgspec.structs import replace
 
 from edge_agent.dataset import Verify
 from edge_agent.errors import NonFiniteLoss, Stopped, TimedOut
-from edge_agent.job import Schedule
+from edge_agent.job import NlftOptions, Schedule
+from edge_agent.new_options import NewOptions
+from edge_agent.report import Change
 from edge_agent.training.checkpoint import Parameters, Progress, Tensors, load_checkpoint, save_checkpoint, under
 from edge_agent.training.contexts import Sample
 from edge_agent.training.methods.method import Method, Scores
@@ -51,6 +53,12 @@ class Training:
     """Never trained on; their loss decides which adapter is kept, where the schedule has patience."""
     rescored: Callable[[Sequence[tuple[int, int, Scores]]], None] | None = None
     """Hears what is scored again, an update at a time: the epoch, counted from 1, the number of the sample, and its scores."""
+    scores: Sequence[Scores] = ()
+    """Of the samples before training, where other options may make other weights of them."""
+    newer: Callable[[int], NewOptions | None] = lambda _: None
+    """Asked before every update for options with a higher number than those that were taken last."""
+    taken: Callable[[Change], None] = lambda _: None
+    """Hears of options that training goes on with, when they are in its checkpoint."""
 
 
 class Objective(Protocol):
@@ -79,19 +87,20 @@ class Objective(Protocol):
     def restore(self, state: Tensors) -> None:
         """Take back what `state` returned."""
 
+    def change(self, options: NlftOptions) -> None:
+        """Go on with other options of its method, from the next update on."""
+
 
 def optimize(model: Any, objective: Objective, training: Training, progress: OnProgress) -> tuple[Progress, bool]:
     """Train the adapter in place; return where it ended, and whether it went on from a checkpoint.
 
     With patience it stops early, and the adapter is in the end that of the epoch with the lowest development loss.
+    New options are in a checkpoint before the first update with them, so a run that goes on takes them at the same update.
     Raises NonFiniteLoss, DiskFull, and TimedOut, Stopped or Crowded with a checkpoint written.
     """
     schedule, parameters = training.schedule, objective.parameters
     optimizer = make_optimizer(parameters.values(), schedule, training.plan.adam_8bit)
-    state, kept = load_checkpoint(training.directory, parameters, optimizer, training.key)
-    best, needed = under("best/", kept), under("objective/", kept)
-    if needed:
-        objective.restore(needed)
+    state, best = _go_on(objective, optimizer, training)
     if training.plan.checkpointing:
         checkpoint_activations(model)
     resumed, saved_at = state.updates > 0, time.monotonic()
@@ -102,6 +111,12 @@ def optimize(model: Any, objective: Objective, training: Training, progress: OnP
 
     try:
         while not _finished(state, objective, schedule):
+            if (new := training.newer(state.change)) is not None:
+                state = replace(state, changes=(*state.changes, Change(new.number, state.updates, new.method)))
+                objective.change(new.method)
+                save()
+                saved_at = time.monotonic()
+                training.taken(state.changes[-1])
             loss, tokens = _update(state.updates, objective, optimizer, schedule, progress)
             state = replace(state, updates=state.updates + 1, losses=(*state.losses, loss))
             if schedule.patience and objective.ends_epoch(state.updates - 1):
@@ -120,6 +135,17 @@ def optimize(model: Any, objective: Objective, training: Training, progress: OnP
         parameters[name].data.copy_(tensor)
     model.eval()
     return state, resumed
+
+
+def _go_on(objective: Objective, optimizer: torch.optim.Optimizer, training: Training) -> tuple[Progress, Tensors]:
+    """Take up the checkpoint, if there is one; return where it stands, and the best weights so far."""
+    state, kept = load_checkpoint(training.directory, objective.parameters, optimizer, training.key)
+    if needed := under("objective/", kept):
+        objective.restore(needed)
+    if state.changes:
+        objective.change(state.changes[-1].method)
+        training.taken(state.changes[-1])
+    return state, under("best/", kept)
 
 
 def _finished(state: Progress, objective: Objective, schedule: Schedule) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import torch
 
-from edge_agent.job import ReftOptions
+from edge_agent.job import NlftOptions, ReftOptions
 from edge_agent.training.checkpoint import Parameters, Tensors
 from edge_agent.training.contexts import Sample
 from edge_agent.training.generate import generate
@@ -151,6 +151,9 @@ class Reinforced:
         device = self._model.device
         self._reference = {name: state[f"reference/{name}"].to(device) for name in self._adapter}
         self.rollout = Rollout(**{name.removeprefix("rollout/"): t for name, t in state.items() if name.startswith("rollout/")})
+
+    def change(self, options: NlftOptions) -> None:
+        raise NotImplementedError("nothing of ReFT changes while it runs")
 
     def backward(self, update: int, progress: OnProgress) -> tuple[float, int]:
         """Add up the gradients of one update; the first of a step samples its answers."""

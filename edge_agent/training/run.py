@@ -25,6 +25,7 @@ from edge_agent.training.completion import Completion, draw, find_endpoint, judg
 from edge_agent.training.contexts import Sample, encode_target
 from edge_agent.training.enforce import capped, persevere
 from edge_agent.training.evaluate import evaluate
+from edge_agent.training.live_options import LiveOptions
 from edge_agent.training.loop import Training, optimize, total_updates
 from edge_agent.training.objectives import OBJECTIVES
 from edge_agent.training.packing import reads_trees
@@ -114,11 +115,12 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
     saliency = SaliencyParts(directory.path, samples, job.method, epochs) if isinstance(job.method, NlftOptions) else None
     with reporter.stage("score") as row:
         (scores, weights), row.resumed = _score(directory, model, work, samples, plan, reporter, key, saliency)
+    live = LiveOptions(directory, job.method, reporter.emit)
     with reporter.stage("train") as row:
         training = Training(
             key, job.schedule, job.seed, plan, work.tokenizer, directory.path, work.method, work.verifier,
             job.evaluation.max_new_tokens, work.files.context_tokens, development,
-            saliency.rescorings.add if saliency else None,
+            saliency.rescorings.add if saliency else None, scores if saliency else (), live.newer, live.taken,
         )  # fmt: skip
         objective = OBJECTIVES.get(type(job.method), Weighted)(model, samples, weights, training)
         with traced(directory, reporter.progress) if trace else nullcontext(reporter.progress) as progress:
@@ -140,7 +142,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
             job.dataset.sha256, records, cut_off, repairs, judgments, len(work.held_out), samples, weights, work.is_correct
         ),
         plan=plan, misses=directory.read_misses(work.key), kernel=kernel_of(model), updates=state.updates, losses=list(state.losses),
-        kept_update=state.kept or state.updates, development_losses=list(state.development),
+        changes=list(state.changes), kept_update=state.kept or state.updates, development_losses=list(state.development),
         accuracy=measured, accepted=accepted, acceptance=acceptance,
         examples=examples(before, after),
         adapter=Adapter(sha256, (directory.adapter / WEIGHTS).stat().st_size, trained),

@@ -15,14 +15,13 @@ import torch
 from edge_agent.job import NlftOptions
 from edge_agent.saliency import MAX_PRODUCTS_BYTES, MAX_TOKENS, SPAN, Rescored, Saliency, SaliencyRecord
 from edge_agent.training.contexts import Sample
-from edge_agent.training.methods.method import Context, Scores, Weights
+from edge_agent.training.methods.method import CONTEXTS, Scores, Weights
 from edge_agent.training.slots import Slots
 
 BLOCK = 64
 """Hidden states that are widened to 32 bits at once."""
 TEXT_WINDOW = 8
 """Tokens before one that its text may depend on."""
-CONTEXTS: tuple[Context, ...] = ("base", "standard", "judge")
 
 
 def recorded(samples: Sequence[Sample]) -> int:

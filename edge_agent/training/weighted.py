@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from edge_agent.job import NlftOptions
 from edge_agent.training.checkpoint import Tensors
 from edge_agent.training.contexts import Sample
 from edge_agent.training.head import answer_logp, weighted_loss
 from edge_agent.training.loop import Training, check_finite, learning_rate, order, starts_epoch, trained
-from edge_agent.training.methods.method import Scores, Weights
+from edge_agent.training.methods import METHODS
+from edge_agent.training.methods.method import CONTEXTS, Context, Method, Scores, Weights
 from edge_agent.training.packing import Pack, answer_hidden, longest_first, pack
 from edge_agent.training.reporter import OnProgress
 from edge_agent.training.scoring import score_all, unscored, weigh
@@ -27,6 +29,8 @@ class Weighted:
 
     def __init__(self, model: Any, samples: list[Sample], weights: list[Weights], training: Training) -> None:
         self._model, self._samples, self._weights, self._training = model, samples, weights, training
+        self._method: Method = training.method
+        self._scores = training.scores
         self._batches = order(len(samples), training.schedule, training.seed)
         self.updates = len(self._batches)
         self.parameters = trained(model)
@@ -39,17 +43,31 @@ class Weighted:
         return update + 1 == self.updates or starts_epoch(update + 1, len(self._samples), self._training.schedule.batch)
 
     def state(self) -> Tensors:
-        if self._training.method.references != "epoch":
+        if self._method.references != "epoch":
             return {}  # scored again in any case
-        return {
+        weights = {
             "likelihood": torch.cat([w.likelihood_T for w in self._weights]),
             "unlikelihood": torch.cat([w.unlikelihood_T for w in self._weights]),
         }
+        return weights | ({name: torch.cat([_logp(s, name) for s in self._scores]) for name in CONTEXTS} if self._scores else {})
 
     def restore(self, state: Tensors) -> None:
         lengths = [len(w.likelihood_T) for w in self._weights]
         pairs = zip(state["likelihood"].split(lengths), state["unlikelihood"].split(lengths), strict=True)
         self._weights = [Weights(likelihood_T, unlikelihood_T) for likelihood_T, unlikelihood_T in pairs]
+        if self._scores and "base" in state:
+            logps = zip(self._scores, *(state[name].split(lengths) for name in CONTEXTS), strict=True)
+            # A context that was scored before training is scored in every epoch.
+            self._scores = [
+                Scores(base_T, None if s.standard_logp_T is None else standard_T, None if s.judge_logp_T is None else judge_T)
+                for s, base_T, standard_T, judge_T in logps
+            ]
+
+    def change(self, options: NlftOptions) -> None:
+        """Weigh by other options from now on, where weights are kept by the scores that made them."""
+        self._method = METHODS[type(options)](options)
+        if self._method.references != "live":
+            self._weights = [self._method.weights(s.target, scores) for s, scores in zip(self._samples, self._scores, strict=True)]
 
     def backward(self, update: int, progress: OnProgress) -> tuple[float, int]:
         """Add up the gradients of one update. The longest samples come first."""
@@ -90,7 +108,7 @@ class Weighted:
 
         They are renewed where the method asks for it.
         """
-        method, plan, pad_id = self._training.method, self._training.plan, self._training.tokenizer.pad_token_id
+        method, plan, pad_id = self._method, self._training.plan, self._training.tokenizer.pad_token_id
         if method.references == "epoch" and starts_epoch(update, len(self._samples), self._training.schedule.batch):
             self._score_epoch(update, progress)
         if method.references == "pass":
@@ -115,7 +133,9 @@ class Weighted:
                 break
             of_pass |= {self._batches[later][place] for place in self._of_pass(later)}
         plan, pad_id = self._training.plan, self._training.tokenizer.pad_token_id
-        scores, self._weights = weigh(self._model, self._training.method, self._samples, plan, pad_id, progress, of_pass)
+        scores, self._weights = weigh(self._model, self._method, self._samples, plan, pad_id, progress, of_pass)
+        if self._scores:
+            self._scores = scores
         if self._training.rescored:
             self._training.rescored([(epoch, i, s) for i, s in enumerate(scores)])
 
@@ -125,7 +145,7 @@ class Weighted:
         A pass without dropout gives what scoring right before it would: all that `live` asks for. Where an epoch is scored as a whole it
         comes too late for the weights, but for the Saliency Map it will do, from the first update on that begins in the epoch.
         """
-        method = self._training.method
+        method = self._method
         if self._drops_out or method.needs_hidden or method.references not in ("live", "epoch"):
             return set()
         targets, epoch = {place: self._samples[i].target for place, i in enumerate(self._batches[update])}, self._epoch(update, 0)
@@ -149,7 +169,7 @@ class Weighted:
         """Return the weights of a group, made in the training pass, dropout included, of scores that lack the base context."""
         if isinstance(known[0], Weights):
             return known
-        method = self._training.method
+        method = self._method
         if any(s.target.needs_base for s in samples):
             logp_N = answer_logp(self._model, hidden_ND.detach(), packed.target_ids_N, self._training.plan.head_chunk).cpu()
             known = [
@@ -162,6 +182,12 @@ class Weighted:
         likelihood_N, unlikelihood_N = (torch.cat(w) for w in zip(*((w.likelihood_T, w.unlikelihood_T) for w in weights), strict=True))
         device = self._model.device
         return likelihood_N.to(device, torch.float32), unlikelihood_N.to(device, torch.float32)
+
+
+def _logp(scores: Scores, context: Context) -> torch.Tensor:
+    """Return the log-probabilities of a context, T; all NaN where it was not scored."""
+    found: torch.Tensor | None = getattr(scores, f"{context}_logp_T")
+    return torch.full_like(scores.base_logp_T, torch.nan) if found is None else found
 
 
 def drops_out(model: Any) -> bool:

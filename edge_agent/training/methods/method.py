@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ from edge_agent.dataset import Record
 
 Kind = Literal["correct", "incorrect"]
 Context = Literal["base", "standard", "judge"]
+CONTEXTS: tuple[Context, ...] = get_args(Context)
 IsCorrect = Callable[[Record], bool]
 """The verdict on the output of a record."""
 Timing = Literal["live", "epoch", "once", "pass"]
