@@ -17,7 +17,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_agent.asyncapi import channel_of
-from edge_agent.job import Dataset, Job, Judging
+from edge_agent.job import Dataset, Job, Judging, NlftOptions
 from edge_agent.messages import (
     Ack,
     Addressed,
@@ -39,6 +39,8 @@ from edge_agent.messages import (
     NodeLimits,
     NodeState,
     Offer,
+    Options,
+    OptionsState,
     Order,
     Report,
     Resume,
@@ -140,6 +142,9 @@ def _refused_offers() -> Iterator[Offer]:
 def _controls() -> Iterator[tuple[tuple[str, ...], Addressed]]:
     """Yield what a node is told besides offers, by topic; where it is signed it stops and deletes nothing."""
     yield from ((("job", job, "cancel"), Cancel(FLEET, NODE, job)) for job in (DONE, NEW))
+    yield from ((("job", job, "options"), Options(FLEET, NODE, job, 1, NlftOptions(correct_threshold=0.5))) for job in (DONE, NEW, STAGING))
+    yield ("job", STAGING, "options"), Options(FLEET, NODE, STAGING, 2, NlftOptions(references="live"))
+    yield ("job", STAGING, "options"), Options(FLEET, NODE, DONE, 3, NlftOptions())
     yield ("command", "forget"), Forget(FLEET, NODE, STAGING)  # it has not ended
     yield ("command", "drain"), Drain(FLEET, NODE, 7)
     yield ("command", "resume"), Resume(FLEET, NODE, 8)
@@ -163,6 +168,7 @@ def _refused_controls() -> Iterator[tuple[tuple[str, ...], Envelope]]:
         yield parts, unsigned
         yield parts, msgspec.structs.replace(unsigned, signatures=seal_bytes(unsigned.payload, Order, STRANGER).signatures)
         yield parts, msgspec.structs.replace(unsigned, signatures=seal_bytes(unsigned.payload, Order, KEY).signatures)
+    yield ("job", STAGING, "options"), seal(Options(FLEET, NODE, STAGING, 1, NlftOptions(correct_threshold=0.5)), None)
     for name, kind in (("drain", Drain), ("resume", Resume)):
         yield ("command", name), seal(kind(FLEET, NODE, 10), None)
     yield ("ack", DONE), seal(make_ack(DONE), None)
@@ -196,6 +202,7 @@ def seeds() -> list[Delivery]:
         (("hello",), Hello()), (("state",), NodeState("ready", 7, 3, 1)), (("state",), NodeState("lost", 7, 2, 0)), (("info",), INFO),
         (("heartbeat",), Heartbeat(RESOURCES, 0, STAGING)), (("job", STAGING, "status"), JobStatus(digest, "running")),
         (("job", STAGING, "status"), JobStatus(digest, "ended", "rejected", "busy", "16 jobs wait already")),
+        (("job", STAGING, "status"), JobStatus(digest, "running", options=OptionsState(2, 1, 40, "why not"))),
         (("job", SETTLED, "status"), JobStatus(digest, "running")), (("job", OTHERS, "status"), JobStatus(digest, "running")),
         (("job", STAGING, "progress"), PROGRESS),
         (("job", DONE, "result"), RESULT), (("job", STAGING, "result"), RESULT), (("job", DELETED, "forgotten"), Forgotten()),

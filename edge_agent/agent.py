@@ -47,6 +47,7 @@ from edge_agent.messages import (
     NodeInfo,
     NodeLimits,
     NodeState,
+    Options,
     Report,
     Resume,
     Watch,
@@ -191,15 +192,8 @@ class Agent:
 
     def _receive_down(self, parts: Sequence[str], payload: bytes) -> None:
         match parts:
-            case ["job", job, "offer"] if is_ulid(job):
-                self._jobs.offer(job, payload)
-            case ["job", job, "cancel"] if is_ulid(job):
-                self._opened(payload, Cancel, job=job)
-                self._jobs.cancel(job)
-            case ["job", job, "watch"]:
-                ttl_s = decode(payload, Watch).data.ttl_s
-                if self._jobs.trainer is not None and self._jobs.trainer.job == job:
-                    self._watched_until = time.monotonic() + ttl_s
+            case ["job", job, "offer" | "cancel" | "options" | "watch" as kind] if is_ulid(job):
+                self._receive_of_job(job, kind, payload)
             case ["ack", message]:
                 ack = self._opened(payload, Ack, message=message)
                 if message in self._hellos:
@@ -213,6 +207,20 @@ class Agent:
                 self._command(name, payload)
             case _:
                 log.warning("topic_unknown topic=%s", "/".join(parts))
+
+    def _receive_of_job(self, job: str, kind: str, payload: bytes) -> None:
+        match kind:
+            case "offer":
+                self._jobs.offer(job, payload)
+            case "cancel":
+                self._opened(payload, Cancel, job=job)
+                self._jobs.cancel(job)
+            case "options":
+                self._jobs.take_options(self._opened(payload, Options, job=job))
+            case "watch":
+                ttl_s = decode(payload, Watch).data.ttl_s
+                if self._jobs.trainer is not None and self._jobs.trainer.job == job:
+                    self._watched_until = time.monotonic() + ttl_s
 
     def _command(self, name: str, payload: bytes) -> None:
         match name:

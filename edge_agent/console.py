@@ -19,7 +19,7 @@ from edge_agent.answers import Comparison
 from edge_agent.coordinator.store import Audited, DatasetView, JobView, NodeView, Token
 from edge_agent.doctor import Check
 from edge_agent.errors import human_bytes
-from edge_agent.messages import JobProgress
+from edge_agent.messages import JobProgress, OptionsState
 from edge_agent.report import Accuracy, Built, Energy, Event, Example, FreeText, Judgments, Measured, PassAtK, Result
 from profiles.recorder import StageRow
 from profiles.sensors import Resources
@@ -328,6 +328,16 @@ def jobs_table(jobs: list[JobView]) -> Table:
             state.append(" not accepted", style="red")
         table.add_row(job.id, job.node, Text(run), state, f"{accuracy} %" if accuracy else "-", _age(job.created))
     return table
+
+
+def options_line(job: JobView) -> str:
+    """`options 3 sent; 2 taken after update 40`, and why where the newest are refused."""
+    sent, state = job.options.number if job.options else 0, job.options_state or OptionsState()
+    if not max(sent, state.number):
+        return "no options were sent; it has those of its document"
+    taken = f"{state.taken} taken after update {state.update or 0:,}" if state.taken else "none taken yet"
+    text = f"options {sent} sent; {taken}"
+    return text + (f"; {state.number} refused: {printable(state.refused)}" if state.refused else "")
 
 
 def datasets_table(datasets: list[DatasetView]) -> Table:

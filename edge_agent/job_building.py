@@ -43,6 +43,17 @@ def build_job(model: str, data: Path, evaluation: Path | None, fields: Mapping[s
     return _convert(document, [*given, *map(_setting, settings)], Job, "job")
 
 
+def build_change(settings: Iterable[str]) -> dict[str, Any]:
+    """Return the fields of `method` that `name=value` texts of `--set` give. Raises JobSchema where there are none, or others."""
+    document: dict[str, Any] = {}
+    for name, value in map(_setting, settings):
+        _place(document, name, value)
+    method = document.pop("method", None)
+    if document or not isinstance(method, dict):
+        raise JobSchema("--set", "only fields of `method` can change while a job runs, such as method.correct_threshold=0.9")
+    return method
+
+
 def build_options(judge: str | None, fields: Mapping[str, Any]) -> BuildOptions:
     """Return the options of `edge-agent dataset build`; `judge` is `critic`, `model` or `endpoint:ALIAS`. Raises JobSchema."""
     source, _, alias = (judge or "critic").partition(":")

@@ -19,10 +19,10 @@ from edge_agent.admission import Rejected, check_contents, check_order, open_env
 from edge_agent.clocks import ToldTime
 from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.delivery import Uplink
-from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, ModelMissing
+from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, JobSchema, ModelMissing
 from edge_agent.files import lock_file
 from edge_agent.https import Carried, Courier
-from edge_agent.job import Job
+from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
 from edge_agent.messages import (
     Artifact,
@@ -33,6 +33,7 @@ from edge_agent.messages import (
     JobResult,
     JobStatus,
     Offer,
+    Options,
     Order,
     Outcome,
     Phase,
@@ -40,7 +41,8 @@ from edge_agent.messages import (
     decode,
     read_order,
 )
-from edge_agent.report import EventKind
+from edge_agent.new_options import NewOptions, check_change
+from edge_agent.report import Event, EventKind
 from edge_agent.rest import Rest, Rests
 from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_orphan, known_reason
 from edge_agent.store import HAS_TRAINER, JobRow, Store
@@ -160,6 +162,45 @@ class Jobs:
             self.trainer.stop()
         elif row.phase != "finalizing":
             self._end(row, "canceled", "canceled", "it was canceled before its trainer ran")
+
+    def take_options(self, sent: Options) -> None:
+        """Keep what a job is to go on with, or say why it does not; its trainer takes the newest. The answer is the job's status.
+
+        They are in the store when this returns. Older ones change nothing.
+        """
+        row = self._store.job(sent.job)
+        if row is None or row.phase in ("finalizing", "ended"):
+            log.info("options_ignored job=%s number=%d phase=%s", sent.job, sent.number, row.phase if row else None)
+            if row is not None:
+                self._store.tell_again(row)
+            return
+        state = row.sent_options
+        if sent.number <= state.number:
+            self._store.tell_again(row)
+        else:
+            why = _why_not(read_order(row.payload).job, sent.method)
+            log.info("options_kept job=%s number=%d refused=%r", sent.job, sent.number, why)
+            options = None if why else NewOptions(sent.number, sent.method)
+            self._store.set_options(sent.job, msgspec.structs.replace(state, number=sent.number, refused=why), options)
+        if self.trainer is not None and self.trainer.job == sent.job:
+            self._lay_down_options(sent.job)
+
+    def _lay_down_options(self, job: str) -> None:
+        """Put the newest options of a job where its trainer looks for them between updates."""
+        row = self._store.job(job)
+        if row is not None and (options := row.new_options) is not None:
+            JobDirectory(self._directory(job)).write_options(options)
+
+    def _hear_of_options(self, row: JobRow, event: Event) -> None:
+        """Keep what a trainer says that it has done with the options that it was given."""
+        state = known = row.sent_options
+        if event.event == "options_taken":
+            state = msgspec.structs.replace(known, taken=event.number, update=event.done)
+        elif event.number in (None, known.number):
+            state = msgspec.structs.replace(known, refused=event.text)
+        if state != known:
+            log.info("options_heard job=%s event=%s number=%s update=%s text=%r", row.id, event.event, event.number, event.done, event.text)
+            self._store.set_options(row.id, state)
 
     def report(self) -> None:
         """Tell again where every job stands of which the coordinator may not know the end."""
@@ -314,6 +355,7 @@ class Jobs:
         if row.attempt == 0 and self._store.clock.now() - row.arrived > self._config.timers.queue_s:
             self._end(row, "timed_out", "expired", f"it waited longer than {self._config.timers.queue_s:,.0f} s")
             return
+        self._lay_down_options(row.id)
         lock = lock_file(self._config.state_directory / "trainer.lock")
         if lock is None:
             self._wait_for_orphan()
@@ -387,6 +429,8 @@ class Jobs:
         trainer.hear(told.event)
         if told.event.event == "locked_down":
             _log_lockdown(told)
+        elif told.event.event in ("options_taken", "options_refused") and row.phase in HAS_TRAINER:
+            self._hear_of_options(row, told.event)
         phase = PHASE_OF.get(told.event.event)
         if phase is not None and row.phase in HAS_TRAINER - {phase}:
             reason, text = (trainer.rests if told.event.code == "thermal" else None) or (None, None)
@@ -468,6 +512,15 @@ class Jobs:
         """Artifacts that the coordinator may not have yet."""
         results = [row.result for row in self._store.unacknowledged_jobs() if row.result is not None]
         return {a.sha256 for result in results for a in msgspec.json.decode(result, type=JobResult).artifacts}
+
+
+def _why_not(job: Job, method: NlftOptions) -> str | None:
+    """Return why a job cannot go on with other options; None where it can."""
+    try:
+        check_change(job.method, method)
+    except JobSchema as error:
+        return str(error)[:1024]
+    return None
 
 
 def _log_lockdown(told: TrainerEvent) -> None:

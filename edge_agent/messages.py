@@ -16,7 +16,8 @@ from msgspec import Meta
 
 from edge_agent.config import Name
 from edge_agent.errors import MessageInvalid
-from edge_agent.job import Job, Sha256, Strict
+from edge_agent.job import Job, NlftOptions, Sha256, Strict
+from edge_agent.new_options import MOST_CHANGES, Number
 from edge_agent.report import Event, Measured
 from profiles.sensors import Resources
 
@@ -150,6 +151,15 @@ class Cancel(Addressed, frozen=True):
     job: Ulid
 
 
+class Options(Addressed, frozen=True):
+    """Go on with other options of NLFT, from the next optimizer update on. The answer is in the job's status."""
+
+    job: Ulid
+    number: Number
+    """Grows with every `Options` of the job, so an older one is stale."""
+    method: NlftOptions
+
+
 class Forget(Addressed, frozen=True):
     """Delete everything of an ended job. The answer is `Forgotten`."""
 
@@ -218,6 +228,19 @@ class Forgotten(Strict, frozen=True):
     """The node has nothing of a job any more. The answer to `Forget`."""
 
 
+class OptionsState(Strict, frozen=True):
+    """What has become of the options that a job was sent."""
+
+    number: Annotated[int, Meta(ge=0, le=MOST_CHANGES)] = 0
+    """Of the newest that the node has: it need not come again. 0: none."""
+    taken: Annotated[int, Meta(ge=0, le=MOST_CHANGES)] = 0
+    """Of those that its trainer goes on with. 0: the job's own."""
+    update: Count | None = None
+    """Updates that had been made before those."""
+    refused: Text | None = None
+    """Why the newest are not taken."""
+
+
 class JobStatus(Strict, frozen=True):
     """Where a job stands."""
 
@@ -230,6 +253,8 @@ class JobStatus(Strict, frozen=True):
     text: Text | None = None
     refused: Sha256 | None = None
     """Of the message with the offer that is rejected: it may be nobody's, and only who has sent it knows."""
+    options: OptionsState | None = None
+    """None: it was sent none."""
 
     def __post_init__(self) -> None:
         if (self.phase == "ended") != (self.outcome is not None):
@@ -295,7 +320,7 @@ LIFE_S: dict[type, float] = {Hello: ANSWER_S, Heartbeat: HEARTBEAT_IDLE_S * (1 +
 """How long a message is of use, for those of which another comes anyway. An offer lives as long as its order, a watch for its `ttl_s`; all
 others until they come: delivery depends on them, or whoever comes later reads them as retained."""
 PAYLOAD_TYPES: dict[type[Addressed], str] = {
-    kind: f"application/vnd.edge1.{kind.__name__.lower()}+json" for kind in (Order, Cancel, Forget, Drain, Resume, Ack)
+    kind: f"application/vnd.edge1.{kind.__name__.lower()}+json" for kind in (Order, Cancel, Options, Forget, Drain, Resume, Ack)
 }
 """The `payloadType` of each kind of payload. It is signed, so none passes for another."""
 

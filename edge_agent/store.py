@@ -17,7 +17,8 @@ import msgspec
 
 from edge_agent.clocks import RunningTime
 from edge_agent.database import open_database, transaction
-from edge_agent.messages import LONGEST_ORDER_S, JobResult, JobStatus, Outcome, Phase, Reason, encode, new_id
+from edge_agent.messages import LONGEST_ORDER_S, JobResult, JobStatus, OptionsState, Outcome, Phase, Reason, encode, new_id
+from edge_agent.new_options import NewOptions
 from edge_agent.topics import up
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
@@ -81,6 +82,10 @@ ALTER TABLE jobs ADD COLUMN cooled_s REAL NOT NULL DEFAULT 0;  -- what they have
 UPDATE jobs SET arrived = 0, settled = iif(settled IS NULL, NULL, 0);
 UPDATE closed SET until = 5184000;
 """,
+    """
+ALTER TABLE jobs ADD COLUMN options BLOB;          -- JSON of the NewOptions that its trainer is to go on with; null: its own
+ALTER TABLE jobs ADD COLUMN options_state BLOB;    -- JSON of the OptionsState that is told of them; null: it was sent none
+""",
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: an agent whose disk was wiped is newer than its last will. Where the clock was wrong, the coordinator says so.
@@ -101,6 +106,8 @@ SET_TRAINER = "UPDATE jobs SET pid = ?, pid_ticks = ? WHERE id = ?"
 LAST_TRAINER = "SELECT pid, pid_ticks FROM jobs WHERE pid IS NOT NULL"
 SPEND_TIME = "UPDATE jobs SET ran_s = ?, cooled_s = ? WHERE id = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1 WHERE id = ?"
+SET_OPTIONS = "UPDATE jobs SET options = coalesce(?, options), options_state = ? WHERE id = ?"
+GET_OPTIONS_STATE = "SELECT options_state FROM jobs WHERE id = ?"
 COUNT_MESSAGE = "UPDATE jobs SET seq = seq + 1 WHERE id = ? RETURNING seq, attempt"
 ALL_JOBS = "SELECT * FROM jobs ORDER BY arrived, id"
 DELETE_JOB = "DELETE FROM jobs WHERE id = ? AND phase = 'ended'"
@@ -139,6 +146,17 @@ class JobRow:
     pid_ticks: int | None
     ran_s: float
     cooled_s: float
+    options: bytes | None
+    options_state: bytes | None
+
+    @property
+    def new_options(self) -> NewOptions | None:
+        return msgspec.json.decode(self.options, type=NewOptions) if self.options else None
+
+    @property
+    def sent_options(self) -> OptionsState:
+        """What is told of the options that it was sent."""
+        return msgspec.json.decode(self.options_state, type=OptionsState) if self.options_state else OptionsState()
 
 
 @dataclass(frozen=True)
@@ -252,6 +270,15 @@ class Store:
     def ask_cancel(self, job: str) -> None:
         self._db.execute(ASK_CANCEL, (job,))
 
+    def set_options(self, job: str, state: OptionsState, options: NewOptions | None = None) -> None:
+        """Keep what has become of the options that a job was sent, new ones where they are to be taken, and the message that tells it."""
+        row = self.job(job)
+        if row is None or row.phase == "ended":
+            raise LookupError(f"job {job} takes no options")
+        with transaction(self._db):
+            self._db.execute(SET_OPTIONS, (msgspec.json.encode(options) if options else None, msgspec.json.encode(state), job))
+            self._tell(job, JobStatus(row.digest, row.phase))
+
     def set_trainer(self, job: str, pid: int, ticks: int) -> None:
         """Remember the process of a job's trainer by its id and its start in ticks since the machine's own."""
         with transaction(self._db):
@@ -318,6 +345,8 @@ class Store:
 
     def _tell(self, job: str, data: JobStatus | JobResult) -> None:
         seq, attempt = self._db.execute(COUNT_MESSAGE, (job,)).fetchone()
+        if isinstance(data, JobStatus) and (state := self._db.execute(GET_OPTIONS_STATE, (job,)).fetchone()[0]):
+            data = msgspec.structs.replace(data, options=msgspec.json.decode(state, type=OptionsState))
         message, kind = new_id(), "result" if isinstance(data, JobResult) else "status"
         payload = encode(data, self._source, boot=self.boot, attempt=attempt, seq=seq, message_id=message)
         self._db.execute(INSERT_MESSAGE, (message, job, up(self._fleet, self._node, "job", job, kind), payload))

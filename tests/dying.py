@@ -1,7 +1,8 @@
 """A daemon that is struck once, at one change of a job's phase: `python tests/dying.py agent killed PHASE MARK --config FILE`.
 
 `killed`: by SIGKILL, right after the phase is on disk; `error`: its disk fails once instead of storing the phase. A mark in a file says
-that it has happened. In `paused` there is the word of the trainer that it waits for memory, which the test cannot make scarce.
+that it has happened. In `paused` there is the word of the trainer that it waits for memory, which the test cannot make scarce. `options`
+is no phase: there an agent keeps new options of a job.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ AGENT: dict[str, Callable[..., str]] = {
     "accept": lambda *_: "accepted",
     "move": lambda job, phase, **_: phase,
     "end": lambda *_: "ended",
+    "set_options": lambda *_: "options",
 }
 COORDINATOR: dict[str, Callable[..., str]] = {
     "add_job": lambda *_: "created",

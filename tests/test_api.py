@@ -38,8 +38,10 @@ from edge_agent.coordinator.store import CoordinatorPhase, JobFilter, JobPage, J
 from edge_agent.dataset import file_sha256
 from edge_agent.enrolment import Authority
 from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, DiskFull, TooManyRequests
-from edge_agent.messages import Artifact, JobProgress, JobResult, NodeState, new_id
+from edge_agent.job import Dataset, Job, NlftOptions, SftOptions
+from edge_agent.messages import Artifact, JobProgress, JobResult, JobStatus, NodeState, OptionsState, new_id
 from edge_agent.mqtt import Received
+from edge_agent.new_options import NewOptions
 from edge_agent.report import Event
 from profiles.sensors import Reading, Resources
 
@@ -325,6 +327,46 @@ def test_ended_job_is_handed_in_again(coordinator: ApiServer) -> None:
     assert (again.retry_of, again.order.job, again.node) == (job.id, job.order.job, job.node)
     assert again.id != job.id
     assert (again.phase, job.retry_of) == ("created", None)
+
+
+def test_options_of_a_job_change_while_it_runs(coordinator: ApiServer) -> None:
+    """Each change adds to those before and has a number; the job shows what was sent and what its node says of it."""
+    file, sha256 = _dataset(coordinator, "live.jsonl", {"question": "Live?", "answer": "#### 4"})
+    with coordinator.client("submit") as client:
+        client.upload(file, sha256)
+        job = coordinator.submit(sha256)
+        assert (job.options, job.options_state) == (None, None)
+        first = client.send_options(job.id, {"correct_threshold": 0.5})
+        assert first.options == NewOptions(1, NlftOptions(correct_threshold=0.5))
+        both = NewOptions(2, NlftOptions(correct_threshold=0.5, imitate_incorrect=True))
+        assert client.send_options(job.id, {"imitate_incorrect": True}).options == both
+        assert client.send_options(job.id, {"imitate_incorrect": True}).options == both  # nothing new
+        state = OptionsState(2, 2, 40)
+        coordinator.hear("job", JobStatus(job.digest, "running", options=state), job.id, "status")
+        assert client.job(job.id).options_state == state
+        for fields, says in (
+            ({"references": "live"}, "method.references: it cannot change while a job runs"),
+            ({"cluster": "like"}, "method.cluster: it cannot change while this job runs"),
+            ({"correct_threshold": 1.5}, "$.correct_threshold"),
+            ({"correct_threshold": "0.5"}, "$.correct_threshold"),
+            ({"threshold": 0.5}, "unknown field `threshold`"),
+            ({"name": "sft"}, "$.name"),
+        ):
+            with pytest.raises(Answered) as refused:
+                client.send_options(job.id, fields)
+            assert refused.value.code == "job_schema"
+            assert says in str(refused.value)
+        _ended(coordinator, job, b"{}")
+        with pytest.raises(Answered, match="has ended"):
+            client.send_options(job.id, {"correct_threshold": 0.6})
+        other = Job(model="tiny", dataset=Dataset(sha256), budget_bytes=2**29, method=SftOptions())
+        submitted = client.submit(NODE, other, {}, 4)
+        with pytest.raises(Answered, match="trains by sft; only options of nlft can change"):
+            client.send_options(submitted.id, {"correct_threshold": 0.6})
+    path = f"/jobs/{job.id}/options"
+    _problem(coordinator.ask("POST", path, "read", json={"method": {"correct_threshold": 0.5}}), 403, "forbidden")
+    for body in ({}, {"method": {}}, {"method": {"correct_threshold": [0.5]}}, {"method": {}, "schedule": {}}, {"method": {"x" * 65: 1}}):
+        _problem(coordinator.ask("POST", path, "submit", json=body), 400, "job_schema")
 
 
 def test_artifact_comes_whole_or_by_ranges(coordinator: ApiServer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,24 @@ import msgspec
 import pytest
 from conftest import ROOT
 
-from edge_agent.messages import Addressed, Cancel, Drain, Envelope, Forget, JobResult, JobStatus, NodeState, Order, encode
+from edge_agent.job import NlftOptions
+from edge_agent.messages import (
+    Addressed,
+    Cancel,
+    Drain,
+    Envelope,
+    Forget,
+    JobResult,
+    JobStatus,
+    NodeState,
+    Options,
+    OptionsState,
+    Order,
+    decode,
+    encode,
+    read_payload,
+)
+from edge_agent.new_options import NewOptions
 from edge_agent.signing import seal, seal_bytes
 from edge_agent.topics import down, up
 
@@ -61,8 +79,10 @@ def _of_result(trial: Trial) -> str:
     return next(m for m in store.waiting() if f"{DONE}/result" in store.message(m).topic)
 
 
+CAREFUL = NlftOptions(correct_threshold=0.5)
 CONTROLS: dict[str, Callable[[Trial], tuple[Parts, Addressed]]] = {
     "cancel": lambda _: (("job", STAGING, "cancel"), Cancel(FLEET, NODE, STAGING)),
+    "options": lambda _: (("job", STAGING, "options"), Options(FLEET, NODE, STAGING, 1, CAREFUL)),
     "forget": lambda _: (("command", "forget"), Forget(FLEET, NODE, SETTLED)),
     "drain": lambda _: (("command", "drain"), Drain(FLEET, NODE, 7)),
     "ack": lambda trial: (("ack", _of_result(trial)), make_ack(_of_result(trial))),
@@ -95,8 +115,12 @@ def test_what_is_not_signed_for_this_node_is_not_done(control: str, forged: str,
 
 @pytest.mark.parametrize(
     ("parts", "payload"),
-    [(("job", STAGING, "cancel"), Cancel(FLEET, NODE, DONE)), (("ack", DONE), make_ack(SETTLED))],
-    ids=["cancel", "ack"],
+    [
+        (("job", STAGING, "cancel"), Cancel(FLEET, NODE, DONE)),
+        (("job", STAGING, "options"), Options(FLEET, NODE, DONE, 1, CAREFUL)),
+        (("ack", DONE), make_ack(SETTLED)),
+    ],
+    ids=["cancel", "options", "ack"],
 )
 def test_what_is_signed_for_one_job_is_not_done_to_another(parts: Parts, payload: Addressed, trial: Trial) -> None:
     """What the topic names stands under the signature too."""
@@ -125,6 +149,68 @@ def test_what_is_signed_is_done_once(fresh: Trial) -> None:
     assert [store.job(job).outcome for job in (STAGING, DONE)] == ["canceled", "succeeded"]
     assert (store.job(DONE).settled, store.job(SETTLED), store.draining) == (done.settled, None, True)
     assert store.closed(DELETED) is not None
+
+
+def test_newest_options_of_a_job_hold(fresh: Trial) -> None:
+    """They are stored and told before the broker may forget them, power cut or not; older ones change nothing, whatever they say, and
+    what the job cannot go on with is told and changes nothing."""
+
+    def send(number: int, method: NlftOptions) -> tuple[NewOptions | None, OptionsState | None]:
+        _say(fresh, seal(Options(FLEET, NODE, STAGING, number, method), KEY), "job", STAGING, "options")
+        assert fresh.place.restart() == []
+        statuses = [store.message(m) for store in [_store(fresh)] for m in store.waiting()]
+        told = [decode(m.payload, JobStatus).data.options for m in statuses if m.topic.endswith(f"{STAGING}/status")]
+        return _store(fresh).job(STAGING).new_options, told[-1]
+
+    first = (NewOptions(2, CAREFUL), OptionsState(2))
+    assert send(2, CAREFUL) == first
+    assert send(1, NlftOptions(correct_threshold=0.9)) == first
+    assert send(2, NlftOptions(correct_threshold=0.9)) == first
+    kept, state = send(3, NlftOptions(references="live"))
+    assert kept == first[0]
+    assert state is not None
+    assert (state.number, state.taken) == (3, 0)
+    assert "method.references: it cannot change while a job runs" in (state.refused or "")
+    assert send(4, NlftOptions()) == (NewOptions(4, NlftOptions()), OptionsState(4))
+    before = _state(fresh)
+    _say(fresh, seal(Options(FLEET, NODE, DONE, 1, CAREFUL), KEY), "job", DONE, "options")
+    _say(fresh, seal(Options(FLEET, NODE, DELETED, 1, CAREFUL), KEY), "job", DELETED, "options")
+    assert _state(fresh) == before
+
+
+def test_options_are_sent_until_the_node_has_them(fresh: Trial) -> None:
+    """With pauses that grow, and again where the node has lost its disk; a refusal is an answer too."""
+    side = fresh.place.sides["coordinator"]
+    service: Any = side.daemon
+    began, digest = time.monotonic(), make_order(STAGING).job.digest
+
+    def sent(after_s: float) -> list[int]:
+        side.wire.published.clear()
+        service._tick(began + after_s)
+        found = [payload for topic, payload in side.wire.published if topic == down(FLEET, NODE, "job", STAGING, "options")]
+        return [read_payload(decode(payload, Envelope).data.payload, Options).number for payload in found]
+
+    def tell(seq: int, boot: int, options: OptionsState | None) -> None:
+        _report(fresh, JobStatus(digest, "running", options=options), "job", STAGING, "status", boot=boot, seq=seq)
+
+    assert sent(0) == []
+    service.send_options(STAGING, {"correct_threshold": 0.5})
+    assert [sent(1), sent(2), sent(7), sent(10), sent(18)] == [[1], [], [1], [], [1]]
+    tell(2, 7, OptionsState(1))
+    assert sent(100) == []
+    assert service.job(STAGING).options_state == OptionsState(1)
+    service.send_options(STAGING, {"correct_threshold": 0.6})
+    assert sent(101) == [2]
+    tell(3, 7, OptionsState(2, refused="it has another version"))
+    assert sent(200) == []
+    tell(1, 8, None)
+    assert sent(300) == [2]
+    tell(2, 8, OptionsState(9))  # of a coordinator whose database is lost
+    assert sent(400) == []
+    assert service.send_options(STAGING, {"correct_threshold": 0.7}).options.number == 10
+    assert sent(401) == [10]
+    service.cancel(STAGING)
+    assert sent(500) == []
 
 
 def test_keys_that_cannot_be_read_let_nothing_through(fresh: Trial) -> None:

@@ -21,7 +21,7 @@ from orders import make_offer, make_order
 from postgres import Postgres
 from sqlalchemy.exc import DBAPIError
 
-from edge_agent.coordinator.schema import BEFORE_POSTGRESQL, VERSIONS
+from edge_agent.coordinator.schema import VERSIONS
 from edge_agent.coordinator.store import (
     COUNT_JOBS,
     FORGOTTEN_JOBS,
@@ -44,7 +44,7 @@ from edge_agent.coordinator.store import (
 )
 from edge_agent.database import is_damage, open_database
 from edge_agent.dataset_check import check
-from edge_agent.job import Dataset, Job
+from edge_agent.job import Dataset, Job, NlftOptions
 from edge_agent.messages import (
     Artifact,
     Heartbeat,
@@ -54,12 +54,14 @@ from edge_agent.messages import (
     NodeInfo,
     NodeLimits,
     NodeState,
+    OptionsState,
     Order,
     Phase,
     decode,
     encode,
     new_id,
 )
+from edge_agent.new_options import MOST_CHANGES, NewOptions
 from profiles.sensors import Reading, Resources
 
 DIGEST, EMPTY = "d" * 64, "0" * 64
@@ -476,7 +478,40 @@ def test_drain_has_a_number_above_all_that_were_told(kept: CoordinatorStore) -> 
     assert kept.node("nobody") is None
 
 
-@pytest.mark.parametrize("version", range(1, len(BEFORE_POSTGRESQL) + 1))
+def test_options_have_a_number_above_all_that_were_told(place: Place) -> None:
+    """What a node says of them is kept beside them, by newer statuses only; there are no more than one job may have."""
+    options = NlftOptions(correct_threshold=0.5)
+    with closing(place.open()) as store:
+        job = _add(store)
+
+        def send() -> NewOptions | None:
+            view = store.job(job)
+            assert view is not None
+            return store.send_options(view, options)
+
+        def told(seq: int, state: OptionsState | None) -> None:
+            status = JobStatus(DIGEST, "running", options=state)
+            _apply(store, job, decode(encode(status, "edge1/f/n", seq=seq, attempt=1), JobStatus))
+
+        assert [send(), send()] == [NewOptions(1, options), NewOptions(2, options)]
+        told(1, OptionsState(7, 5, 30, "why not"))
+        told(1, OptionsState(1))
+        assert send() == NewOptions(8, options)
+    with closing(place.open()) as store:
+        view = store.job(job)
+        assert view is not None
+        assert (view.options, view.options_state) == (NewOptions(8, options), OptionsState(7, 5, 30, "why not"))
+        assert view.options_due
+        told(2, OptionsState(8, 8, 31))
+        told(3, None)
+        view = store.job(job)
+        assert view is not None
+        assert (view.options_state, view.options_due) == (None, True)
+        told(4, OptionsState(MOST_CHANGES))
+        assert send() is None
+
+
+@pytest.mark.parametrize("version", range(1, len(VERSIONS) + 1))
 def test_file_of_an_earlier_version_is_taken_over(version: int, place: Place) -> None:
     """By a later file, or by a server that has nothing yet: jobs, history and nodes are what they were, in their order, and go on."""
     orders = _fill_old(place.file, version)

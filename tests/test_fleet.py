@@ -20,8 +20,25 @@ from orders import NODE, make_offer, make_order
 
 from edge_agent.config import AgentConfig, read_config
 from edge_agent.doctor import BROKER_CHECKS, CHECKS, at_the_broker
+from edge_agent.job import NlftOptions
 from edge_agent.job_building import build_job
-from edge_agent.messages import BLOCK_BYTES, Cancel, Drain, File, FileRequest, Forget, Offer, Order, Report, Resume, encode, new_id
+from edge_agent.messages import (
+    BLOCK_BYTES,
+    Cancel,
+    Drain,
+    File,
+    FileRequest,
+    Forget,
+    Offer,
+    Options,
+    OptionsState,
+    Order,
+    Report,
+    Resume,
+    encode,
+    new_id,
+)
+from edge_agent.report import Change
 from edge_agent.signing import seal, seal_bytes
 from edge_agent.topics import up
 
@@ -123,6 +140,38 @@ def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:
     fleet.publish(offer, "job", job, "offer")
     replayed = wait_for("its rejection", lambda: [m for m in fleet.heard("job", job, "status") if m["data"]["reason"] == "replayed"])[0]
     assert replayed["data"]["outcome"] == "rejected"
+
+
+def test_options_change_while_a_job_runs(fleet: Fleet, cli: Cli) -> None:
+    """By the command, signed: the trainer takes them between two updates, tells it, and the report has them; an older order changes
+    nothing, nor one that nobody trusted has signed."""
+    config = ("--config", fleet.config("coordinator"))
+    settings = {"schedule__updates": 24, "schedule__batch": 4, "evaluation__questions": 0, "sampling__outputs": 0}
+    job = fleet.submit(fleet.data("live", 24, 11), **settings).id
+    assert "no options were sent" in cli("options", job, *config).out
+    fleet.trained(job, 2)
+    changed = cli("options", job, "--set", "method.correct_threshold=0.4", "--set", "method.imitate_incorrect=true", *config)
+    assert (changed.code, changed.out.split()[:3]) == (0, [job, "options", "1"]), changed.err
+
+    def taken() -> OptionsState | None:
+        state = fleet.client.job(job).options_state
+        return state if state is not None and state.taken else None
+
+    state = wait_for("the options to be taken", taken)
+    method = NlftOptions(correct_threshold=0.4, imitate_incorrect=True)
+    forged = Options("default", NODE, job, 2, NlftOptions(correct_threshold=0.1))
+    fleet.publish(seal(forged, None), "job", job, "options")
+    fleet.control(Options("default", NODE, job, 1, NlftOptions(correct_threshold=0.1)), "job", job, "options")
+    view = fleet.ended(job)
+    assert view.options_state == state == OptionsState(1, 1, state.update)
+    assert f"1 taken after update {state.update}" in cli("options", job, *config).out
+    result = fleet.client.result(view)
+    assert result is not None
+    assert result.changes == [Change(1, state.update or 0, method)]
+    assert 2 <= result.changes[0].update < 24
+    wait_for("the forged one in the log", lambda: f"/{job}/options reason=signature" in fleet.log("agent"))
+    refused = cli("options", job, "--set", "method.correct_threshold=0.3", *config)
+    assert (refused.code, "has ended" in refused.err) == (14, True)
 
 
 def _order(data: Path, job: str, updates: int = 2, model: str = "tiny", **changes: object) -> Order:

@@ -12,7 +12,8 @@ import pytest
 from fleet import Fleet, wait_for
 
 from edge_agent.coordinator.store import JobView
-from edge_agent.messages import Phase
+from edge_agent.job import NlftOptions
+from edge_agent.messages import OptionsState, Phase
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 ATTEMPTS = dict.fromkeys(PHASES, 1) | {"running": 2, "paused": 2}
@@ -72,3 +73,21 @@ def test_agent_killed_in(phase: Phase, fleet: Fleet) -> None:
     assert mark.exists()
     fleet.start_agent()
     check(fleet, job, ATTEMPTS[phase])
+
+
+def test_agent_killed_with_options_that_its_trainer_has_not(fleet: Fleet) -> None:
+    """They are in its database, and its next start hands them over; the coordinator hears when they are taken."""
+    mark = restart(fleet, "agent", "killed", "options")
+    job = fleet.submit(fleet.data("options", 16, 7), **BRIEF | {"method__name": "nlft"}).id
+    fleet.client.send_options(job, {"correct_threshold": 0.5})
+    wait_for("the end of the agent", lambda: not fleet.alive("agent"))
+    assert mark.exists()
+    assert not (fleet.directory / "node" / "jobs" / job / "options.json").exists()
+    fleet.start_agent()
+    view = fleet.ended(job)
+    result = fleet.client.result(view)
+    assert view.outcome == "succeeded"
+    assert result is not None
+    [change] = result.changes
+    assert (change.number, change.method) == (1, NlftOptions(correct_threshold=0.5))
+    assert view.options_state == OptionsState(1, 1, change.update)

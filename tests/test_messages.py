@@ -41,6 +41,7 @@ from edge_agent.messages import (
     NodeLimits,
     NodeState,
     Offer,
+    OptionsState,
     Phase,
     Reason,
     Report,
@@ -68,7 +69,7 @@ SAMPLES: dict[type, Any] = {
     for data in (
         CoordinatorState(True, 3), Hello(), NodeState("ready", 7, 2, 1), Heartbeat(RESOURCES, 0, JOB), Watch(10.0), Report(),
         NodeInfo("0.1.0", "3.11.7", "a GPU", "cuda", 8 * 2**30, {"tiny": SHA256}, NodeLimits(6 * 2**30, 2**28, 16), {"torch": "2.9.0"}),
-        Offer(ENVELOPE, {SHA256: b"{}"}), ENVELOPE, JobStatus(SHA256, "ended", "rejected", "busy", "16 jobs wait already"),
+        Offer(ENVELOPE, {SHA256: b"{}"}), ENVELOPE, JobStatus(SHA256, "running", options=OptionsState(3, 2, 40, "why not")),
         Forgotten(), FileRequest(65536, [0, 7]),
         JobProgress(Event(time=1.5, event="progress", stage="train", loss=0.5), [StageDone("load", 2.0, 10**9)], RESOURCES),
         JobResult(

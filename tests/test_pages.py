@@ -35,6 +35,7 @@ from edge_agent.messages import (
     NodeInfo,
     NodeLimits,
     NodeState,
+    OptionsState,
     StageDone,
     encode,
     new_id,
@@ -375,6 +376,10 @@ def test_a_job_is_shown_while_it_runs_and_when_it_has_ended(browser: Any, coordi
             _progress(coordinator, job, done, loss=1.0 / done, tokens_per_s=100.0 * done)
         opened.wait("document.body.innerText.includes('4 of 40')")
         assert "about 72 s" in opened.text("main")  # two seconds an update
+        sent = coordinator.call(lambda: coordinator.service.send_options(job, {"correct_threshold": 0.5}))
+        opened.wait("document.querySelector('.facts').innerText.includes('1 sent, none taken yet')")
+        coordinator.hear("job", JobStatus(sent.digest, "running", options=OptionsState(1, 1, 4)), job, "status")
+        opened.wait("document.querySelector('.facts').innerText.includes('1 sent, 1 taken after 4 updates')")
         charts = opened.page.locator(".chart figcaption").all_inner_texts()
         assert [text.split("\n") for text in charts] == [
             ["Loss", "0.250 · update 4"], ["Tokens/s", "400 · train"], ["Power", "20 W · train"], ["Memory", "512 MiB · train"],
@@ -397,7 +402,7 @@ def test_a_job_is_shown_while_it_runs_and_when_it_has_ended(browser: Any, coordi
         ]  # fmt: skip
         assert opened.page.locator(".bar-of.over").count() == 1
         assert opened.text(".chart output").startswith("0.250")
-        assert opened.page.locator("table[aria-label='What the node said'] tbody tr").count() == 5
+        assert opened.page.locator("table[aria-label='What the node said'] tbody tr").count() == 6
         assert opened.text(".standing") == ""
         with opened.page.expect_download() as download:
             opened.page.click("button:has-text('result.json')")

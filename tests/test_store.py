@@ -22,15 +22,18 @@ from edge_agent.clocks import KEEP_S
 from edge_agent.coordinator.store import CoordinatorStore
 from edge_agent.database import open_database
 from edge_agent.errors import StateDamaged, StateUnusable
+from edge_agent.job import NlftOptions
 from edge_agent.messages import (
     Artifact,
     JobResult,
     JobStatus,
     Message,
+    OptionsState,
     Phase,
     decode,
     new_id,
 )
+from edge_agent.new_options import NewOptions
 from edge_agent.serving import serve
 from edge_agent.store import CLOSED_S, MOST_CLOSED, TRANSITIONS, JobRow, Store, Waiting
 from edge_agent.topics import up
@@ -267,6 +270,29 @@ def test_tell_again_tells_the_present(store: Store) -> None:
 def _acknowledge_all(store: Store) -> None:
     for message in _waiting(store):
         store.acknowledged(message.id)
+
+
+def test_options_of_a_job_are_told_with_every_status(tmp_path: Path) -> None:
+    """From when they are kept, over a restart; what has become of them is kept apart from them; an ended job takes none."""
+    path = tmp_path / "agent.sqlite"
+    with closing(_open(path)) as store:
+        job = _accept(store)
+        assert _row(store, job).sent_options == OptionsState()
+        store.set_options(job, OptionsState(1), NewOptions(1, NlftOptions(correct_threshold=0.5)))
+        store.set_options(job, OptionsState(1, 1, 40))
+    with closing(_open(path)) as store:
+        row = _row(store, job)
+        assert row.new_options == NewOptions(1, NlftOptions(correct_threshold=0.5))
+        assert row.sent_options == OptionsState(1, 1, 40)
+        _go(store, job, "staging")
+        told = [(message.data.phase, message.data.options) for message in _told(store, job)]
+        assert told == [
+            ("accepted", None), ("accepted", OptionsState(1)), ("accepted", OptionsState(1, 1, 40)), ("staging", OptionsState(1, 1, 40)),
+        ]  # fmt: skip
+        _go(store, job, "ended")
+        for gone in (job, new_id()):
+            with pytest.raises(LookupError):
+                store.set_options(gone, OptionsState(2))
 
 
 def test_open_jobs_by_priority_then_arrival(store: Store) -> None:

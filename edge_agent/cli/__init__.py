@@ -36,6 +36,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         fleet.submit,
         fleet.jobs,
         fleet.watch,
+        fleet.options,
         fleet.cancel,
         fleet.retry,
         fleet.fetch,

@@ -1,4 +1,4 @@
-"""Commands of a fleet: the daemons `run` and `coordinator`, and `submit | nodes | jobs | watch | cancel | fetch | doctor`."""
+"""Commands of a fleet: the daemons `run` and `coordinator`, and `submit | nodes | jobs | watch | options | cancel | fetch | doctor`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from edge_agent.config import (
     CoordinatorConfig,
     read_config,
 )
-from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, summary
+from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, options_line, summary
 from edge_agent.coordinator.store import JobFilter
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, EdgeAgentError, JobEnded
-from edge_agent.job_building import build_job
+from edge_agent.job_building import build_change, build_job
 from edge_agent.messages import LONGEST_ORDER_S, ORDER_S
 from edge_agent.sizes import parse_size
 
@@ -202,6 +202,22 @@ def cancel(
             print_json(view)
         else:
             typer.echo(f"{view.id}  {view.outcome or 'cancel requested'}")
+
+
+def options(
+    job: JobArgument,
+    settings: SetOption = None,
+    config: CoordinatorConfigOption = COORDINATOR_CONFIG,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have an NLFT job go on with other options while it runs, or without --set say what it was sent and what its trainer has taken."""
+    with explained(as_json), client_of(config, url) as client:
+        view = client.send_options(job, build_change(settings)) if settings else client.job(job)
+        if as_json:
+            print_json(view)
+        else:
+            typer.echo(f"{view.id}  {options_line(view)}")
 
 
 def retry(

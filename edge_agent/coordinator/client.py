@@ -137,6 +137,9 @@ class Client:
     def cancel(self, job: str) -> JobView:
         return self._ask(JobView, "POST", f"{_path(job)}/cancel")
 
+    def send_options(self, job: str, fields: Mapping[str, object]) -> JobView:
+        return self._ask(JobView, "POST", f"{_path(job)}/options", content=msgspec.json.encode({"method": fields}))
+
     def retry(self, job: str) -> JobView:
         return self._ask(JobView, "POST", f"{_path(job)}/retry")
 

@@ -1,4 +1,4 @@
-"""What nodes are told to do, again and again until they have: take a job, end one, delete one, take no more."""
+"""What nodes are told to do, again and again until they have: take a job, go on with other options, end one, delete one, take no more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 
 from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
-from edge_agent.messages import ORDER_S, Addressed, Cancel, Drain, Envelope, Forget, Order, Report, Resume
+from edge_agent.messages import ORDER_S, Addressed, Cancel, Drain, Envelope, Forget, Options, Order, Report, Resume
 
 RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
 LOOK_S = 0.5
@@ -56,7 +56,8 @@ class Commands:
 
     def at_once(self, job: str) -> None:
         """What is wanted of a job has changed, or it is new."""
-        self._retries.pop(job, None)
+        for of in (job, _of_options(job)):
+            self._retries.pop(of, None)
         self._look = 0.0
 
     def tick(self, now: float) -> None:
@@ -75,6 +76,8 @@ class Commands:
             if view.phase == "offered" or view.cancel or (view.phase == "created" and not full):
                 self._offer(view, node, now)
                 waiting[view.node] += view.phase == "created"
+            elif view.options_due:
+                self._send_options(view, node, now)
         for view in self._store.forgotten_jobs():
             self._forget(view, nodes.get(view.node), now)
 
@@ -130,6 +133,15 @@ class Commands:
                 self._store.offered(view.id)
                 self._changed(view.id)
 
+    def _send_options(self, view: JobView, node: NodeView | None, now: float) -> None:
+        """Send a job what it is to go on with until its node says that it has it."""
+        retry = self._retries.setdefault(_of_options(view.id), Retry())
+        if node is None or not node.present or now < retry.due or view.options is None:
+            return
+        options = Options(self._fleet, view.node, view.id, view.options.number, view.options.method)
+        if self._send(view.node, self._seal(options), "job", view.id, "options"):
+            retry.sent(now)
+
     def _forget(self, view: JobView, node: NodeView | None, now: float) -> None:
         """Ask a node to delete a job until it has."""
         retry = self._retries.setdefault(view.id, Retry())
@@ -142,3 +154,8 @@ class Commands:
         """The order of a job that its node took: whatever time has passed since, and whichever key signed it, it is valid now."""
         now = datetime.now(timezone.utc)
         return self._seal(msgspec.structs.replace(order, issued=now, expires=now + timedelta(seconds=ORDER_S)))
+
+
+def _of_options(job: str) -> str:
+    """The name under which it stands when a job's options are to be sent next."""
+    return f"{job}/options"

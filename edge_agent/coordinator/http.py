@@ -117,6 +117,8 @@ Number = Annotated[str | None, QueryParameter(pattern="^[0-9]{1,18}$", descripti
 FileName = Annotated[str | None, QueryParameter(pattern=r"^[^/\x00-\x1f\x7f]{1,255}$", max_length=255)]
 Sha256InPath = Annotated[str, PathParameter(pattern=f"^{SHA256.pattern}$", max_length=64)]
 LastEventId = Annotated[str | None, HeaderParameter(name="Last-Event-ID", max_length=64, description="Of the last event that was heard.")]
+Word = Annotated[str, Meta(max_length=64)]
+Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
 Presence = Literal["init", "ready", "draining", "offline", "lost"]
 
 
@@ -128,6 +130,13 @@ class Submission(Strict, frozen=True):
     priority: Annotated[int, Meta(ge=0, le=9)] = 4
     expires_s: Annotated[float, Meta(gt=0, le=LONGEST_ORDER_S)] = ORDER_S
     """Until the node has answered; its order is worth nothing then."""
+
+
+class OptionsRequest(Strict, frozen=True):
+    """What is to change while a job runs: a part of its document."""
+
+    method: Annotated[dict[Word, bool | Whole | float | Word | None], Meta(min_length=1, max_length=32)]
+    """Fields of NLFT's options; those that are not named stay as they are."""
 
 
 class TokenRequest(Strict, frozen=True):
@@ -292,6 +301,13 @@ def cancel(state: State, job_id: FromPath[str]) -> JobView:
     return service.call(lambda: service.cancel(job_id))
 
 
+@post("/jobs/{job_id:str}/options", scope="submit", status_code=200, sync_to_thread=True)
+def options(state: State, job_id: FromPath[str], data: JSONBody[OptionsRequest]) -> JobView:
+    """Have an NLFT job go on with other values of some options, from the next update on; each request has a number."""
+    service: Service = state.service
+    return service.call(lambda: service.send_options(job_id, data.method))
+
+
 @post("/jobs/{job_id:str}/retry", scope="submit", sync_to_thread=True)
 def retry(state: State, job_id: FromPath[str]) -> Response[JobView]:
     """Hand in an ended job again, as a new job for the same node; `retry_of` says from which it came."""
@@ -409,7 +425,7 @@ def revoke_token(state: State, name: FromPath[str]) -> Token:
 
 
 ROUTES = [
-    me, nodes, drain, resume, jobs, submit, job, history, progress, cancel, retry, forget, job_events, events, artifact,
+    me, nodes, drain, resume, jobs, submit, job, history, progress, cancel, options, retry, forget, job_events, events, artifact,
     datasets, upload, dataset, remove_dataset, audit, tokens, new_token, revoke_token,
 ]  # fmt: skip
 """All that can be asked, but for the metrics, which Prometheus looks for elsewhere. Each says what scope that takes."""

@@ -181,7 +181,11 @@ DROP TABLE old_tokens;
 DROP TABLE old_datasets;
 DROP TABLE old_audit;
 """  # noqa: S608
-LATER: tuple[str, ...] = ()
+OPTIONS = """
+ALTER TABLE jobs ADD COLUMN options BLOB;           -- JSON of the NewOptions that it was sent last
+ALTER TABLE jobs ADD COLUMN options_state BLOB;     -- JSON of the OptionsState that its node tells
+"""
+LATER: tuple[str, ...] = (OPTIONS,)
 """A later version is a further text here, in SQL that both understand; those that are here never change."""
 VERSIONS = (*BEFORE_POSTGRESQL, TAKE_OVER, *LATER)
 """The SQL that leads an SQLite file to each version from the one before."""

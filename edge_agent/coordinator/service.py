@@ -13,7 +13,7 @@ import signal
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -44,7 +44,7 @@ from edge_agent.coordinator.turns import Turns, is_standing, sender_of
 from edge_agent.database import is_damage
 from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
 from edge_agent.files import lock_state
-from edge_agent.job import Job
+from edge_agent.job import Job, NlftOptions
 from edge_agent.messages import (
     Ack,
     Addressed,
@@ -70,6 +70,7 @@ from edge_agent.messages import (
     read_order,
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
+from edge_agent.new_options import MOST_CHANGES, change, check_change
 from edge_agent.serving import END, serve
 from edge_agent.signing import read_private_key, seal
 from edge_agent.topics import COORDINATOR, block_number, coordinator_state, coordinator_subscriptions, down, split
@@ -487,6 +488,30 @@ class Service:
             self._store.end(job, "canceled", "canceled", f"node {view.node} had been silent for more than {self._config.lease_s:.0f} s")
         else:
             self._commands.at_once(job)
+        self._changed(job)
+        return self.job(job)
+
+    def send_options(self, job: str, fields: Mapping[str, object]) -> JobView:
+        """Have a job go on with other values of some options, those that it was sent before included.
+
+        Raises Refused, JobSchema where it cannot, Unknown.
+        """
+        view = self.job(job)
+        if view.phase == "ended" or view.result is not None:
+            raise Refused(f"job {job} has ended; `edge-agent submit` runs one with other options")
+        own = view.order.job.method
+        if not isinstance(own, NlftOptions):
+            tag = own.__struct_config__.tag
+            raise Refused(f"job {job} trains by {tag}; only options of nlft can change while a job runs")
+        method = change(view.options.method if view.options else own, fields)
+        check_change(own, method)
+        if view.options is not None and view.options.method == method:
+            return view
+        sent = self._store.send_options(view, method)
+        if sent is None:
+            raise Refused(f"job {job} was sent {MOST_CHANGES} options, the most of one job; submit a new one")
+        log.info("options_sent job=%s number=%d", job, sent.number)
+        self._commands.at_once(job)
         self._changed(job)
         return self.job(job)
 

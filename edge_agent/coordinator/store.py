@@ -18,6 +18,7 @@ from edge_agent import config
 from edge_agent.clocks import Ran
 from edge_agent.dataset_check import Check
 from edge_agent.errors import DatabaseAway
+from edge_agent.job import NlftOptions
 from edge_agent.messages import (
     Artifact,
     Envelope,
@@ -27,12 +28,14 @@ from edge_agent.messages import (
     Message,
     NodeInfo,
     NodeState,
+    OptionsState,
     Order,
     Outcome,
     Phase,
     Reason,
     read_order,
 )
+from edge_agent.new_options import MOST_CHANGES, NewOptions
 
 Row = dict[str, Any]
 
@@ -64,6 +67,8 @@ boot = :boot, seq = :seq, changed = :now, result = NULL WHERE id = :id"""
 SET_RESULT = """UPDATE jobs SET phase = 'finalizing', result = :result, attempt = :attempt, boot = :boot, seq = :seq, changed = :now
 WHERE id = :id"""
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = :outcome, reason = :reason, text = :text, changed = :now WHERE id = :id"
+SET_OPTIONS = "UPDATE jobs SET options = :options, changed = :now WHERE id = :id"
+SET_OPTIONS_STATE = "UPDATE jobs SET options_state = :state WHERE id = :id"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = :now WHERE id = :id"
 ASK_FORGET = "UPDATE jobs SET forget = 1, changed = :now WHERE id = :id"
 DELETE_JOB = "DELETE FROM jobs WHERE id = :id"
@@ -137,6 +142,17 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     result: JobResult | None
     retry_of: str | None = None
     """The job that it is run again for."""
+    options: NewOptions | None = None
+    """What it was sent last to go on with while it runs."""
+    options_state: OptionsState | None = None
+    """What its node says has become of that."""
+
+    @property
+    def options_due(self) -> bool:
+        """Whether its node has it, and does not have the options that it was sent last."""
+        known = self.options_state.number if self.options_state else 0
+        at_node = self.phase not in ("created", "offered", "ended") and self.result is None
+        return at_node and self.options is not None and self.options.number > known
 
     @property
     def files(self) -> set[str]:
@@ -352,6 +368,15 @@ class CoordinatorStore:
     def ask_cancel(self, job: str) -> None:
         self._db.execute(ASK_CANCEL, now=time.time(), id=job)
 
+    def send_options(self, view: JobView, method: NlftOptions) -> NewOptions | None:
+        """Keep options for a job under a number above all that were told; None where there is none left."""
+        sent, known = (state.number if state else 0 for state in (view.options, view.options_state))
+        if max(sent, known) >= MOST_CHANGES:
+            return None
+        options = NewOptions(max(sent, known) + 1, method)
+        self._db.execute(SET_OPTIONS, options=msgspec.json.encode(options), now=time.time(), id=view.id)
+        return options
+
     def ask_forget(self, job: str) -> None:
         self._db.execute(ASK_FORGET, now=time.time(), id=job)
 
@@ -384,6 +409,9 @@ class CoordinatorStore:
                     SET_STATUS, phase=status.phase, outcome=status.outcome, reason=status.reason, text=status.text,
                     attempt=message.attempt or view.attempt, boot=place[0], seq=place[1], now=time.time(), id=view.id,
                 )  # fmt: skip
+                if status.options != view.options_state:
+                    state = msgspec.json.encode(status.options) if status.options else None
+                    self._db.execute(SET_OPTIONS_STATE, state=state, id=view.id)
         self.late += late
         return message.seq is None or message.seq == view.seq + 1 or (message.seq == 1 and place[0] > view.boot)
 
@@ -532,6 +560,8 @@ def _job(row: Row) -> JobView:
         "lost": bool(row["lost"]),
         "order": read_order(envelope.payload),
         "result": result,
+        "options": msgspec.json.decode(row["options"]) if row["options"] else None,
+        "options_state": msgspec.json.decode(row["options_state"]) if row["options_state"] else None,
     }
     return msgspec.convert(row | fields, JobView)
 

@@ -173,12 +173,21 @@ function head(job, state, session, told) {
           h("span", { title: document.dataset.sha256 }, `${document.dataset.sha256.slice(0, 12)}…, ${bytes(order.dataset.size_bytes)}`),
         ],
         ["Created", moment(job.created)],
+        ["New options", newOptions(job)],
         ["Attempt", job.attempt > 1 ? count(job.attempt) : null],
         ["Retry of", job.retry_of ? jobLink(job.retry_of) : null],
       ),
       h("div", { class: "timeline" }),
     ),
   ].filter((part) => part !== null);
+}
+
+// What the job was sent to go on with while it runs, and what has become of it.
+function newOptions({ options, options_state: state }) {
+  if (!options) return null;
+  const taken = state?.taken ? `${count(state.taken)} taken after ${plural(state.update ?? 0, "update")}` : "none taken yet";
+  const refused = state?.refused && state.number === options.number ? `; refused: ${visible(state.refused)}` : "";
+  return `${count(options.number)} sent, ${taken}${refused}`;
 }
 
 // What the node said last, where the report below does not say it.
