@@ -14,8 +14,8 @@ import pytest
 from conftest import DEADLINE_S, Cli, write_domain
 
 from edge_agent.dataset import read_records
-from edge_agent.errors import DatasetTooLarge
-from edge_agent.job_building import build_job
+from edge_agent.errors import DatasetTooLarge, JobSchema
+from edge_agent.job_building import build_change, build_job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.training import prepare
 
@@ -257,3 +257,14 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk:
     assert ran.code == 0, ran.out + ran.err
     assert ran.json["resumed"] is True
     assert ran.json["updates"] == 30
+
+
+@pytest.mark.parametrize("wrong", [[], ["schedule.updates=3"], ["method=nlft"], ["method.correct_threshold=0.5", "seed=1"]])
+def test_change_of_a_job_that_runs_is_of_its_method_only(wrong: list[str]) -> None:
+    """Other fields, the name of a method and nothing at all are refused before a coordinator is asked."""
+    assert build_change(["method.correct_threshold=0.5", "method.cluster_max_span=null"]) == {
+        "correct_threshold": 0.5,
+        "cluster_max_span": None,
+    }
+    with pytest.raises(JobSchema, match="only fields of `method` can change while a job runs"):
+        build_change(wrong)
