@@ -106,6 +106,11 @@ def _node(name: str = "a", **changes: Any) -> NodeView:
         ({"info": _info(line="7", site="north")}, {"labels": {"site": "north", "line": "7"}}, None),
         ({"info": _info({"other": FINGERPRINT})}, {}, "model 'tiny' is not on node a; it has: other"),
         ({"info": _info({})}, {}, "model 'tiny' is not on node a; it has: none"),
+        (
+            {"info": _info(dict.fromkeys(map(str, range(22))))},
+            {},
+            f"model 'tiny' is not on node a; it has: {', '.join(map(str, range(20)))} and 2 more",
+        ),
         ({"info": _info({"tiny": None})}, {}, "the files of model 'tiny' are not there"),
         ({}, {"model_fingerprint": FINGERPRINT}, None),
         ({}, {"model_fingerprint": OTHER}, f"model 'tiny' on node a has the fingerprint {FINGERPRINT}, not {OTHER}"),
@@ -670,6 +675,7 @@ def test_commands_of_a_rollout(stage: Stage, cli: Cli) -> None:
     assert {node["id"]: node["info"]["labels"] for node in cli("nodes", "--json", *at).json}["cli-2"] == {"test": "cli", "site": "south"}
     slow = cli("rollout", "submit", *job, "--node", "cli-2", "--node", "cli-0", "--per-minute", "1").out.strip()
     assert cli("rollout", "cancel", slow, *at).out == f"{slow}  canceled\n"
+    wait_for("the audit", lambda: f"/v1/rollouts/{slow}" in {row.made for row in stage.client.audit(99)})
     nobody = cli("submit", *job, "--label", "site=nowhere")
     assert (nobody.code, "no node can have the job" in nobody.err) == (14, True)
     for wrong in (("--label", "site"), ("--label", "a=1", "--label", "a=2"), ("--node", "x", "--label", "a=1")):

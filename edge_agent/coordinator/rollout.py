@@ -20,6 +20,8 @@ from edge_agent.messages import LONGEST_ORDER_S, ORDER_S
 
 MOST_NODES = 10_000
 """That a selector may name."""
+MOST_MODELS = 20
+"""Of a node that a reason names."""
 MOST_STEPS = 100
 """Increments of a rate: with the least factor it has passed every maximum by then."""
 CATCH_UP_S = 1.0
@@ -178,7 +180,7 @@ def unfit(node: NodeView, job: Job, fingerprint: str | None = None) -> str | Non
     if info is None:
         return None
     if job.model not in info.models:
-        return f"model {job.model!r} is not on node {node.id}; it has: {', '.join(info.models) or 'none'}"
+        return f"model {job.model!r} is not on node {node.id}; it has: {_names(info.models)}"
     if fingerprint is not None and info.models[job.model] != fingerprint:
         return f"model {job.model!r} on node {node.id} has the fingerprint {info.models[job.model]}, not {fingerprint}"
     if job.budget_bytes > info.limits.budget_bytes:
@@ -229,6 +231,11 @@ def best(nodes: Sequence[NodeView], job: Job, selector: Selector, open_jobs: Map
         key = (jobs, -min(1.0, (free or 0.0) / job.budget_bytes), -(speed or 0.0), name)
         ranked.append((key, _standing(jobs, free, speed)))
     return msgspec.structs.replace(choice, chosen=[Candidate(key[-1], why) for key, why in sorted(ranked)])
+
+
+def _names(models: Mapping[str, object]) -> str:
+    more = f" and {len(models) - MOST_MODELS:,} more" if len(models) > MOST_MODELS else ""
+    return f"{', '.join([*models][:MOST_MODELS])}{more}" if models else "none"
 
 
 def _lent(node: NodeView) -> int:

@@ -93,8 +93,10 @@ class Rollouts:
     def cancel(self, rollout: str, force: bool) -> RolloutView:
         """End a rollout: no more jobs are made, and those that no trainer has begun are canceled, with `force` all. Raises Unknown."""
         kept = self._kept(rollout)
-        if kept.state == "running" or force:
+        if kept.state == "running":
             self._end(rollout, "canceled", "it was canceled", force=force)
+        elif force:
+            self._end(rollout, kept.state, kept.text, force=True)
         return self.view(rollout)
 
     def tick(self, now: float) -> None:
