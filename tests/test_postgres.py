@@ -30,7 +30,7 @@ from postgres import PASSWORD, USER, Postgres, running
 from edge_agent import config
 from edge_agent.coordinator import database
 from edge_agent.coordinator.client import Answered, Client
-from edge_agent.coordinator.schema import VERSIONS
+from edge_agent.coordinator.schema import LATER, VERSIONS
 from edge_agent.coordinator.store import CoordinatorStore
 from edge_agent.dataset import file_sha256
 from edge_agent.delivery import IN_FLIGHT
@@ -133,7 +133,7 @@ def test_tables_are_brought_up_version_by_version(postgres: Postgres, tmp_path: 
         "DROP TABLE nowhere;",
     )
     for later, types in (((step, wrong), []), ((step,), [("bytea",), ("double precision",)])):
-        monkeypatch.setattr(database, "LATER", later)
+        monkeypatch.setattr(database, "LATER", (*LATER, *later))
         monkeypatch.setattr(database, "VERSIONS", (*VERSIONS, *later))
         if types:
             _open(tmp_path, server).close()
