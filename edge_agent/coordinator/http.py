@@ -174,7 +174,7 @@ def make_app(service: Service, door: Door) -> Litestar:
     return Litestar(
         [*routes(), *PAGES],
         state=State({"service": service, "door": door}),
-        guards=[check_scope, check_parameters],
+        guards=[check_scope, check_parameters, check_body],
         before_send=[_account],
         exception_handlers={
             EdgeAgentError: _explain, HTTPException: _explain_http,
@@ -212,6 +212,17 @@ def check_parameters(connection: ASGIConnection[Any, Any, Any, Any], handler: Ba
     known = {kind.name or name for name, kind in kinds if isinstance(kind, QueryParameter)}
     if unknown := sorted(set(connection.query_params) - known):
         raise ValidationException(f"there is no parameter {unknown[0][:80]!r} here; there is: {', '.join(sorted(known)) or 'none'}")
+
+
+async def check_body(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """Refuse a body that is not of its route's type as it stands: the framework would take 0 for false, and "1" for 1."""
+    body = handler.parsed_fn_signature.parameters.get("data")
+    if body is None or not isinstance(connection, Request):
+        return
+    try:
+        msgspec.json.decode(await connection.body(), type=body.annotation)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValidationException(str(error)) from None
 
 
 async def _account(message: Message, scope: Any) -> None:
