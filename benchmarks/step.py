@@ -44,7 +44,7 @@ from page import result_file
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_model
-from step_arms import OURS, PATCHED, TRL, Epoch, Settings, profile_of
+from step_arms import BATCH, OURS, PATCHED, TRL, Epoch, Settings, profile_of
 
 from edge_agent.training.outcome import versions
 from profiles.device import device_name
@@ -236,6 +236,8 @@ def main() -> None:
     parser.add_argument("--in-turn", action="store_true", help="one arm after the other, where they do not fit side by side")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     options: Any = parser.parse_args()
+    if options.records > BATCH and options.records % BATCH:
+        parser.error(f"an epoch is whole updates: up to {BATCH} records, or a multiple of that")
     with tempfile.TemporaryDirectory() as directory:
         model = write_model(Path(directory) / options.shape, options.shape)
         for instruction in options.instruction:

@@ -298,7 +298,7 @@ class Agent:
         versions = {package: found for package in PACKAGES if (found := _version(package))}
         return NodeInfo(
             _version("edge-agent") or "", platform.python_version(), device_name(kind), kind, None if total is None else int(total),
-            {name: _fingerprint(path) for name, path in sorted(config.models.items())}, limits, versions,
+            {name: _fingerprint(path) for name, path in sorted(config.models.items())}, limits, versions, config.labels,
         )  # fmt: skip
 
     def _heartbeat(self, now: float) -> None:

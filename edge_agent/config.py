@@ -23,6 +23,8 @@ from edge_agent.topics import COORDINATOR
 
 NAME_PATTERN = r"^[a-z0-9-]{1,64}\Z"
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Labels = Annotated[dict[Name, Annotated[str, Meta(min_length=1, max_length=64)]], Meta(max_length=16)]
+"""What an operator says of a node, such as where it is: names and short texts."""
 AGENT_CONFIG = Path("/etc/edge-agent/agent.toml")
 COORDINATOR_CONFIG = Path("/etc/edge-agent/coordinator.toml")
 Seconds = Annotated[float, Meta(gt=0)]
@@ -297,6 +299,8 @@ class AgentConfig(Strict, frozen=True):
     models: dict[str, Path]
     """Models that jobs may use: their names in jobs, and their directories here."""
     fleet: Name = "default"
+    labels: Labels = msgspec.field(default_factory=dict)
+    """What selectors of jobs and rollouts may ask for."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     judges: dict[Alias, Endpoint] = msgspec.field(default_factory=dict)
     """Endpoints that jobs may ask for judgments, by the aliases that jobs know."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import msgspec
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -16,7 +17,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from edge_agent.answers import Comparison
-from edge_agent.coordinator.store import Audited, DatasetView, JobView, NodeView, Token
+from edge_agent.coordinator.rollout import Choice, RolloutView
+from edge_agent.coordinator.store import Audited, DatasetView, JobView, NodeView, RolloutNode, Token
 from edge_agent.doctor import Check
 from edge_agent.errors import human_bytes
 from edge_agent.messages import JobProgress, OptionsState
@@ -295,13 +297,15 @@ def _places(result: Result, directory: Path) -> Table:
 
 def nodes_table(nodes: list[NodeView]) -> Table:
     """Return a row for each node."""
-    table = Table(Column("node", no_wrap=True), "state", "device", "budget", "models", "works on", "now", "seen", box=None, padding=(0, 2))
+    columns = ("state", "device", "budget", "models", "labels", "works on", "now", "seen")
+    table = Table(Column("node", no_wrap=True), *columns, box=None, padding=(0, 2))
     for node in nodes:
         info, beat = node.info, node.heartbeat
         waiting = f", {beat.queue} wait" if beat and beat.queue else ""
         table.add_row(
             node.id, Text(node.state, style="green" if node.present else "red"), Text(_shorten(info.device) if info else "-"),
             human_bytes(info.limits.budget_bytes) if info else "-", Text(printable(", ".join(info.models)) if info else "-"),
+            Text(_shorten(", ".join(f"{name}={text}" for name, text in info.labels.items())) if info and info.labels else "-"),
             ((beat.job if beat else None) or "-") + waiting, ", ".join(format_resources(beat.resources)) if beat else "-", _age(node.seen),
         )  # fmt: skip
     return table
@@ -338,6 +342,46 @@ def options_line(job: JobView) -> str:
     taken = f"{state.taken} taken after update {state.update or 0:,}" if state.taken else "none taken yet"
     text = f"options {sent} sent; {taken}"
     return text + (f"; {state.number} refused: {printable(state.refused)}" if state.refused else "")
+
+
+def rollouts_table(rollouts: list[RolloutView]) -> Table:
+    """Return a row for each rollout."""
+    table = Table(Column("rollout", no_wrap=True), "model", "state", "nodes", "age", box=None, padding=(0, 2))
+    for rollout in rollouts:
+        state = Text(rollout.state, style="red" if rollout.state == "aborted" else "")
+        table.add_row(rollout.id, Text(printable(rollout.plan.job.model)), state, _format_counts(rollout), _age(rollout.created))
+    return table
+
+
+def rollout_view(rollout: RolloutView, nodes: list[RolloutNode]) -> Group:
+    """Return a rollout, and a row for each of some of its nodes."""
+    facts = Table.grid(padding=(0, 2))
+    text = f": {printable(rollout.text)}" if rollout.text else ""
+    facts.add_row("state", Text(f"{rollout.state}{text}"))
+    facts.add_row("nodes", f"{_format_counts(rollout)}; chosen when it was made, {_age(rollout.created)} ago")
+    if rollout.next is not None:
+        facts.add_row("next job", f"in {max(0.0, rollout.next - time.time()):.0f} s")
+    table = Table(Column("node", no_wrap=True), Column("job", no_wrap=True), "state", "text", box=None, padding=(0, 2))
+    for node in nodes:
+        state = node.outcome or node.phase or "waiting"
+        style = "" if node.outcome in (None, "succeeded", "canceled") else "red"
+        table.add_row(node.node, node.job or "-", Text(state, style=style), Text(_shorten(node.text or "")))
+    return Group(facts, table)
+
+
+def choice_table(choice: Choice) -> Table:
+    """Return a row for each node that a selector chooses, and then for the others."""
+    table = Table(Column("node", no_wrap=True), "chosen", "why", box=None, padding=(0, 2))
+    for candidates, mark in ((choice.chosen, Text("yes", style="green")), (choice.others, Text("no"))):
+        for candidate in candidates:
+            table.add_row(candidate.node, mark, Text(printable(candidate.why)))
+    return table
+
+
+def _format_counts(rollout: RolloutView) -> str:
+    """`10: 3 succeeded, 1 failed, 6 waiting`."""
+    counts = msgspec.structs.asdict(rollout.counts)
+    return f"{rollout.nodes:,}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 def datasets_table(datasets: list[DatasetView]) -> Table:

@@ -415,7 +415,7 @@ class Refused(EdgeAgentError):
 
 
 class Unknown(Refused):
-    """The coordinator has no such job, node, file or token."""
+    """The coordinator has no such job, rollout, node, file or token."""
 
 
 class Unauthorized(EdgeAgentError):

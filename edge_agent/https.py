@@ -35,6 +35,9 @@ MOST_WAITING = 64
 """Events on the agent's queue above which nothing more is read."""
 REST_S, LONGEST_REST_S = 60.0, 3600.0
 """After a failure a server is not asked for that file."""
+CROSSED_S = 1.0
+"""A request for blocks of a file that comes so soon after all of it was brought has crossed it on the way. Where the file is lost, the
+coordinator asks again."""
 OFFSET = "Upload-Offset"
 """Header of a coordinator's answer: the first byte of a file that it still awaits."""
 
@@ -70,6 +73,7 @@ class Courier:
         self._servers, self._events = servers, events
         self._threads: dict[str, threading.Thread] = {}
         self._rests: dict[tuple[str, str], tuple[float, float]] = {}
+        self._brought: dict[str, float] = {}
 
     def fetch(self, file: File, missing: FileRequest) -> bool:
         """Have blocks of a file come; False where no server is to be asked for it now."""
@@ -84,6 +88,8 @@ class Courier:
 
     def send(self, path: Path, sha256: str, request: FileRequest) -> bool:
         """Have a file brought to the coordinator, which has asked for it; False where that is no way now."""
+        if time.monotonic() < self._brought.get(sha256, 0.0):
+            return True
 
         async def carry(client: httpx.AsyncClient) -> None:
             size, sent = path.stat().st_size, -1
@@ -108,6 +114,9 @@ class Courier:
         if carried.why is not None or carried.request is not None:
             pause = min(2 * pause, LONGEST_REST_S)
             self._rests[key] = (now + pause, pause)
+        self._brought = {sha256: until for sha256, until in self._brought.items() if now < until}
+        if carried.why is None and carried.request is not None:
+            self._brought[carried.sha256] = now + CROSSED_S
         if carried.why is None:
             log.info("file_carried alias=%s sha256=%s", *key)
         else:

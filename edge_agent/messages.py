@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
-from edge_agent.config import Name
+from edge_agent.config import Labels, Name
 from edge_agent.errors import MessageInvalid
 from edge_agent.job import Job, NlftOptions, Sha256, Strict
 from edge_agent.new_options import MOST_CHANGES, Number
@@ -99,6 +99,7 @@ class NodeInfo(Strict, frozen=True):
     """Names that jobs may use, each with the fingerprint of its files; null where they are not there."""
     limits: NodeLimits
     versions: dict[str, str]
+    labels: Labels = msgspec.field(default_factory=dict)
 
 
 class Heartbeat(Strict, frozen=True):
@@ -298,6 +299,8 @@ class JobResult(Strict, frozen=True):
     artifacts: Annotated[tuple[Artifact, ...], Meta(max_length=len(get_args(ArtifactName)))] = ()
     accepted: bool | None = None
     """Whether the adapter passes the job's `accept_if`; then or not, `text` says why. None where nothing was measured."""
+    tokens_per_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    """Through the model in training."""
 
 
 class FileRequest(Strict, frozen=True):

@@ -127,7 +127,7 @@ class _SlicedProduct(torch.autograd.Function):
         ctx.head = head
         logits_BV = input_BD.new_empty(len(input_BD), head.out_features)
         for rows, part_RD in head.slices(input_BD.dtype):
-            logits_BV[:, rows] = input_BD @ part_RD.T
+            torch.mm(input_BD, part_RD.T, out=logits_BV[:, rows])
         return logits_BV
 
     @staticmethod

@@ -17,11 +17,12 @@ from edge_agent.config import Api, Broker, CoordinatorConfig, Database
 from edge_agent.coordinator.access import SCOPES
 from edge_agent.coordinator.client import Client
 from edge_agent.coordinator.http import api_served
+from edge_agent.coordinator.rollout import RolloutPlan, RolloutView
 from edge_agent.coordinator.service import Service
 from edge_agent.coordinator.store import JobView
 from edge_agent.enrolment import Authority
 from edge_agent.job import Dataset, Job
-from edge_agent.messages import NodeInfo, NodeLimits, encode
+from edge_agent.messages import NodeInfo, NodeLimits, NodeState, encode
 
 INFO = NodeInfo("0.1.0", "3.11", "some device", "cpu", None, {"tiny": None}, NodeLimits(2**30, 2**20, 16), {})
 
@@ -78,3 +79,12 @@ class ApiServer:
         answer = self.ask("POST", "/jobs", "submit", content=msgspec.json.encode({"node": NODE, "job": job}))
         assert answer.status_code == 201, answer.text
         return msgspec.json.decode(answer.content, type=JobView)
+
+    def roll_out(self, sha256: str) -> RolloutView:
+        """Begin a rollout over a dataset that is there, to the node."""
+        self.hear("state", NodeState("ready", 1, 1, 0))
+        self.hear("info", msgspec.structs.replace(INFO, models={"tiny": "0" * 64}))
+        plan = RolloutPlan(job=Job(model="tiny", dataset=Dataset(sha256), budget_bytes=2**29))
+        made = self.call(lambda: self.service.roll_out(plan, False)).rollout
+        assert made is not None
+        return made

@@ -102,7 +102,8 @@ class Fleet:
 
     @staticmethod
     def _agent_toml(more: str) -> str:
-        return f'node = "{NODE}"\nstate_directory = "node"\nbudget = "1GiB"\nthreads = 1\n{more}\n[models]\ntiny = "{TINY}"\n'
+        own = f'node = "{NODE}"\nlabels = {{ site = "bench" }}\nstate_directory = "node"\nbudget = "1GiB"\nthreads = 1\n'
+        return f'{own}{more}\n[models]\ntiny = "{TINY}"\n'
 
     def _broker_toml(self, user: str, protocol: str) -> str:
         websocket = self._amqtt and user == "agent"

@@ -174,6 +174,7 @@ def test_requests_that_cannot_be_answered_are_problems(coordinator: ApiServer) -
         _problem(ask("POST", "/jobs", content=body), 400, "job_schema")
     assert "dataset" in _problem(ask("POST", "/jobs", json=job), 400, "job_schema").detail
     _problem(ask("POST", "/jobs", content=b" " * (MAX_BODY_BYTES + 1)), 413, "refused")
+    assert "expires_s" in _problem(ask("POST", "/tokens", json={"name": "a", "scope": "read", "expires_s": "1"}), 400, "job_schema").detail
     _problem(ask("POST", "/tokens", json={"name": "A/b", "scope": "read"}), 400, "job_schema")
     for answer in (ask("GET", "/nodes"), ask("GET", "/nowhere")):
         assert answer.headers["x-content-type-options"] == "nosniff"

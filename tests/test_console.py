@@ -33,7 +33,7 @@ def _harmless(shown: str, text: str) -> bool:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_a_node_tells_of_itself_is_text(text: str) -> None:
     """One node's name for its device does not take the list of all from an operator."""
-    info = NodeInfo("0.1.0", "3.11", text, "cpu", None, {"tiny": None}, NodeLimits(2**30, 2**20, 16), {})
+    info = NodeInfo("0.1.0", "3.11", text, "cpu", None, {"tiny": None}, NodeLimits(2**30, 2**20, 16), {}, {"site": text})
     node = NodeView(id=NODE, state="ready", boot=1, conn=1, seen=1.0, info=info, heartbeat=None, drain=None, drain_command=0, told=0)
     assert _harmless(_shown(nodes_table([node])), text)
 

@@ -23,10 +23,14 @@ from sqlalchemy.exc import DBAPIError
 
 from edge_agent.coordinator.schema import VERSIONS
 from edge_agent.coordinator.store import (
+    CANCELED_JOBS_OF_ROLLOUT,
     COUNT_JOBS,
+    COUNT_OPEN,
+    COUNT_ROLLOUT_NODES,
     FORGOTTEN_JOBS,
     GET_HISTORY,
     GET_JOB,
+    GET_SPEEDS,
     KNOWN_MESSAGE,
     LIST_JOBS,
     LIST_NODES,
@@ -34,6 +38,8 @@ from edge_agent.coordinator.store import (
     MOST_TOLD,
     OPEN_JOBS,
     OPEN_JOBS_OF_NODE,
+    RUNNING_ROLLOUTS,
+    WAITING_NODES,
     WHICH_JOBS,
     WHICH_NODES,
     Audited,
@@ -511,7 +517,7 @@ def test_options_have_a_number_above_all_that_were_told(place: Place) -> None:
         assert send() is None
 
 
-@pytest.mark.parametrize("version", range(1, len(VERSIONS) + 1))
+@pytest.mark.parametrize("version", range(1, len(VERSIONS)))
 def test_file_of_an_earlier_version_is_taken_over(version: int, place: Place) -> None:
     """By a later file, or by a server that has nothing yet: jobs, history and nodes are what they were, in their order, and go on."""
     orders = _fill_old(place.file, version)
@@ -561,9 +567,15 @@ def test_lists_take_an_index(place: Place) -> None:
     """No list, nor what is looked for with every message, reads all jobs."""
     asked = [
         (LIST_JOBS.format(which=condition), "jobs") for name, condition in WHICH_JOBS.items() if name != "before"
-    ] + [(query, "jobs") for query in (OPEN_JOBS, OPEN_JOBS_OF_NODE, FORGOTTEN_JOBS, GET_JOB, COUNT_JOBS)]  # fmt: skip
+    ] + [
+        (query, "jobs") for query in (
+            OPEN_JOBS, OPEN_JOBS_OF_NODE, FORGOTTEN_JOBS, GET_JOB, COUNT_JOBS, COUNT_OPEN, GET_SPEEDS, CANCELED_JOBS_OF_ROLLOUT,
+            COUNT_ROLLOUT_NODES,
+        )
+    ]  # fmt: skip
+    asked += [(WAITING_NODES, "rollout_nodes"), (RUNNING_ROLLOUTS, "rollouts")]
     asked += [(LIST_NODES.format(which=WHICH_NODES["state"]), "nodes"), (GET_HISTORY, "history"), (KNOWN_MESSAGE, "history")]
-    values = {"silent": "0", "limit": "101"}
+    values = {"silent": "0", "limit": "101", "most": "3"}
     place.open().close()
     for query, table in asked:
         sql = re.sub(r":(\w+)", lambda name: values.get(name[1], "'x'"), query)

@@ -241,7 +241,7 @@ def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple
     file = tmp_path / name
     file.write_text(example, encoding="utf-8")
     assert isinstance(read_config(file, kind), kind)
-    named = r"^(?:(models)\..*|(judges|file_servers)\.[^.]*)"
+    named = r"^(?:(models|labels)\..*|(judges|file_servers)\.[^.]*)"
     given = {re.sub(named, lambda m: f"{m[1] or m[2]}.*", field) for field in _dotted(msgspec.toml.decode(example))}
     assert given == {field.removesuffix("[]") for section in sections for field in CONFIG_FIELDS[section]}
 
@@ -249,7 +249,7 @@ def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple
 def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all keys of a TOML document, those of its tables included."""
     for key, value in table.items():
-        if prefix + key not in ("models", "judges", "file_servers"):
+        if prefix + key not in ("models", "labels", "judges", "file_servers"):
             yield prefix + key
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}{key}.")
@@ -350,7 +350,7 @@ COMMANDS = dict(_commands(typer.main.get_command(app), "edge-agent"))
 def test_commands_documented_are_those_of_a_fleet() -> None:
     """docs/fleet.md names the commands of a node and of a fleet, and no others."""
     commands = {f"edge-agent {command.__name__}" for panel, members in PANELS.items() if panel != "On this machine" for command in members}
-    commands |= {name for name in COMMANDS if name.split()[1] in ("datasets", "enroll", "keys", "tokens")}
+    commands |= {name for name in COMMANDS if name.split()[1] in ("datasets", "enroll", "keys", "rollout", "tokens")}
     assert set(_rows("fleet.md", "Commands", "Command")) == commands
     assert commands < set(COMMANDS)
 

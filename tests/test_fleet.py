@@ -67,9 +67,9 @@ def local(tmp_path_factory: pytest.TempPathFactory, cli: Cli, tiny_model: Path) 
 
 @pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
 def test_a_job_travels_and_comes_back(broker: str, request: pytest.FixtureRequest, tmp_path: Path, cli: Cli, local: Path) -> None:
-    """By its commands alone: submitted with a dataset inline and questions in blocks, watched, fetched; the adapter is that of a local
-    run bit for bit. Over Mosquitto in MQTT 5 with TLS and passwords, and over amqtt, which speaks 3.1.1 only, with the agent within a
-    WebSocket.
+    """By its commands alone: submitted to the best node of a label, with a dataset inline and questions in blocks, watched, fetched; the
+    adapter is that of a local run bit for bit. Over Mosquitto in MQTT 5 with TLS and passwords, and over amqtt, which speaks 3.1.1 only,
+    with the agent within a WebSocket.
     """
     if broker == "amqtt":
         with Fleet(amqtt=True) as fleet:
@@ -90,10 +90,10 @@ def _travel(fleet: Fleet, directory: Path, cli: Cli, local: Path) -> None:
     listed = cli("nodes", *config)
     assert NODE in listed.out
     assert "ready" in listed.out
-    submitted = cli(
-        "submit", "--node", NODE, "--model", "tiny", "--data", data, "--eval-data", questions, "--budget", "1GiB", *SETTINGS, *config
-    )
+    at = ("--label", "site=bench")  # as the agent's configuration says
+    submitted = cli("submit", *at, "--model", "tiny", "--data", data, "--eval-data", questions, "--budget", "1GiB", *SETTINGS, *config)
     assert submitted.code == 0, submitted.err
+    assert submitted.err.startswith(f"to {NODE}: no job there, ")
     job = submitted.out.strip()
     watched = cli("watch", job, *config)
     assert watched.code == 0, watched.out + watched.err
@@ -110,6 +110,7 @@ def _travel(fleet: Fleet, directory: Path, cli: Cli, local: Path) -> None:
     assert [p for i, p in enumerate(phases) if p not in phases[:i]] == ["accepted", "staging", "ready", "running", "finalizing"]
     results = fleet.heard("job", job, "result")
     assert {m["id"] for m in results} == {results[0]["id"]}
+    assert results[0]["data"]["tokens_per_s"] > 0
     seqs = {m["seq"] for m in fleet.heard("job", job, "status") + results}
     assert seqs == set(range(1, len(seqs) + 1))
     beat = fleet.heard("heartbeat")[-1]["data"]["resources"]

@@ -26,7 +26,9 @@ from edge_agent.dataset import file_sha256
 
 CONFIG = schemathesis.Config.from_dict(
     {
-        "operations": [{"include-name": "POST /v1/jobs", "phases": {"coverage": {"enabled": False}}}],  # of a whole job it makes thousands
+        "operations": [  # of a whole job it makes thousands
+            {"include-name": name, "phases": {"coverage": {"enabled": False}}} for name in ("POST /v1/jobs", "POST /v1/rollouts")
+        ],
         "generation": {"with-security-parameters": False},  # the test adds a token: a request without one would be one with it
     }
 )
@@ -49,8 +51,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
         with served.client("submit") as client:
             client.upload(file, file_sha256(file))
             job = served.submit(file_sha256(file)).id
+            rollout = served.roll_out(file_sha256(file)).id
             client.cancel(job)  # so its events end
-        served.known = {"node_id": NODE, "sha256": file_sha256(file), "job_id": job}
+        served.known = {"node_id": NODE, "sha256": file_sha256(file), "job_id": job, "rollout_id": rollout}
         yield served
 
 

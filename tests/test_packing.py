@@ -56,9 +56,10 @@ def test_weighted_loss_and_gradient_equal_the_formula(says: dict[str, float], mo
     wanted.backward()
     for chunk in (1, 3, 64):
         chunked = hidden.clone().requires_grad_()
-        loss = weighted_loss(model, chunked, packed.target_ids_N, likelihood, unlikelihood, chunk).total
-        loss.backward()
-        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+        loss = weighted_loss(model, chunked, packed.target_ids_N, likelihood, unlikelihood, chunk)
+        loss.total.backward()
+        torch.testing.assert_close(loss.total, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss.logp_N, b.log().detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(chunked.grad, plain.grad, rtol=1e-4, atol=1e-6)
 
 

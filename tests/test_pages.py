@@ -130,7 +130,9 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinato
         served.say(NODE, "state", NodeState("ready", 1, 1, 0))
         served.beat(NODE, temperature=61.0)
         served.say("hostile", "state", NodeState("draining", 1, 1, 0))
-        served.say("hostile", "info", NodeInfo(NASTY, NASTY, NASTY, "cpu", None, {"tiny": "0" * 64}, INFO.limits, {NASTY: NASTY}))
+        labels = {"site": NASTY[:64]}
+        told = NodeInfo(NASTY, NASTY, NASTY, "cpu", None, {"tiny": "0" * 64}, INFO.limits, {NASTY: NASTY}, labels)
+        served.say("hostile", "info", told)
         served.say("away", "state", NodeState("ready", 1, 1, 0))
         served.say("away", "state", NodeState("lost", 1, 1, 0))
         yield served

@@ -33,6 +33,7 @@ from edge_agent.coordinator.client import Answered, Client
 from edge_agent.coordinator.schema import LATER, VERSIONS
 from edge_agent.coordinator.store import CoordinatorStore
 from edge_agent.dataset import file_sha256
+from edge_agent.delivery import IN_FLIGHT
 from edge_agent.errors import DatabaseAway, DatabaseUnusable, StateDamaged
 from edge_agent.job import Dataset, Job
 from edge_agent.job_building import build_job
@@ -452,6 +453,8 @@ def test_server_that_restarts_while_nodes_speak(struck: Postgres) -> None:
 
         def speak() -> None:
             while not done.wait(0.02):
+                if len(unacknowledged()) >= IN_FLIGHT:  # as a node does
+                    continue
                 seq = len(said) + 1
                 payload = encode(JobStatus(view.digest, PHASES[seq % 2]), f"edge1/default/{NODE}", seq=seq, attempt=1, boot=1)
                 said[json.loads(payload)["id"]] = payload

@@ -133,7 +133,7 @@ def test_scores_of_another_vocabulary_are_taken_again(tmp_path: Path, monkeypatc
     """A vocabulary in NF4 gives other probabilities: what was scored with one in 16 bits does not count for it, nor the other way round."""
     taken: list[bool] = []
 
-    def weigh(*_: Any) -> tuple[list[Scores], list[Weights]]:
+    def weigh(*_: Any, **__: Any) -> tuple[list[Scores], list[Weights]]:
         taken.append(True)
         return [Scores(torch.ones(2))], [Weights(torch.ones(2), torch.zeros(2))]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import datasets, enroll, fleet, keys, local, tokens
+from edge_agent.cli import datasets, enroll, fleet, keys, local, rollouts, tokens
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -26,6 +26,8 @@ keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys that s
 app.add_typer(keys_app, name="keys")
 tokens_app = typer.Typer(no_args_is_help=True, help="Make, list and end the tokens by which a coordinator knows who asks.")
 app.add_typer(tokens_app, name="tokens")
+rollout_app = typer.Typer(no_args_is_help=True, help="Give one job to many nodes, at a rate, until too many fail.")
+app.add_typer(rollout_app, name="rollout")
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "On this machine": (local.train, local.plan, local.evaluate, local.compare, local.saliency, local.demo),
@@ -57,6 +59,10 @@ keys_app.command("new", epilog=EXIT_CODES)(keys.new)
 keys_app.command("show", epilog=EXIT_CODES)(keys.show)
 datasets_app.command("list", epilog=EXIT_CODES)(datasets.list_)
 datasets_app.command("remove", epilog=EXIT_CODES)(datasets.remove)
+rollout_app.command("submit", epilog=EXIT_CODES)(rollouts.submit)
+rollout_app.command("list", epilog=EXIT_CODES)(rollouts.list_)
+rollout_app.command("show", epilog=EXIT_CODES)(rollouts.show)
+rollout_app.command("cancel", epilog=EXIT_CODES)(rollouts.cancel)
 tokens_app.command("new", epilog=EXIT_CODES)(tokens.new)
 tokens_app.command("list", epilog=EXIT_CODES)(tokens.list_)
 tokens_app.command("revoke", epilog=EXIT_CODES)(tokens.revoke)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from edge_agent import dataset as datasets
 from edge_agent.cli.shared import (
@@ -32,9 +35,11 @@ from edge_agent.config import (
     CoordinatorConfig,
     read_config,
 )
-from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, options_line, summary
+from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, options_line, printable, summary
+from edge_agent.coordinator.rollout import Selector
 from edge_agent.coordinator.store import JobFilter
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, EdgeAgentError, JobEnded
+from edge_agent.job import Job
 from edge_agent.job_building import build_change, build_job
 from edge_agent.messages import LONGEST_ORDER_S, ORDER_S
 from edge_agent.sizes import parse_size
@@ -53,6 +58,17 @@ UrlOption = Annotated[
 ]  # fmt: skip
 NodeArgument = Annotated[str, typer.Argument(help="The node's name.")]
 JobArgument = Annotated[str, typer.Argument(help="The job's id.")]
+ModelOption = Annotated[str, typer.Option("--model", help="A model, by the name under which nodes have it: `edge-agent nodes` shows them.")]
+MethodOption = Annotated[str, typer.Option("--method", help="nlft, sft, dft, cut or reft.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of split, sampling, adapter and order (default 42).")]
+PriorityOption = Annotated[int, typer.Option("--priority", min=0, max=9, help="Jobs of a higher one run first.")]
+ExpiryOption = Annotated[
+    float, typer.Option("--expires-s", min=1, max=LONGEST_ORDER_S, help="Give up if the node has not answered by then.")
+]
+LabelOption = Annotated[
+    list[str] | None, typer.Option("--label", metavar="NAME=TEXT", help="Only nodes that have this label; repeatable, all must hold.")
+]
+FingerprintOption = Annotated[str | None, typer.Option("--fingerprint", help="Only nodes whose model of that name has this fingerprint.")]
 
 
 def run(config: AgentConfigOption = AGENT_CONFIG) -> None:
@@ -112,6 +128,7 @@ def nodes(config: CoordinatorConfigOption = COORDINATOR_CONFIG, url: UrlOption =
 def jobs(
     limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Show at most this many, the newest first.")] = 30,
     node: Annotated[str | None, typer.Option("--node", help="Only those of this node.")] = None,
+    rollout: Annotated[str | None, typer.Option("--rollout", help="Only those of this rollout.")] = None,
     phase: Annotated[str | None, typer.Option("--phase", help="Only those in this phase, such as running; see docs/fleet.md.")] = None,
     outcome: Annotated[str | None, typer.Option("--outcome", help="Only those with this outcome, such as failed.")] = None,
     config: CoordinatorConfigOption = COORDINATOR_CONFIG,
@@ -120,7 +137,8 @@ def jobs(
 ) -> None:
     """List jobs, the newest first."""
     with explained(as_json), client_of(config, url) as client:
-        found = client.jobs(limit, JobFilter(phase=phase, outcome=outcome, node=node))  # type: ignore[arg-type]  # the coordinator looks
+        which = JobFilter(phase=phase, outcome=outcome, node=node, rollout=rollout)  # type: ignore[arg-type]  # the coordinator looks
+        found = client.jobs(limit, which)
         if as_json:
             print_json(found)
         else:
@@ -128,44 +146,72 @@ def jobs(
 
 
 def submit(
-    node: Annotated[str, typer.Option("--node", help="The node that is to run the job.")],
-    model: Annotated[str, typer.Option("--model", help="A model of that node, by the name that `edge-agent nodes` shows.")],
+    model: ModelOption,
+    node: Annotated[str | None, typer.Option("--node", help="The node that is to run the job; default: the best one.")] = None,
+    labels: LabelOption = None,
+    fingerprint: FingerprintOption = None,
     data: DataOption = None,
     budget: BudgetOption = None,
     eval_data: EvalDataOption = None,
     limit: LimitOption = None,
     questions: QuestionsOption = None,
-    method: Annotated[str, typer.Option("--method", help="nlft, sft, dft, cut or reft.")] = "nlft",
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of split, sampling, adapter and order (default 42).")] = None,
+    method: MethodOption = "nlft",
+    seed: SeedOption = None,
     device: DeviceOption = None,
     settings: SetOption = None,
-    priority: Annotated[int, typer.Option("--priority", min=0, max=9, help="Jobs of a higher one run first.")] = 4,
-    expires_s: Annotated[
-        float, typer.Option("--expires-s", min=1, max=LONGEST_ORDER_S, help="Give up if the node has not answered by then.")
-    ] = ORDER_S,
+    priority: PriorityOption = 4,
+    expires_s: ExpiryOption = ORDER_S,
     config: CoordinatorConfigOption = COORDINATOR_CONFIG,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send a job to a node and print its id. The dataset travels with it; `edge-agent watch` shows how it goes."""
+    """Send a job to a node and print its id. The dataset travels with it; `edge-agent watch` shows how it goes.
+
+    Without --node the coordinator chooses, of the nodes that are ready and can have the job, the one with the fewest jobs, then with
+    the most free memory, then the fastest.
+    """
     with explained(as_json), client_of(config, url) as client:
-        if data is None or budget is None:
-            raise typer.BadParameter("give --data and --budget")
-        fields = {
-            "budget_bytes": parse_size(budget), "dataset.limit": limit, "evaluation.questions": questions, "method.name": method,
-            "seed": seed, "device": device,
-        }  # fmt: skip
-        job = build_job(model, data, eval_data, fields, settings or [])
-        files = {job.dataset.sha256: data}
-        if eval_data is not None and job.dataset.evaluation_sha256 is not None:
-            files[job.dataset.evaluation_sha256] = eval_data
-        for file in files.values():
-            datasets.read_records(file)
-        view = client.submit(node, job, files, priority, expires_s)
+        if node is not None and (labels or fingerprint):
+            raise typer.BadParameter("--label and --fingerprint choose a node, and --node names it")
+        fields = {"dataset.limit": limit, "evaluation.questions": questions, "method.name": method, "seed": seed, "device": device}
+        job, files = job_of(model, data, eval_data, budget, fields, settings)
+        selector = selector_of(labels, (), fingerprint) if node is None else None
+        view = client.submit(node, job, files, priority, expires_s, selector)
         if as_json:
             print_json(view)
         else:
+            if view.placed is not None:
+                Console(stderr=True).print(Text(printable(f"to {view.placed.node}: {view.placed.why}")), soft_wrap=True)
             typer.echo(view.id)
+
+
+def job_of(
+    model: str, data: Path | None, eval_data: Path | None, budget: str | None, fields: dict[str, Any], settings: list[str] | None
+) -> tuple[Job, dict[str, Path]]:
+    """Return the job that options describe, and its files by their sha256. Raises a DatasetError for what cannot be trained on."""
+    if data is None or budget is None:
+        raise typer.BadParameter("give --data and --budget")
+    job = build_job(model, data, eval_data, {"budget_bytes": parse_size(budget), **fields}, settings or [])
+    files = {job.dataset.sha256: data}
+    if eval_data is not None and job.dataset.evaluation_sha256 is not None:
+        files[job.dataset.evaluation_sha256] = eval_data
+    for file in files.values():
+        datasets.read_records(file)
+    return job, files
+
+
+def selector_of(labels: list[str] | None, nodes: Sequence[str], fingerprint: str | None) -> Selector:
+    """Return the selector that options describe."""
+    pairs = [label.partition("=") for label in labels or ()]
+    if wrong := [name for name, sign, _ in pairs if not sign]:
+        raise typer.BadParameter(f"--label is like NAME=TEXT, not {wrong[0]!r}")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise typer.BadParameter("a node has one text for a label; give each --label once")
+    fields = {"labels": {name: text for name, _, text in pairs}, "nodes": nodes, "model_fingerprint": fingerprint}
+    try:
+        return msgspec.convert(fields, Selector)
+    except msgspec.ValidationError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def watch(

@@ -13,6 +13,7 @@ import msgspec
 
 from edge_agent.config import Tls, is_loopback, read_key
 from edge_agent.coordinator.access import NewToken, Scope
+from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan, RolloutView, Selector, SubmittedJob
 from edge_agent.coordinator.store import (
     Audited,
     AuditPage,
@@ -24,6 +25,8 @@ from edge_agent.coordinator.store import (
     JobView,
     NodePage,
     NodeView,
+    RolloutNode,
+    RolloutNodePage,
     Token,
 )
 from edge_agent.dataset import check_sha256
@@ -35,7 +38,7 @@ from edge_agent.report import Result
 from edge_agent.tls import client_context
 
 T = TypeVar("T")
-P = TypeVar("P", JobPage, NodePage, DatasetPage, AuditPage)
+P = TypeVar("P", JobPage, NodePage, DatasetPage, AuditPage, RolloutPage, RolloutNodePage)
 NONE: Mapping[str, str] = {}
 
 SOCKET = "api.sock"
@@ -160,12 +163,44 @@ class Client:
     def forget(self, job: str) -> JobView:
         return self._ask(JobView, "POST", f"{_path(job)}/forget")
 
-    def submit(self, node: str, job: Job, files: dict[str, Path], priority: int, expires_s: float = ORDER_S) -> JobView:
-        """Upload files by their sha256, then submit the job over them."""
+    def submit(
+        self,
+        node: str | None,
+        job: Job,
+        files: dict[str, Path],
+        priority: int,
+        expires_s: float = ORDER_S,
+        selector: Selector | None = None,
+    ) -> SubmittedJob:
+        """Upload files by their sha256, then submit the job over them to a node, or to the best of a selector."""
         for sha256, file in files.items():
             self.upload(file, sha256)
-        body = {"node": node, "job": job, "priority": priority, "expires_s": expires_s}
-        return self._ask(JobView, "POST", "/jobs", content=msgspec.json.encode(body))
+        body = {"node": node, "selector": selector, "job": job, "priority": priority, "expires_s": expires_s}
+        return self._ask(SubmittedJob, "POST", "/jobs", content=msgspec.json.encode(body))
+
+    def roll_out(self, plan: RolloutPlan, files: dict[str, Path], dry_run: bool) -> RolloutMade:
+        """Upload files by their sha256, then begin a rollout over them; dry, upload and begin nothing."""
+        for sha256, file in ({} if dry_run else files).items():
+            self.upload(file, sha256)
+        return self._ask(RolloutMade, "POST", "/rollouts", params={"dry_run": dry_run}, content=msgspec.json.encode(plan))
+
+    def rollouts(self, limit: int) -> list[RolloutView]:
+        rollouts: list[RolloutView] = []
+        for page in self._pages(RolloutPage, "/rollouts", limit):
+            rollouts += page.items
+        return rollouts
+
+    def rollout(self, rollout: str) -> RolloutView:
+        return self._ask(RolloutView, "GET", _path(rollout, "rollout"))
+
+    def rollout_nodes(self, rollout: str, limit: int) -> list[RolloutNode]:
+        nodes: list[RolloutNode] = []
+        for page in self._pages(RolloutNodePage, f"{_path(rollout, 'rollout')}/nodes", limit):
+            nodes += page.items
+        return nodes
+
+    def cancel_rollout(self, rollout: str, force: bool) -> RolloutView:
+        return self._ask(RolloutView, "POST", f"{_path(rollout, 'rollout')}/cancel", params={"force": force})
 
     def audit(self, limit: int) -> list[Audited]:
         requests: list[Audited] = []
@@ -295,11 +330,12 @@ class Client:
         raise Answered(problem.code, problem.detail)
 
 
-def _path(job: str) -> str:
-    """Return the path of a job. Raises Answered for what can be no job's id."""
-    if not is_ulid(job):
-        raise Answered("refused", f"{job[:80]!r} is no job; `edge-agent jobs` lists them")
-    return f"/jobs/{job}"
+def _path(thing: str, kind: Literal["job", "rollout"] = "job") -> str:
+    """Return the path of a job or rollout. Raises Answered for what can be no id of one."""
+    if not is_ulid(thing):
+        lists = {"job": "edge-agent jobs", "rollout": "edge-agent rollout list"}[kind]
+        raise Answered("refused", f"{thing[:80]!r} is no {kind}; `{lists}` shows them")
+    return f"/{kind}s/{thing}"
 
 
 def _lines(response: httpx.Response) -> Iterator[bytes]:

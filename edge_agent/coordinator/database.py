@@ -7,7 +7,7 @@ import secrets
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 
 from edge_agent import config
-from edge_agent.coordinator.schema import FIRST_OF_POSTGRESQL, LATER, NAMES, NUMBERED, TABLES, VERSIONS, postgresql
+from edge_agent.coordinator.schema import ALL_NAMES, FIRST_OF_POSTGRESQL, LATER, NAMES, NUMBERED, TABLES, VERSIONS, postgresql
 from edge_agent.database import open_database
 from edge_agent.errors import ConfigInvalid, DatabaseAway, DatabaseUnusable, PackageMissing, StateDamaged
 
@@ -88,6 +88,12 @@ class Database:
                 return _run(self._transaction, sql, values)
             with self._alone.connect() as connection:
                 return _run(connection, sql, values)
+
+    def execute_many(self, sql: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Run a statement for each of some rows, within a transaction."""
+        if self._transaction is None:
+            raise RuntimeError("many rows are written in one transaction")
+        self._transaction.execute(_statement(sql), [_storable(row) for row in rows])
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -259,7 +265,7 @@ def _copy(connection: Connection, before: Path) -> int:
     """Copy all rows of a file; return how many."""
     copied = 0
     with closing(open_database(before, VERSIONS)) as file:
-        for table in NAMES:
+        for table in ALL_NAMES:
             rows = file.execute(f"SELECT * FROM {table}")  # noqa: S608
             names = [column[0] for column in rows.description]
             insert = text(f"INSERT INTO {table} ({', '.join(names)}) VALUES (:{', :'.join(names)})")  # noqa: S608

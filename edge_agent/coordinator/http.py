@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import uvicorn
@@ -42,6 +42,17 @@ from edge_agent.coordinator.limits import Limits, network
 from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
 from edge_agent.coordinator.pages import PAGES
 from edge_agent.coordinator.ranges import ranged
+from edge_agent.coordinator.rollout import (
+    Expiry,
+    Priority,
+    RolloutMade,
+    RolloutPage,
+    RolloutPlan,
+    RolloutState,
+    RolloutView,
+    Selector,
+    SubmittedJob,
+)
 from edge_agent.coordinator.service import Service
 from edge_agent.coordinator.store import (
     Audited,
@@ -56,6 +67,7 @@ from edge_agent.coordinator.store import (
     JobView,
     NodePage,
     NodeView,
+    RolloutNodePage,
     Token,
 )
 from edge_agent.dataset import check_sha256
@@ -79,10 +91,11 @@ from edge_agent.errors import (
 )
 from edge_agent.job import Job, Strict
 from edge_agent.json_items import MAX_FILE_BYTES
-from edge_agent.messages import LONGEST_ORDER_S, ORDER_S, ArtifactName, new_id
+from edge_agent.messages import ORDER_S, ArtifactName, new_id
 from edge_agent.transfer import SHA256
 
 log = logging.getLogger(__name__)
+J = TypeVar("J", JobView, SubmittedJob)
 
 LONGEST_SOCKET_PATH = 107
 """Of the kernel, in bytes."""
@@ -123,13 +136,20 @@ Presence = Literal["init", "ready", "draining", "offline", "lost"]
 
 
 class Submission(Strict, frozen=True):
-    """A job for a node. Its files have been uploaded before."""
+    """A job for a node, or for the best of those that a selector finds. Its files have been uploaded before."""
 
-    node: str
     job: Job
-    priority: Annotated[int, Meta(ge=0, le=9)] = 4
-    expires_s: Annotated[float, Meta(gt=0, le=LONGEST_ORDER_S)] = ORDER_S
+    node: str | None = None
+    """null: the best one."""
+    selector: Selector | None = None
+    """null: of all nodes that can have the job."""
+    priority: Priority = 4
+    expires_s: Expiry = ORDER_S
     """Until the node has answered; its order is worth nothing then."""
+
+    def __post_init__(self) -> None:
+        if self.node is not None and self.selector is not None:
+            raise ValueError("a job is for a `node` or has a `selector`, not both")
 
 
 class OptionsRequest(Strict, frozen=True):
@@ -163,7 +183,7 @@ def make_app(service: Service, door: Door) -> Litestar:
     return Litestar(
         [*routes(), *PAGES],
         state=State({"service": service, "door": door}),
-        guards=[check_scope, check_parameters],
+        guards=[check_scope, check_parameters, check_body],
         before_send=[_account],
         exception_handlers={
             EdgeAgentError: _explain, HTTPException: _explain_http,
@@ -201,6 +221,17 @@ def check_parameters(connection: ASGIConnection[Any, Any, Any, Any], handler: Ba
     known = {kind.name or name for name, kind in kinds if isinstance(kind, QueryParameter)}
     if unknown := sorted(set(connection.query_params) - known):
         raise ValidationException(f"there is no parameter {unknown[0][:80]!r} here; there is: {', '.join(sorted(known)) or 'none'}")
+
+
+async def check_body(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """Refuse a body that is not of its route's type as it stands: the framework would take 0 for false, and "1" for 1."""
+    body = handler.parsed_fn_signature.parameters.get("data")
+    if body is None or not isinstance(connection, Request):
+        return
+    try:
+        msgspec.json.decode(await connection.body(), type=body.annotation)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValidationException(str(error)) from None
 
 
 async def _account(message: Message, scope: Any) -> None:
@@ -258,19 +289,21 @@ def jobs(
     phase: FromQuery[CoordinatorPhase | None] = None,
     outcome: FromQuery[CoordinatorOutcome | None] = None,
     node: FromQuery[str | None] = None,
+    rollout: FromQuery[str | None] = None,
     after: Number = None,
     limit: Limit = 100,
 ) -> JobPage:
-    """Jobs, the newest first: all, or those of a phase, an outcome or a node."""
+    """Jobs, the newest first: all, or those of a phase, an outcome, a node or a rollout."""
     service: Service = state.service
-    return service.call(lambda: service.jobs(JobFilter(phase=phase, outcome=outcome, node=node), after, limit))
+    return service.call(lambda: service.jobs(JobFilter(phase=phase, outcome=outcome, node=node, rollout=rollout), after, limit))
 
 
 @post("/jobs", scope="submit", sync_to_thread=True)
-def submit(state: State, data: JSONBody[Submission]) -> Response[JobView]:
-    """Keep a job; it is offered to its node until that answers."""
+def submit(state: State, data: JSONBody[Submission]) -> Response[SubmittedJob]:
+    """Keep a job for a node, or for the best one; it is offered to it until that answers."""
     service: Service = state.service
-    return _made(service.call(lambda: service.submit(data.node, data.job, data.priority, data.expires_s)))
+    selector = data.selector or Selector()
+    return _made(service.call(lambda: service.hand_in(data.node, selector, data.job, data.priority, data.expires_s)))
 
 
 @get("/jobs/{job_id:str}", scope="read", sync_to_thread=True)
@@ -315,7 +348,7 @@ def retry(state: State, job_id: FromPath[str]) -> Response[JobView]:
     return _made(service.call(lambda: service.retry(job_id)))
 
 
-def _made(job: JobView) -> Response[JobView]:
+def _made(job: J) -> Response[J]:
     return Response(job, headers={"Location": f"{VERSION}/jobs/{job.id}"})
 
 
@@ -348,6 +381,47 @@ async def artifact(state: State, job_id: FromPath[str], name: FromPath[ArtifactN
     service: Service = state.service
     sha256 = await asyncio.to_thread(service.call, lambda: service.artifact(job_id, name))
     return ranged(service.files.path(sha256), sha256, request.headers, name)
+
+
+@get("/rollouts", scope="read", sync_to_thread=True)
+def rollouts(
+    state: State,
+    rollout_state: Annotated[RolloutState | None, QueryParameter(name="state")] = None,
+    after: Number = None,
+    limit: Limit = 100,
+) -> RolloutPage:
+    """Rollouts, the newest first."""
+    service: Service = state.service
+    return service.call(lambda: service.rollouts(rollout_state, after, limit))
+
+
+@post("/rollouts", scope="submit", status_code=200, sync_to_thread=True)
+def roll_out(state: State, data: JSONBody[RolloutPlan], dry_run: FromQuery[bool] = False) -> Response[RolloutMade]:
+    """Give one job to all nodes that a selector finds now, one after the other; with `dry_run`, say which those are and make nothing."""
+    service: Service = state.service
+    made = service.call(lambda: service.roll_out(data, dry_run))
+    return Response(made, headers={"Location": f"{VERSION}/rollouts/{made.rollout.id}"} if made.rollout else {})
+
+
+@get("/rollouts/{rollout_id:str}", scope="read", sync_to_thread=True)
+def rollout(state: State, rollout_id: FromPath[str]) -> RolloutView:
+    """One rollout."""
+    service: Service = state.service
+    return service.call(lambda: service.rollout(rollout_id))
+
+
+@get("/rollouts/{rollout_id:str}/nodes", scope="read", sync_to_thread=True)
+def rollout_nodes(state: State, rollout_id: FromPath[str], after: Number = None, limit: Limit = 100) -> RolloutNodePage:
+    """The nodes of a rollout and what has become of their jobs, in the order in which they get them."""
+    service: Service = state.service
+    return service.call(lambda: service.rollout_nodes(rollout_id, after, limit))
+
+
+@post("/rollouts/{rollout_id:str}/cancel", scope="submit", status_code=200, sync_to_thread=True)
+def cancel_rollout(state: State, rollout_id: FromPath[str], force: FromQuery[bool] = False) -> RolloutView:
+    """End a rollout: its jobs that no trainer has begun are canceled, with `force` all that have not ended."""
+    service: Service = state.service
+    return service.call(lambda: service.cancel_rollout(rollout_id, force))
 
 
 @get("/datasets", scope="read", sync_to_thread=True)
@@ -426,6 +500,7 @@ def revoke_token(state: State, name: FromPath[str]) -> Token:
 
 ROUTES = [
     me, nodes, drain, resume, jobs, submit, job, history, progress, cancel, options, retry, forget, job_events, events, artifact,
+    rollouts, roll_out, rollout, rollout_nodes, cancel_rollout,
     datasets, upload, dataset, remove_dataset, audit, tokens, new_token, revoke_token,
 ]  # fmt: skip
 """All that can be asked, but for the metrics, which Prometheus looks for elsewhere. Each says what scope that takes."""

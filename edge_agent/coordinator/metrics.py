@@ -32,6 +32,8 @@ class Standing:
     late: int
     dropped: int
     connected: bool
+    rollouts: dict[str, int]
+    """By their state."""
 
 
 class Metrics:
@@ -81,8 +83,12 @@ class _Gauges(Collector):
         jobs = GaugeMetricFamily(f"{PREFIX}_jobs", "Jobs that are kept, by phase and outcome.", labels=["phase", "outcome"])
         for labels, count in now.jobs.items():
             jobs.add_metric(labels, count)
+        rollouts = GaugeMetricFamily(f"{PREFIX}_rollouts", "Rollouts that are kept, by their state.", labels=["state"])
+        for state, count in now.rollouts.items():
+            rollouts.add_metric([state], count)
         yield nodes
         yield jobs
+        yield rollouts
         yield GaugeMetricFamily(f"{PREFIX}_unanswered", "Offers and commands that a node has not answered yet.", now.waiting)
         yield CounterMetricFamily(f"{PREFIX}_messages_late", "Messages that came after newer ones and changed nothing.", now.late)
         yield CounterMetricFamily(f"{PREFIX}_messages_dropped", "Messages that came faster than they were handled.", now.dropped)

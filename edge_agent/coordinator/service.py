@@ -25,6 +25,8 @@ from edge_agent.coordinator.audience import Audience, Listener, ProgressPoint
 from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.metrics import Metrics, Standing
+from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan, RolloutView, Selector, SubmittedJob, unfit
+from edge_agent.coordinator.rollouts import Rollouts
 from edge_agent.coordinator.store import (
     MANY,
     Audited,
@@ -38,11 +40,12 @@ from edge_agent.coordinator.store import (
     JobView,
     NodePage,
     NodeView,
+    RolloutNodePage,
     Token,
 )
 from edge_agent.coordinator.turns import Turns, is_standing, sender_of
 from edge_agent.database import is_damage
-from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
+from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown
 from edge_agent.files import lock_state
 from edge_agent.job import Job, NlftOptions
 from edge_agent.messages import (
@@ -136,6 +139,7 @@ class Service:
         self._audience = Audience(self._ask_progress, self._store.epoch)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._commands = Commands(config.fleet, self._store, self._exchange, self._send, self._seal, self._changed)
+        self._rollouts = Rollouts(self._store, self._submit_of_rollout, self.cancel)
         self.metrics.watch(lambda: self.call(self._standing))
         self._offers: deque[str] = deque(maxlen=MOST_OFFERS)
         """Messages with offers that were sent last, by their sha256."""
@@ -335,6 +339,7 @@ class Service:
         self._store.clock.tick()
         if not self._link.connected:
             return
+        self._rollouts.tick(now)
         self._commands.tick(now)
         self._exchange.tick()
         self._audience.tick(now)
@@ -347,24 +352,46 @@ class Service:
         self._store.delete_job(job)
         self._audience.forget(job)
         self._commands.at_once(job)
-        for sha256 in view.files - {s for other in self._store.jobs(MANY) for s in other.files}:
+        for sha256 in view.files - self._rollouts.files() - {s for other in self._store.jobs(MANY) for s in other.files}:
             self._store.delete_dataset(sha256)
             self.files.remove(sha256)
         log.info("job_forgotten job=%s", job)
 
     # requests; `call` runs them in the coordinator's thread
 
-    def submit(self, node: str, job: Job, priority: int, expires_s: float, retry_of: str | None = None) -> JobView:
+    def hand_in(self, node: str | None, selector: Selector, job: Job, priority: int, expires_s: float) -> SubmittedJob:
+        """Keep a job for a node, or for the best one of a selector, and return it. Raises Refused as `submit`, and where there is none."""
+        placed = self._rollouts.best(job, selector) if node is None else None
+        view = self.submit(placed.node if placed else str(node), job, priority, expires_s)
+        return SubmittedJob(**{name: getattr(view, name) for name in view.__struct_fields__}, placed=placed)
+
+    def submit(
+        self,
+        node: str,
+        job: Job,
+        priority: int,
+        expires_s: float,
+        *,
+        retry_of: str | None = None,
+        rollout: str | None = None,
+        fingerprint: str | None = None,
+    ) -> JobView:
         """Keep a job and return it. Raises Refused where its node is unknown or does not take it, or a file is missing."""
+        order, envelope = self._order(node, job, priority, expires_s, fingerprint)
+        self._store.add_job(order, envelope, retry_of, rollout)
+        self._commands.at_once(order.id)
+        log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
+        self._changed(order.id)
+        return self.job(order.id)
+
+    def _order(self, node: str, job: Job, priority: int, expires_s: float, fingerprint: str | None) -> tuple[Order, Envelope]:
+        """Return the order of a job, and the envelope that it is in. Raises Refused as `submit`."""
         known = self._store.node(node)
         if known is None:
             names = ", ".join(n.id for n in self._store.nodes()) or "none"
             raise Refused(f"node {node!r} has never been seen; known nodes: {names}")
-        if known.info is not None and job.model not in known.info.models:
-            raise Refused(f"model {job.model!r} is not on node {node}; it has: {', '.join(known.info.models) or 'none'}")
-        lent = known.info.limits.budget_bytes if known.info is not None else job.budget_bytes
-        if job.budget_bytes > lent:
-            raise Refused(f"node {node} lends {human_bytes(lent)}, the job's budget is {human_bytes(job.budget_bytes)}")
+        if (why := unfit(known, job, fingerprint)) is not None:
+            raise Refused(why)
         issued, evaluation = datetime.now(timezone.utc), job.dataset.evaluation_sha256
         order = Order(
             id=new_id(), fleet=self._config.fleet, node=node, issued=issued, expires=issued + timedelta(seconds=expires_s), job=job,
@@ -377,11 +404,35 @@ class Service:
             raise Refused(
                 f"the job document has {size:,} bytes, at most {self._link.payload_limit // 4:,} can be sent; shorten its prompts"
             )
-        self._store.add_job(order, envelope, retry_of)
-        self._commands.at_once(order.id)
-        log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
-        self._changed(order.id)
-        return self.job(order.id)
+        return order, envelope
+
+    def _submit_of_rollout(self, node: str, plan: RolloutPlan, rollout: str) -> JobView:
+        fingerprint = plan.selector.model_fingerprint
+        return self.submit(node, plan.job, plan.priority, plan.expires_s, rollout=rollout, fingerprint=fingerprint)
+
+    def roll_out(self, plan: RolloutPlan, dry_run: bool) -> RolloutMade:
+        """Begin a rollout, or say which nodes it would have. Raises Refused where it would have none, or no job of it could be made."""
+        choice = self._rollouts.choose(plan)
+        if dry_run:
+            return RolloutMade(rollout=None, choice=choice)
+        if choice.chosen:
+            self._order(choice.chosen[0].node, plan.job, plan.priority, plan.expires_s, plan.selector.model_fingerprint)
+        return self._rollouts.add(plan, choice)
+
+    def rollouts(self, state: str | None, after: str | None, limit: int) -> RolloutPage:
+        return self._rollouts.page(state, after, limit)
+
+    def rollout(self, rollout: str) -> RolloutView:
+        """Return a rollout. Raises Unknown."""
+        return self._rollouts.view(rollout)
+
+    def rollout_nodes(self, rollout: str, after: str | None, limit: int) -> RolloutNodePage:
+        """Return the nodes of a rollout. Raises Unknown."""
+        return self._rollouts.nodes(rollout, after, limit)
+
+    def cancel_rollout(self, rollout: str, force: bool) -> RolloutView:
+        """End a rollout, and its jobs that no trainer has begun, or all. Raises Unknown."""
+        return self._rollouts.cancel(rollout, force)
 
     def retry(self, job: str) -> JobView:
         """Hand in the document of an ended job again, as a new job for the same node. Raises Refused, Unknown."""
@@ -389,7 +440,7 @@ class Service:
         if view.phase != "ended":
             raise Refused(f"job {job} has not ended ({view.phase}); what has not ended is not run again")
         order = view.order
-        return self.submit(view.node, order.job, order.priority, (order.expires - order.issued).total_seconds(), view.id)
+        return self.submit(view.node, order.job, order.priority, (order.expires - order.issued).total_seconds(), retry_of=view.id)
 
     def may_have(self, node: str, sha256: str) -> bool:
         """Whether a file is here, and one that a node may fetch."""
@@ -456,13 +507,16 @@ class Service:
         if users := [job.id for job in self._store.jobs(MANY) if sha256 in job.files]:
             more = f" and {len(users) - 1:,} more" if len(users) > 1 else ""
             raise Refused(f"dataset {sha256} is that of job {users[0]}{more}; `edge-agent forget` deletes it with its last job")
+        if sha256 in self._rollouts.files():
+            raise Refused(f"dataset {sha256} is that of a rollout that goes on; `edge-agent rollout list` shows it")
         self._store.delete_dataset(sha256)
         self.files.remove(sha256)
         return view
 
     def _standing(self) -> Standing:
         nodes, jobs, unanswered = self._store.counts()
-        return Standing(nodes, jobs, unanswered, self._audience.size, self._store.late, self._link.dropped, self._link.connected)
+        rollouts = self._store.rollout_states()
+        return Standing(nodes, jobs, unanswered, self._audience.size, self._store.late, self._link.dropped, self._link.connected, rollouts)
 
     def audit(self, request: Audited) -> None:
         """Keep a request that was to change something."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,8 @@ MANY = 2**31
 """As a limit: all."""
 MOST_HISTORY = 1000
 """Messages of a job that are kept; the oldest go first, so that no node can fill the disk with them."""
+MOST_MEASURED = 3
+"""Jobs of a node whose speed counts."""
 MOST_AUDITED = 100_000
 """Requests that are kept; the oldest go first."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
@@ -50,22 +52,26 @@ COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', :now) ON CONFLICT (name)
 DO UPDATE SET value = CASE WHEN meta.value < excluded.value THEN excluded.value ELSE meta.value + 1 END RETURNING value"""
 GET_RAN = "SELECT value FROM meta WHERE name = 'ran_s'"
 SET_RAN = "INSERT INTO meta VALUES ('ran_s', :ran_s) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
-INSERT_JOB = """INSERT INTO jobs (id, node, digest, envelope, created, changed, phase, retry_of)
-VALUES (:id, :node, :digest, :envelope, :now, :now, 'created', :retry_of)"""
+INSERT_JOB = """INSERT INTO jobs (id, node, model, digest, envelope, created, changed, phase, retry_of, rollout)
+VALUES (:id, :node, :model, :digest, :envelope, :now, :now, 'created', :retry_of, :rollout)"""
 JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND coalesce(heard, 0) < :silent AS lost
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
 GET_JOB = f"{JOBS} WHERE jobs.id = :id"
 LIST_JOBS = f"{JOBS} WHERE {{which}} ORDER BY jobs.number DESC LIMIT :limit"
-WHICH_JOBS = {"before": "jobs.number < :before", "phase": "phase = :phase", "outcome": "outcome = :outcome", "node": "node = :node"}
+WHICH_JOBS = {
+    "before": "jobs.number < :before", "phase": "phase = :phase", "outcome": "outcome = :outcome", "node": "node = :node",
+    "rollout": "rollout = :rollout",
+}  # fmt: skip
 GET_ENVELOPE = "SELECT envelope FROM jobs WHERE id = :id"
 OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY jobs.number"
 OPEN_JOBS_OF_NODE = f"{JOBS} WHERE phase != 'ended' AND node = :node ORDER BY jobs.number"
+CANCELED_JOBS_OF_ROLLOUT = f"{JOBS} WHERE rollout = :rollout AND phase != 'ended' AND cancel = 1 ORDER BY jobs.number"
 FORGOTTEN_JOBS = f"{JOBS} WHERE forget = 1 ORDER BY jobs.number"
 SET_PHASE = "UPDATE jobs SET phase = :phase, changed = :now WHERE id = :id"
 SET_STATUS = """UPDATE jobs SET phase = :phase, outcome = :outcome, reason = :reason, text = :text, attempt = :attempt,
 boot = :boot, seq = :seq, changed = :now, result = NULL WHERE id = :id"""
-SET_RESULT = """UPDATE jobs SET phase = 'finalizing', result = :result, attempt = :attempt, boot = :boot, seq = :seq, changed = :now
-WHERE id = :id"""
+SET_RESULT = """UPDATE jobs SET phase = 'finalizing', result = :result, tokens_per_s = :tokens_per_s, attempt = :attempt, boot = :boot,
+seq = :seq, changed = :now WHERE id = :id"""
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = :outcome, reason = :reason, text = :text, changed = :now WHERE id = :id"
 SET_OPTIONS = "UPDATE jobs SET options = :options, changed = :now WHERE id = :id"
 SET_OPTIONS_STATE = "UPDATE jobs SET options_state = :state WHERE id = :id"
@@ -94,6 +100,34 @@ COUNT_NODES = "SELECT state, count(*) AS count FROM nodes GROUP BY state"
 COUNT_JOBS = "SELECT phase, outcome, count(*) AS count FROM jobs GROUP BY phase, outcome"
 COUNT_UNANSWERED = """SELECT (SELECT count(*) FROM jobs WHERE phase != 'ended' AND (phase = 'offered' OR cancel = 1))
 + (SELECT count(*) FROM jobs WHERE forget = 1) AS count"""
+COUNT_OPEN = "SELECT node, count(*) AS count FROM jobs WHERE phase != 'ended' GROUP BY node"
+GET_SPEEDS = """SELECT node, avg(tokens_per_s) AS speed FROM (SELECT node, tokens_per_s,
+row_number() OVER (PARTITION BY node ORDER BY number DESC) AS place FROM jobs WHERE model = :model AND tokens_per_s IS NOT NULL) AS measured
+WHERE place <= :most GROUP BY node"""
+INSERT_ROLLOUT = """INSERT INTO rollouts (id, plan, created, changed, state) VALUES (:id, :plan, :now, :now, 'running')"""
+ADD_ROLLOUT_NODE = "INSERT INTO rollout_nodes (rollout, place, node) VALUES (:rollout, :place, :node)"
+GET_ROLLOUT = "SELECT * FROM rollouts WHERE id = :id"
+LIST_ROLLOUTS = "SELECT * FROM rollouts WHERE {which} ORDER BY number DESC LIMIT :limit"
+WHICH_ROLLOUTS = {"before": "number < :before", "state": "state = :state"}
+RUNNING_ROLLOUTS = "SELECT * FROM rollouts WHERE state = 'running' ORDER BY number"
+COUNT_ROLLOUTS = "SELECT state, count(*) AS count FROM rollouts GROUP BY state"
+END_ROLLOUT = "UPDATE rollouts SET state = :state, text = :text, changed = :now WHERE id = :id AND state = 'running'"
+WAITING_NODES = """SELECT node FROM rollout_nodes WHERE rollout = :rollout AND job IS NULL AND outcome IS NULL
+ORDER BY place LIMIT :limit"""
+SET_NODE_JOB = "UPDATE rollout_nodes SET job = :job WHERE rollout = :rollout AND node = :node"
+SET_NODE_OUTCOME = "UPDATE rollout_nodes SET outcome = :outcome, text = :text WHERE rollout = :rollout AND node = :node"
+LEAVE_NODES = """UPDATE rollout_nodes SET outcome = 'canceled', text = :text
+WHERE rollout = :rollout AND job IS NULL AND outcome IS NULL"""
+KEEP_OUTCOME = """UPDATE rollout_nodes SET outcome = (SELECT outcome FROM jobs WHERE id = :id),
+text = (SELECT text FROM jobs WHERE id = :id) WHERE job = :id"""
+CANCEL_WAITING = """UPDATE jobs SET cancel = 1, changed = :now WHERE rollout = :rollout AND attempt = 0
+AND phase IN ('created', 'offered', 'accepted', 'staging', 'ready')"""
+CANCEL_OPEN = "UPDATE jobs SET cancel = 1, changed = :now WHERE rollout = :rollout AND phase != 'ended'"
+COUNT_ROLLOUT_NODES = """SELECT coalesce(n.outcome, jobs.outcome, CASE WHEN n.job IS NULL THEN 'waiting' ELSE 'open' END) AS what,
+count(*) AS count FROM rollout_nodes AS n LEFT JOIN jobs ON jobs.id = n.job WHERE n.rollout = :rollout GROUP BY 1"""
+LIST_ROLLOUT_NODES = """SELECT n.place, n.node, n.job, jobs.phase, coalesce(n.outcome, jobs.outcome) AS outcome,
+coalesce(n.text, jobs.text) AS text FROM rollout_nodes AS n LEFT JOIN jobs ON jobs.id = n.job WHERE {which} ORDER BY n.place LIMIT :limit"""
+WHICH_ROLLOUT_NODES = {"rollout": "n.rollout = :rollout", "after": "n.place > :after"}
 KEEP_DATASET = """INSERT INTO datasets VALUES (:sha256, :name, :size_bytes, :uploaded, :found)
 ON CONFLICT (sha256) DO UPDATE SET name = excluded.name, uploaded = excluded.uploaded, found = excluded.found"""
 GET_DATASET = "SELECT * FROM datasets WHERE sha256 = :sha256"
@@ -142,6 +176,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     result: JobResult | None
     retry_of: str | None = None
     """The job that it is run again for."""
+    rollout: str | None = None
+    """That which it is of."""
     options: NewOptions | None = None
     """What it was sent last to go on with while it runs."""
     options_state: OptionsState | None = None
@@ -170,6 +206,7 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
     phase: CoordinatorPhase | None = None
     outcome: CoordinatorOutcome | None = None
     node: str | None = None
+    rollout: str | None = None
 
 
 class JobPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,6 +255,39 @@ class NodePage(msgspec.Struct, frozen=True, kw_only=True):
     """Nodes by their names."""
 
     items: list[NodeView]
+    next: str | None
+    """As of jobs."""
+
+
+class KeptRollout(msgspec.Struct, frozen=True, kw_only=True):
+    """A rollout as it is kept."""
+
+    number: int
+    id: str
+    plan: bytes
+    """JSON of what was asked for."""
+    created: float
+    changed: float
+    state: Literal["running", "completed", "canceled", "aborted"]
+    text: str | None
+
+
+class RolloutNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A node of a rollout, and what has become of its job."""
+
+    node: str
+    job: str | None
+    """null: none was made, yet or at all."""
+    phase: CoordinatorPhase | None
+    """null: there is no job, or none any more."""
+    outcome: CoordinatorOutcome | None
+    text: str | None
+
+
+class RolloutNodePage(msgspec.Struct, frozen=True, kw_only=True):
+    """The nodes of a rollout, in the order in which they get their jobs."""
+
+    items: list[RolloutNode]
     next: str | None
     """As of jobs."""
 
@@ -314,12 +384,15 @@ class CoordinatorStore:
         if view is not None and view.result is not None and view.phase != "ended":
             self.end(job, view.result.outcome, view.result.reason, text)
 
-    def add_job(self, order: Order, envelope: Envelope, retry_of: str | None = None) -> None:
-        """Keep an order and the envelope that it is in."""
-        self._db.execute(
-            INSERT_JOB, id=order.id, node=order.node, digest=order.job.digest, envelope=msgspec.json.encode(envelope), now=time.time(),
-            retry_of=retry_of,
-        )  # fmt: skip
+    def add_job(self, order: Order, envelope: Envelope, retry_of: str | None = None, rollout: str | None = None) -> None:
+        """Keep an order and the envelope that it is in; of a rollout, its node has had its turn with that."""
+        with self._db.transaction():
+            self._db.execute(
+                INSERT_JOB, id=order.id, node=order.node, model=order.job.model, digest=order.job.digest,
+                envelope=msgspec.json.encode(envelope), now=time.time(), retry_of=retry_of, rollout=rollout,
+            )  # fmt: skip
+            if rollout is not None:
+                self._db.execute(SET_NODE_JOB, job=order.id, rollout=rollout, node=order.node)
 
     def job(self, job: str) -> JobView | None:
         found = self._jobs(GET_JOB, id=job)
@@ -335,7 +408,7 @@ class CoordinatorStore:
 
     def job_page(self, which: JobFilter, after: str | None, limit: int) -> JobPage:
         """The newest jobs first, from where a page before has ended."""
-        wanted = {"before": None if after is None else int(after), "phase": which.phase, "outcome": which.outcome, "node": which.node}
+        wanted = {"before": None if after is None else int(after), **msgspec.structs.asdict(which)}
         rows = self._list(LIST_JOBS, WHICH_JOBS, wanted, limit, silent=self._silent)
         return JobPage(items=[_job(row) for row in rows[:limit]], next=str(rows[limit - 1]["number"]) if len(rows) > limit else None)
 
@@ -385,8 +458,9 @@ class CoordinatorStore:
         return self._jobs(FORGOTTEN_JOBS)
 
     def delete_job(self, job: str) -> None:
-        """Delete a job and what was said of it."""
+        """Delete a job and what was said of it; its rollout keeps how it ended."""
         with self._db.transaction():
+            self._db.execute(KEEP_OUTCOME, id=job)
             self._db.execute(DELETE_HISTORY, id=job)
             self._db.execute(DELETE_JOB, id=job)
 
@@ -423,8 +497,10 @@ class CoordinatorStore:
             if not self._keep(view.id, message, "ended", late):
                 return
             if not late:
-                result, attempt = msgspec.json.encode(message.data), message.attempt or view.attempt
-                self._db.execute(SET_RESULT, result=result, attempt=attempt, boot=boot, seq=seq, now=time.time(), id=view.id)
+                self._db.execute(
+                    SET_RESULT, result=msgspec.json.encode(message.data), tokens_per_s=message.data.tokens_per_s,
+                    attempt=message.attempt or view.attempt, boot=boot, seq=seq, now=time.time(), id=view.id,
+                )  # fmt: skip
         self.late += late
 
     def _keep(self, job: str, message: Message[Any], phase: Phase, late: bool) -> bool:
@@ -487,6 +563,67 @@ class CoordinatorStore:
     def set_heartbeat(self, node: str, heartbeat: Heartbeat) -> None:
         told = msgspec.json.encode(heartbeat)
         self._db.execute(SET_HEARTBEAT, heartbeat=told, seen=time.time(), heard=self.clock.now(), id=node)
+
+    def open_counts(self) -> dict[str, int]:
+        """How many jobs nodes have that have not ended, by their names."""
+        return {row["node"]: row["count"] for row in self._db.execute(COUNT_OPEN)}
+
+    def speeds(self, model: str) -> dict[str, float]:
+        """Mean tokens/s of the last jobs with a model, by node."""
+        return {row["node"]: row["speed"] for row in self._db.execute(GET_SPEEDS, model=model, most=MOST_MEASURED)}
+
+    # rollouts
+
+    def add_rollout(self, rollout: str, plan: bytes, nodes: Sequence[str]) -> None:
+        """Keep a rollout and its nodes, in the order in which they get their jobs."""
+        rows = [{"rollout": rollout, "place": place, "node": node} for place, node in enumerate(nodes)]
+        with self._db.transaction():
+            self._db.execute(INSERT_ROLLOUT, id=rollout, plan=plan, now=time.time())
+            self._db.execute_many(ADD_ROLLOUT_NODE, rows)
+
+    def rollout(self, rollout: str) -> KeptRollout | None:
+        rows = self._db.execute(GET_ROLLOUT, id=rollout)
+        return msgspec.convert(rows[0], KeptRollout) if rows else None
+
+    def rollouts(self, state: str | None, after: str | None, limit: int) -> list[KeptRollout]:
+        """The newest first, from where a page before has ended, and one more where there is more."""
+        rows = self._list(LIST_ROLLOUTS, WHICH_ROLLOUTS, {"before": None if after is None else int(after), "state": state}, limit)
+        return [msgspec.convert(row, KeptRollout) for row in rows]
+
+    def running_rollouts(self) -> list[KeptRollout]:
+        """The oldest first."""
+        return [msgspec.convert(row, KeptRollout) for row in self._db.execute(RUNNING_ROLLOUTS)]
+
+    def rollout_states(self) -> dict[str, int]:
+        """How many rollouts there are by state."""
+        return {row["state"]: row["count"] for row in self._db.execute(COUNT_ROLLOUTS)}
+
+    def rollout_counts(self, rollout: str) -> dict[str, int]:
+        """How many of its nodes wait for their job, have one that is open, or one with an outcome."""
+        return {row["what"]: row["count"] for row in self._db.execute(COUNT_ROLLOUT_NODES, rollout=rollout)}
+
+    def rollout_nodes(self, rollout: str, after: str | None, limit: int) -> RolloutNodePage:
+        wanted = {"rollout": rollout, "after": None if after is None else int(after)}
+        rows = self._list(LIST_ROLLOUT_NODES, WHICH_ROLLOUT_NODES, wanted, limit)
+        items = [msgspec.convert(row, RolloutNode) for row in rows[:limit]]
+        return RolloutNodePage(items=items, next=str(rows[limit - 1]["place"]) if len(rows) > limit else None)
+
+    def waiting_nodes(self, rollout: str, limit: int) -> list[str]:
+        """Nodes for which no job was made yet, in their order."""
+        return [row["node"] for row in self._db.execute(WAITING_NODES, rollout=rollout, limit=limit)]
+
+    def leave_out(self, rollout: str, node: str, text: str) -> None:
+        """Keep why no job can be made for a node of a rollout."""
+        self._db.execute(SET_NODE_OUTCOME, rollout=rollout, node=node, outcome="rejected", text=text)
+
+    def end_rollout(self, rollout: str, state: str, text: str | None, *, force: bool) -> list[JobView]:
+        """End a rollout, and ask for the end of its jobs that no trainer has begun, with `force` of all; return those that are to end."""
+        now = time.time()
+        with self._db.transaction():
+            self._db.execute(END_ROLLOUT, id=rollout, state=state, text=text, now=now)
+            self._db.execute(LEAVE_NODES, rollout=rollout, text=text)
+            self._db.execute(CANCEL_OPEN if force else CANCEL_WAITING, rollout=rollout, now=now)
+        return self._jobs(CANCELED_JOBS_OF_ROLLOUT, rollout=rollout)
 
     # datasets
 

@@ -104,7 +104,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return total, logp_N
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _of_logp: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad.to(grad_ND.dtype), None, None, None, None, None, None
 

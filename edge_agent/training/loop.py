@@ -52,7 +52,8 @@ class Training:
     development: Sequence[Sample] = ()
     """Never trained on; their loss decides which adapter is kept, where the schedule has patience."""
     rescored: Callable[[Sequence[tuple[int, int, Scores]]], None] | None = None
-    """Hears what is scored again, an update at a time: the epoch, counted from 1, the number of the sample, and its scores."""
+    """Hears what is scored again: the epoch, counted from 1, the number of the sample, and its scores, each context once. A base context
+    that is all NaN comes later, from the training pass."""
     scores: Sequence[Scores] = ()
     """Of the samples before training, where other options may make other weights of them."""
     newer: Callable[[int], NewOptions | None] = lambda _: None

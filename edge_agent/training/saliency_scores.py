@@ -105,11 +105,13 @@ class Rescorings:
 
     def add(self, scored: Sequence[tuple[int, int, Scores]]) -> None:
         """Keep (epoch, number of the sample, scores), of each context once it is scored; told again, kept again. Raises DiskFull."""
-        for epoch, sample, scores in scored:
-            if epoch in self._turns and sample < self._samples:
-                for n, logp_T in enumerate((scores.base_logp_T, scores.standard_logp_T, scores.judge_logp_T)):
-                    if logp_T is not None and not logp_T.isnan().any():
-                        self._slots.write(sample * len(CONTEXTS) + n, _packed(logp_T), self._turns[epoch])
+        kept = [(epoch, sample, scores) for epoch, sample, scores in scored if epoch in self._turns and sample < self._samples]
+        if not kept:
+            return
+        for epoch, sample, scores in kept:
+            for n, logp_T in enumerate((scores.base_logp_T, scores.standard_logp_T, scores.judge_logp_T)):
+                if logp_T is not None and not logp_T.isnan().any():
+                    self._slots.write(sample * len(CONTEXTS) + n, _packed(logp_T), self._turns[epoch])
         self._slots.flush()
 
     def of(self, sample: int) -> list[Rescored]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -74,12 +75,13 @@ class Weighted:
         of_update = self._batches[update]
         places = longest_first([self._row(self._samples[i]) for i in of_update])
         samples = [self._samples[of_update[place]] for place in places]
-        of_pass = self._of_pass(update)
-        known = self._known(update, places, samples, of_pass, progress)
+        left_out = self._left_to_pass(update)
+        known = self._known(update, places, samples, left_out, progress)
         self._model.train()
         plan, seed = self._training.plan, self._training.seed
         answer_tokens = sum(len(s.answer) for s in samples)
         loss, tokens, size = 0.0, 0, plan.micro_batch
+        of_pass: dict[int, Scores] = {}
         for start in range(0, len(samples), size):
             group = samples[start : start + size]
             packed = pack(self._model, [self._row(s) for s in group], self._training.tokenizer.pad_token_id)
@@ -89,11 +91,13 @@ class Weighted:
             of_group = weighted_loss(self._model, hidden_ND, packed.target_ids_N, likelihood_N, unlikelihood_N, plan.head_chunk)
             part = of_group.total / answer_tokens
             part.backward()
-            logp = zip(places[start : start + size], of_group.logp_N.split(packed.lengths), strict=True)
-            self._tell(update, {place: Scores(logp_T.cpu()) for place, logp_T in logp if place in of_pass})
             loss += part.item()
+            if left_out and self._training.rescored:
+                logp = zip(places[start : start + size], of_group.logp_N.cpu().split(packed.lengths), strict=True)
+                of_pass |= {place: Scores(logp_T) for place, logp_T in logp if place in left_out}
             tokens += packed.tokens
         check_finite(loss, update, samples)
+        self._tell(update, of_pass)
         return loss, tokens
 
     @staticmethod
@@ -102,11 +106,11 @@ class Weighted:
         return sample.prompts[sample.target.prompt], sample.answer
 
     def _known(
-        self, update: int, places: list[int], samples: list[Sample], of_pass: set[int], progress: OnProgress
+        self, update: int, places: list[int], samples: list[Sample], left_out: set[int], progress: OnProgress
     ) -> list[Weights] | list[Scores]:
         """Return the weights of the samples at places of an update, or scores that the training pass has to complete first.
 
-        They are renewed where the method asks for it.
+        They are renewed where the method asks for it, without the base context at the places that are left out.
         """
         method, plan, pad_id = self._method, self._training.plan, self._training.tokenizer.pad_token_id
         if method.references == "epoch" and starts_epoch(update, len(self._samples), self._training.schedule.batch):
@@ -119,19 +123,20 @@ class Weighted:
         def told(done: int, total: int, tokens: int, *_: object) -> None:
             progress(update, self.updates, tokens, None, "score")  # the rows of one update are no progress that a person could follow
 
-        left_out = {n for n, place in enumerate(places) if place in of_pass}
-        found = dict(score_all(self._model, method, samples, plan, pad_id, told, left_out))
-        scores = [found[n] for n in range(len(samples))]
-        self._tell(update, dict(zip(places, scores, strict=True)))
-        return scores if of_pass else [method.weights(sample.target, s) for sample, s in zip(samples, scores, strict=True)]
+        if not left_out:
+            scores, weights = weigh(self._model, method, samples, plan, pad_id, told)
+            self._tell(update, dict(zip(places, scores, strict=True)))
+            return weights
+        of_pass = {n for n, place in enumerate(places) if place in left_out}
+        found = dict(score_all(self._model, method, samples, plan, pad_id, told, of_pass))
+        self._tell(update, {place: found[n] for n, place in enumerate(places)})
+        return [found[n] for n in range(len(samples))]
 
     def _score_epoch(self, update: int, progress: OnProgress) -> None:
         """Score all samples for the epoch that an update begins, and weigh them anew."""
-        epoch, of_pass = self._epoch(update, 0), set[int]()
-        for later in range(update, self.updates):
-            if self._epoch(later, 0) > epoch:
-                break
-            of_pass |= {self._batches[later][place] for place in self._of_pass(later)}
+        epoch = self._epoch(update, 0)
+        of_epoch = takewhile(lambda later: self._epoch(later, 0) == epoch, range(update, self.updates))
+        of_pass = {self._batches[later][place] for later in of_epoch for place in self._left_to_pass(later)}
         plan, pad_id = self._training.plan, self._training.tokenizer.pad_token_id
         scores, self._weights = weigh(self._model, self._method, self._samples, plan, pad_id, progress, of_pass)
         if self._scores:
@@ -139,20 +144,22 @@ class Weighted:
         if self._training.rescored:
             self._training.rescored([(epoch, i, s) for i, s in enumerate(scores)])
 
-    def _of_pass(self, update: int) -> set[int]:
-        """Return the places of an update whose samples are not scored in the base context, because the training pass gives it.
+    def _left_to_pass(self, update: int) -> set[int]:
+        """Return the places of an update whose samples are not scored in the base context: without dropout the training pass gives it.
 
-        A pass without dropout gives what scoring right before it would: all that `live` asks for. Where an epoch is scored as a whole it
-        comes too late for the weights, but for the Saliency Map it will do, from the first update on that begins in the epoch.
+        `live`: all, because scoring right before would give the same. `epoch`: those of which no weight depends on it, for the Saliency
+        Map; none in the first epoch, which is not scored again, nor where an update has samples of the next, which is scored after it.
         """
-        method = self._method
-        if self._drops_out or method.needs_hidden or method.references not in ("live", "epoch"):
+        method, epoch = self._method, self._epoch(update, 0)
+        if self._drops_out or method.needs_hidden:
             return set()
-        targets, epoch = {place: self._samples[i].target for place, i in enumerate(self._batches[update])}, self._epoch(update, 0)
+        targets = {place: self._samples[i].target for place, i in enumerate(self._batches[update])}
         in_base = {place for place, target in targets.items() if target.prompt == "base"}
         if method.references == "live":
             return in_base
-        return {place for place in in_base if not targets[place].needs_base and 1 < epoch == self._epoch(update, place)}
+        if method.references != "epoch" or epoch == 1:
+            return set()
+        return {place for place in in_base if not targets[place].needs_base and self._epoch(update, place) == epoch}
 
     def _epoch(self, update: int, place: int) -> int:
         """Return the epoch of a place of an update, counted from 1: an update may have the last samples of one and the first of another."""

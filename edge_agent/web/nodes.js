@@ -132,9 +132,14 @@ export function nodesPage(place, session) {
 
 function matches(node, word) {
   return (
-    word === "" || `${node.id} ${node.info?.device ?? ""} ${Object.keys(node.info?.models ?? {}).join(" ")}`.toLowerCase().includes(word)
+    word === "" ||
+    `${node.id} ${node.info?.device ?? ""} ${Object.keys(node.info?.models ?? {}).join(" ")} ${labels(node.info).join(" ")}`
+      .toLowerCase()
+      .includes(word)
   );
 }
+
+const labels = (info) => Object.entries(info?.labels ?? {}).map(([name, text]) => `${name}=${text}`);
 
 function sayFound(found, all, shown) {
   if (all === 0) return "No node has been seen yet. One appears here when `edge-agent run` has reached the broker.";
@@ -263,6 +268,7 @@ function nodeParts(node, fleet, session, told, changed) {
             ["Lends at most", bytes(info.limits.budget_bytes)],
             ["Dataset at most", bytes(info.limits.dataset_bytes)],
             ["Jobs that may wait", count(info.limits.queue)],
+            ["Labels", labels(info).map(visible).join(", ") || "none"],
             ["Agent", visible(info.agent)],
             ["Python", visible(info.python)],
             ...Object.entries(info.versions).map(([name, version]) => [visible(name), visible(version)]),

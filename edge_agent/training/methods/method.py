@@ -46,7 +46,7 @@ class Target:
 class Scores:
     """Log-probabilities of the answer's tokens in each context, and the hidden states that predict them in the base context.
 
-    The base context of a target that is not scored is all NaN.
+    The base context of a target that is not scored is all NaN, and so is one that is left to the training pass.
     """
 
     base_logp_T: torch.Tensor
