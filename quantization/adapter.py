@@ -19,6 +19,7 @@ from edge_agent.errors import AdapterMismatch, ModelUnsupported
 from edge_agent.files import write_directory
 from edge_agent.job import Lora
 from quantization.fused import fuse
+from quantization.last_layer import ask_last_layer
 from quantization.shape import MLP
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -35,8 +36,7 @@ def attach_adapter(model: Any, lora: Lora, seed: int, name: str) -> Any:
     with torch.random.fork_rng(), _old_name_allowed():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
-    fuse(adapted)
-    return adapted.eval()
+    return _ready(adapted)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -56,8 +56,14 @@ def load_adapter(model: Any, directory: Path) -> Any:
             adapted = PeftModel.from_pretrained(model, directory).eval()
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterMismatch(directory, f"it does not belong to this model ({str(error).splitlines()[0][:200]})") from error
+    return _ready(adapted)
+
+
+def _ready(adapted: Any) -> Any:
+    """Return a model with an adapter that has just been put in, ready to compute with it."""
     fuse(adapted)
-    return adapted
+    ask_last_layer(adapted.get_decoder())
+    return adapted.eval()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Each branch of the tree is one call of PyTorch's attention, from the branch's ow
 T x T, and no work for tokens of different rows. A branch that follows others has a mask of C x L, one for all layers; on CUDA it has none
 unless there is a window or a bound of the scores.
 
-Shapes: T tokens of the pack, H query heads, K key heads, C new tokens of a branch, L tokens of its row, E head size.
+Shapes: T tokens of the pack, A of them asked for, H query heads, K key heads, C new tokens of a branch, L tokens of its row, E head size.
 """
 
 from __future__ import annotations
@@ -40,10 +40,14 @@ class Branch:
 
 
 class Tree:
-    """The branches of a pack in the order of their tokens, and the masks that its layers share."""
+    """The branches of a pack in the order of their tokens, and the masks that its layers share.
 
-    def __init__(self, branches: Sequence[Branch]) -> None:
+    `asked_A` are the positions whose hidden states somebody wants, ascending; at others they may be anything. None stands for all.
+    """
+
+    def __init__(self, branches: Sequence[Branch], asked_A: torch.Tensor | None = None) -> None:
         self.branches = branches
+        self.asked_A = asked_A
         self.windows: set[int | None] = set()
         """The windows of the layers that have read it."""
         self._masks: dict[tuple[int, int | None, bool], torch.Tensor] = {}

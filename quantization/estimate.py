@@ -36,6 +36,8 @@ ADAPTED = ("evaluate", "score", "train", "save")
 """Stages in which the adapter is there."""
 CHECKED_LOGITS = 3 * 8
 """Rows of logits that the check of a loaded model holds (quantization/load.py)."""
+OF_MLP = 4
+"""Vectors of the MLP's size that a decoder layer keeps per token."""
 CLIENT_BYTES = 64 * 2**20
 """What the client of an endpoint takes, which counts where the budget limits the memory of the process."""
 
@@ -152,11 +154,15 @@ def estimate(
     trained = base + adapter + moments + kept
 
     def forward(rows: Rows, count: int, layers: float) -> float:
-        """Of so many layers everything stays for the backward pass; one more works on a dequantised matrix."""
+        """Of so many layers everything stays for the backward pass; one more works on a dequantised matrix.
+
+        Where that is all of them, the last one's MLP keeps nothing of the prompts, unless rows are padded (last_layer.py).
+        """
         tokens, gathered = rows.computed(count, layout), sum(rows.tokens[1:count])
         mask = max(rows.tokens[:count], default=0) * max((n - rows.shared for n in rows.tokens[:count]), default=0) * act
         layer = tokens * _layer_bytes(shape, act) + gathered * 2 * shape.query * act
-        return layers * layer + tokens * shape.hidden * act + mask + shape.largest_linear * act
+        prompts = tokens - rows.predicted(count) if layers == shape.layers and layout == "shared" else 0
+        return layers * layer - prompts * OF_MLP * shape.mlp * act + tokens * shape.hidden * act + mask + shape.largest_linear * act
 
     def head(rows: Rows, count: int, tensors: int) -> float:
         return min(rung.head_chunk, rows.predicted(count)) * shape.vocabulary * 4 * tensors
@@ -219,4 +225,4 @@ def _layer_bytes(shape: Shape, act: int) -> float:
     Two norms keep their normalised inputs, in 32 bits, and their outputs, and in 32 bits of computing their inputs; attention keeps rotated
     queries, keys and values, and its output; the MLP keeps four vectors.
     """
-    return (16 if act == 4 else 12) * shape.hidden + act * (3 * shape.query + 4 * shape.key + 4 * shape.mlp)
+    return (16 if act == 4 else 12) * shape.hidden + act * (3 * shape.query + 4 * shape.key + OF_MLP * shape.mlp)

@@ -1,7 +1,9 @@
 """A frozen NF4 matrix and its LoRA matrices as one operation, with its gradient.
 
 PEFT's own layer copies the output, then scales and adds the low-rank part in tensors of the output's size, and keeps a copy of the input
-in 32 bits. Here the low-rank part is added in place, and of the activations only the input and its low-rank image are kept.
+in 32 bits. Here the low-rank part is added in place, and of the activations only the input and its low-rank image are kept. They are kept
+before the product is made, as an operation of its own: a checkpointed decoder layer, computed again for its gradient, ends as soon as all
+is kept again, and so never makes the product of its last matrix, a fifth of its work.
 
 Shapes: N tokens, I inputs, O outputs, R rank.
 """
@@ -31,25 +33,28 @@ class FusedLinear4bit(Linear4bit):  # type: ignore[misc]
         dropout = self.lora_dropout[name]
         low_input = x if isinstance(dropout, torch.nn.Identity) or not self.training else dropout(x)
         weights = self.lora_A[name].weight, self.lora_B[name].weight
-        return _FusedLinear.apply(x, low_input, *weights, self.scaling[name], self.base_layer)  # type: ignore[no-any-return, no-untyped-call]
+        promise, low_NR = _Kept.apply(x, low_input, *weights, self.scaling[name], self.base_layer)  # type: ignore[no-untyped-call]
+        added = low_NR, weights[1].detach(), self.scaling[name]
+        return _Output.apply(promise, x, *added, self.base_layer)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _FusedLinear(torch.autograd.Function):
+class _Kept(torch.autograd.Function):
+    """What the gradient needs, of which the output does not: hence a promise of it, N x O without memory, and the gradient of that."""
+
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, low_input: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float,
         base: bitsandbytes.nn.Linear4bit,
-    ) -> torch.Tensor:  # fmt: skip
-        y: torch.Tensor = base(x)
-        y_NO, low_input_NI = y.view(-1, y.shape[-1]), low_input.reshape(-1, x.shape[-1])
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        low_input_NI = low_input.reshape(-1, x.shape[-1])
         low_NR = low_input_NI @ a_RI.t().to(x.dtype)
-        y_NO.addmm_(low_NR, b_OR.t().to(x.dtype), alpha=scaling)
         ctx.save_for_backward(low_input_NI, low_NR, a_RI, b_OR)
         ctx.scaling, ctx.base, ctx.one_input, ctx.shape = scaling, base, low_input is x, x.shape
-        return y
+        ctx.mark_non_differentiable(low_NR)
+        return x.new_zeros(()).expand(*x.shape[:-1], base.out_features), low_NR
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         low_input_NI, low_NR, a_RI, b_OR = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_b_OR = (grad_NO.t() @ low_NR).to(b_OR.dtype).mul_(ctx.scaling)
@@ -63,6 +68,23 @@ class _FusedLinear(torch.autograd.Function):
         elif ctx.needs_input_grad[1]:
             grad_low_input = (grad_low_NR @ a_RI.to(grad.dtype)).view(ctx.shape)
         return None if grad_x_NI is None else grad_x_NI.view(ctx.shape), grad_low_input, grad_a_RI, grad_b_OR, None, None
+
+
+class _Output(torch.autograd.Function):
+    """The product in the place of its promise, whose gradient is its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, promise: torch.Tensor, x: torch.Tensor, low_NR: torch.Tensor, b_OR: torch.Tensor, scaling: float,
+        base: bitsandbytes.nn.Linear4bit,
+    ) -> torch.Tensor:  # fmt: skip
+        y: torch.Tensor = base(x)
+        y.view(-1, y.shape[-1]).addmm_(low_NR, b_OR.t().to(x.dtype), alpha=scaling)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad, None, None, None, None, None
 
 
 def _matrix(layer: bitsandbytes.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ from profiles.device import DeviceProfile
 from profiles.memory import lacks_memory, without_holes
 from quantization.attention import TREE, Branch, Tree, shortest_window, tree_inputs
 from quantization.cache import ModelCache, own_weights
+from quantization.last_layer import ask_last_layer
 from quantization.logits import Finish
 from quantization.model_files import ModelFiles, weight_files
 from quantization.nf4 import choose_kernel, use_kernel
@@ -184,12 +185,15 @@ def read_trees(model: Any) -> None:
 
     wanted = alone()
     tolerance = 1e-3 if wanted.dtype == torch.float32 else 5e-2
-    tree = Tree((Branch(0, 8, 0, slice(0, 8)), Branch(8, 12, 4, rows_L[1])))
+    tree, places = Tree((Branch(0, 8, 0, slice(0, 8)), Branch(8, 12, 4, rows_L[1]))), torch.cat(rows_L)
+    some = Tree(tree.branches, torch.arange(2, 12, device=model.device))
     model.set_attn_implementation(TREE)
+    hooks = ask_last_layer(decoder)
     try:
         positions_T = torch.tensor([*range(8), *range(4, 8)], device=model.device)
-        together = decoder(**tree_inputs(ids_T, positions_T, tree), use_cache=False).last_hidden_state[0][torch.cat(rows_L)]
-        apart = max(float((found - wanted).norm() / wanted.norm()) for found in (together, alone()))
+        read, asked = (decoder(**tree_inputs(ids_T, positions_T, t), use_cache=False).last_hidden_state[0] for t in (tree, some))
+        asked[:2] = read[:2]
+        apart = max(float((found - wanted).norm() / wanted.norm()) for found in (read[places], asked[places], alone()))
         # Rows shorter than a window would not show that it is lost.
         if apart < tolerance and shortest_window(config) in (None, *tree.windows):
             return
@@ -198,6 +202,9 @@ def read_trees(model: Any) -> None:
         if lacks_memory(error):
             raise
         why = _brief(error)
+    finally:
+        for hook in hooks:
+            hook.remove()
     model.set_attn_implementation(own)
     log.warning("trees_not_read model=%s why=%r", model.name_or_path, why)
 

@@ -103,7 +103,10 @@ def test_holes_of_the_heap_stay_until_they_are_filled(tiny_model: Path) -> None:
 
 
 def test_offloaded_checkpoints_take_nothing_on_the_device(tiny_model: Path) -> None:
-    """Rung 7 takes less by the inputs of all layers but the first, whose the decoder holds, and the last, which is at work."""
+    """Rung 7 takes less by the inputs of all layers but the first, whose the decoder holds, and the one at work.
+
+    That is the next to last: the last one takes less, because it skips most of the prompts.
+    """
     rehearsal = _rehearsal(tiny_model)
     rehearsal.device = device_profile("cuda")
     kept, offloaded = (
@@ -112,7 +115,7 @@ def test_offloaded_checkpoints_take_nothing_on_the_device(tiny_model: Path) -> N
     )
     tokens, shape = rehearsal.lengths.train.computed(8), rehearsal.shape
     saved = kept["train: forward"] - offloaded["train: forward"]
-    assert saved == pytest.approx((shape.layers - 2) * tokens * shape.hidden * 2, rel=0.05)
+    assert saved == pytest.approx((shape.layers - 3) * tokens * shape.hidden * 2, rel=0.05)
     assert offloaded["train: backward"] < kept["train: backward"]
     assert {name for name in kept if kept[name] != offloaded[name]} == {"train: forward", "train: backward"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft.tuners.lora.bnb import Linear4bit
 
 from edge_agent.job import Lora
 from profiles.device import device_profile
-from quantization.adapter import attach_adapter, load_adapter, save_adapter
+from quantization.adapter import attach_adapter, checkpoint_activations, load_adapter, save_adapter
 from quantization.fused import FusedLinear4bit, fuse
 from quantization.load import load_model
 from quantization.model_files import find_model
@@ -120,3 +121,16 @@ def test_fused_layers_keep_the_input_once() -> None:
         layer(x), layer(x)
     large = [t for t in kept.values() if t.numel() == x.numel()]
     assert [t.data_ptr() for t in large] == [x.data_ptr()]
+
+
+def test_a_layer_computed_again_leaves_its_last_product_out(tiny_model: Path) -> None:
+    """In the backward pass of a checkpointed layer nothing reads what its last matrix makes."""
+    model = attach_adapter(load_model(find_model(str(tiny_model)), device_profile("cpu")), Lora(), 3, "tiny")
+    checkpoint_activations(model)
+    made: Counter[str] = Counter()
+    layers = {name: module for name, module in model.get_decoder().layers[0].named_modules() if isinstance(module, FusedLinear4bit)}
+    for name, layer in layers.items():
+        layer.base_layer.register_forward_hook(lambda *_, name=name: made.update([name]))
+    model.train()
+    model.get_decoder()(input_ids=torch.arange(9)[None], use_cache=False).last_hidden_state.sum().backward()
+    assert made == dict.fromkeys(layers, 2) | {"mlp.down_proj": 1}

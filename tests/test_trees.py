@@ -121,6 +121,22 @@ def test_a_tree_gives_the_gradients_of_its_rows(shape: str, checkpointing: bool,
         assert (_gradients(model, loss) - gradients).norm() <= 1e-5 * gradients.norm()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_last_layer_skips_what_nobody_asks_for(shape: str) -> None:
+    """Its MLP reads the positions that predict answers, in the backward pass too, and all of them again where no tree is read."""
+    model, rows = _model(SHAPES[shape], checkpointing=True), _rows("question", 3)
+    packed = pack(model, rows, 0)
+    tokens, asked = packed.inputs["input_ids"].shape[1], len(set(packed.where_N.tolist()))
+    read: list[list[int]] = [[], []]
+    for layer, seen in zip(model.get_decoder().layers[-2:], read, strict=True):
+        into = next(part for name, part in layer.mlp.named_modules() if name in ("gate_proj", "gate_up_proj", "fc1"))
+        into.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].shape[1]))
+    answer_hidden(model, packed).sum().backward()
+    model(input_ids=packed.inputs["input_ids"], use_cache=False)
+    assert asked < tokens
+    assert read == [[tokens] * 3, [asked, asked, tokens]]
+
+
 @pytest.mark.parametrize(("shape", "masks"), [("Llama", 1), ("Gemma 2, capped scores and a window in half of the layers", 0)])
 def test_layers_share_the_mask_of_a_branch(shape: str, masks: int) -> None:
     """For the backward pass of all layers one is kept, in the type of the scores; where the scores are capped none needs to be."""

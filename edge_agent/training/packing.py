@@ -36,10 +36,11 @@ class Pack:
 def pack(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> Pack:
     """Return (prompt, answer) rows as one pack for a model. The last token of a row predicts nothing and is left out."""
     whole = [[*prompt, *answer][:-1] for prompt, answer in rows]
-    inputs, places = _tree(whole, model.device) if reads_trees(model) else _padded(whole, pad_id, model.device)
+    starts = [len(prompt) - 1 for prompt, _ in rows]
+    inputs, places = _tree(whole, starts, model.device) if reads_trees(model) else _padded(whole, pad_id, model.device)
     return Pack(
         inputs,
-        torch.tensor([at for row, (p, a) in zip(places, rows, strict=True) for at in row[len(p) - 1 :]], device=model.device),
+        torch.tensor([at for row, start in zip(places, starts, strict=True) for at in row[start:]], device=model.device),
         torch.tensor([token for _, answer in rows for token in answer], device=model.device),
         tuple(len(answer) for _, answer in rows),
         len({at for row in places for at in row}),
@@ -85,8 +86,10 @@ def lay_out(rows: Sequence[Sequence[int]]) -> Layout:
     return tree
 
 
-def _tree(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[dict[str, Any], list[list[int]]]:
-    """Return the decoder's inputs, 1 x T, and of each row the places of its tokens."""
+def _tree(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
+) -> tuple[dict[str, Any], list[list[int]]]:  # fmt: skip
+    """Return the decoder's inputs, 1 x T, and of each row the places of its tokens; the rows are asked for from `starts` on."""
     layout = lay_out(rows)
     branches = []
     for start, number in layout.branches:
@@ -94,8 +97,9 @@ def _tree(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[dict[str
         new = path[-1] + 1 - start
         whole = slice(0, len(path)) if path[-1] == len(path) - 1 else torch.tensor(path, device=device)
         branches.append(Branch(start, start + new, len(path) - new, whole))
-    ids_T, positions_T = (torch.tensor(numbers, device=device) for numbers in (layout.ids, layout.positions))
-    return tree_inputs(ids_T, positions_T, Tree(branches)), layout.places
+    asked = sorted({at for row, start in zip(layout.places, starts, strict=True) for at in row[start:]})
+    ids_T, positions_T, asked_A = (torch.tensor(numbers, device=device) for numbers in (layout.ids, layout.positions, asked))
+    return tree_inputs(ids_T, positions_T, Tree(branches, asked_A)), layout.places
 
 
 def _padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[dict[str, Any], list[list[int]]]:

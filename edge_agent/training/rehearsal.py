@@ -169,8 +169,7 @@ class Rehearsal:
                 self._known[key] = self._count(None, rung, work)
             else:
                 first, second = self._count(few, rung, work), self._count(more, rung, work)
-                further = (layers - few) / (more - few)
-                self._known[key] = {part: int(size + (second[part] - size) * further) for part, size in first.items()}
+                self._known[key] = _of_whole(first, second, (layers - more) / (more - few))
         return self._known[key]
 
     def _count(self, layers: int | None, rung: Rung, work: Callable[[Any, _Watch], None]) -> dict[str, int]:
@@ -228,6 +227,19 @@ def _stored_type(files: ModelFiles) -> torch.dtype:
 
 def _transient(peaks: dict[str, int], phase: str) -> int:
     return max(size for part, size in peaks.items() if part.startswith(f"{phase}/")) - peaks["held"]
+
+
+def _of_whole(first: dict[str, int], second: dict[str, int], further: float) -> dict[str, int]:
+    """Return the bytes of `further` times as many layers more than `second` has more than `first`.
+
+    Two layers have none in the middle, whose bytes grow as those of the first one or of the last, whichever grow more: before one lie the
+    inputs of all layers, after the other their gradients.
+    """
+    more = {part: second[part] - size for part, size in first.items()}
+    for part in second.keys() - first.keys():
+        phase = part.removesuffix("middle")
+        more[part] = max(more[f"{phase}first"], more[f"{phase}last"])
+    return {part: int(size + more[part] * further) for part, size in second.items()}
 
 
 def _pattern(layer_types: Sequence[str]) -> int:
