@@ -153,16 +153,14 @@ def estimate(
     kept = after + best_bytes(shape, job, device)
     trained = base + adapter + moments + kept
 
-    def forward(rows: Rows, count: int, layers: float) -> float:
-        """Of so many layers everything stays for the backward pass; one more works on a dequantised matrix.
-
-        Where that is all of them, the last one's MLP keeps nothing of the prompts, unless rows are padded (last_layer.py).
-        """
+    def forward(rows: Rows, count: int, layers: float, skipped: int = 0) -> float:
+        """Of so many layers everything stays for the backward pass, but of the MLP of one for so many tokens; one more layer works on a
+        dequantised matrix."""
         tokens, gathered = rows.computed(count, layout), sum(rows.tokens[1:count])
         mask = max(rows.tokens[:count], default=0) * max((n - rows.shared for n in rows.tokens[:count]), default=0) * act
         layer = tokens * _layer_bytes(shape, act) + gathered * 2 * shape.query * act
-        prompts = tokens - rows.predicted(count) if layers == shape.layers and layout == "shared" else 0
-        return layers * layer - prompts * OF_MLP * shape.mlp * act + tokens * shape.hidden * act + mask + shape.largest_linear * act
+        kept = layers * layer - skipped * OF_MLP * shape.mlp * act
+        return kept + tokens * shape.hidden * act + mask + shape.largest_linear * act
 
     def head(rows: Rows, count: int, tensors: int) -> float:
         return min(rung.head_chunk, rows.predicted(count)) * shape.vocabulary * 4 * tensors
@@ -177,8 +175,10 @@ def estimate(
     micro, rows = rung.micro_batch, min(2 * rung.micro_batch, max(1, len(lengths.score.tokens)))
     score = max(forward(lengths.score, rows, 0.5), head(lengths.score, rows, 2))
     inputs = 1 if rung.offload_checkpoints else shape.layers  # checkpoints that are on the device at once
-    streams = inputs * lengths.train.computed(micro, layout) * shape.hidden * act
-    train = forward(lengths.train, micro, 1 if rung.checkpointing else shape.layers) + (streams if rung.checkpointing else 0)
+    trained_tokens = lengths.train.computed(micro, layout)
+    streams = inputs * trained_tokens * shape.hidden * act
+    prompts = trained_tokens - lengths.train.predicted(micro) if layout == "shared" else 0  # the last layer skips them (last_layer.py)
+    train = forward(lengths.train, micro, 1) + streams if rung.checkpointing else forward(lengths.train, micro, shape.layers, prompts)
     logits = head(lengths.train, micro, 4 if isinstance(job.method, ReftOptions) else 2)  # with a gradient in 32 bits in PPO
     training = max(train, train * (not rung.checkpointing) + streams * rung.checkpointing + logits)
     asked = generation(lengths.generate, asked=lengths.asked)

@@ -3,7 +3,8 @@
 PEFT's own layer copies the output, then scales and adds the low-rank part in tensors of the output's size, and keeps a copy of the input
 in 32 bits. Here the low-rank part is added in place, and of the activations only the input and its low-rank image are kept. They are kept
 before the product is made, as an operation of its own: a checkpointed decoder layer, computed again for its gradient, ends as soon as all
-is kept again, and so never makes the product of its last matrix, a fifth of its work.
+is kept again, and so without the product of its last matrix, a fifth of its work or more. Not where something after it keeps anything, such
+as a norm.
 
 Shapes: N tokens, I inputs, O outputs, R rank.
 """
@@ -32,10 +33,22 @@ class FusedLinear4bit(Linear4bit):  # type: ignore[misc]
         (name,) = active
         dropout = self.lora_dropout[name]
         low_input = x if isinstance(dropout, torch.nn.Identity) or not self.training else dropout(x)
-        weights = self.lora_A[name].weight, self.lora_B[name].weight
-        promise, low_NR = _Kept.apply(x, low_input, *weights, self.scaling[name], self.base_layer)  # type: ignore[no-untyped-call]
-        added = low_NR, weights[1].detach(), self.scaling[name]
-        return _Output.apply(promise, x, *added, self.base_layer)  # type: ignore[no-any-return, no-untyped-call]
+        a_RI, b_OR, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        if not torch.is_grad_enabled():
+            return _output(x, _low(low_input, a_RI), b_OR, scaling, self.base_layer)
+        promise, low_NR = _Kept.apply(x, low_input, a_RI, b_OR, scaling, self.base_layer)  # type: ignore[no-untyped-call]
+        return _Output.apply(promise, x, low_NR, b_OR.detach(), scaling, self.base_layer)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _low(low_input: torch.Tensor, a_RI: torch.Tensor) -> torch.Tensor:
+    """Return the image of the input that LoRA makes, N x R."""
+    return low_input.reshape(-1, low_input.shape[-1]) @ a_RI.t().to(low_input.dtype)
+
+
+def _output(x: torch.Tensor, low_NR: torch.Tensor, b_OR: torch.Tensor, scaling: float, base: bitsandbytes.nn.Linear4bit) -> torch.Tensor:
+    y: torch.Tensor = base(x)
+    y.view(-1, y.shape[-1]).addmm_(low_NR, b_OR.t().to(x.dtype), alpha=scaling)
+    return y
 
 
 class _Kept(torch.autograd.Function):
@@ -46,15 +59,15 @@ class _Kept(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, low_input: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float,
         base: bitsandbytes.nn.Linear4bit,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        low_input_NI = low_input.reshape(-1, x.shape[-1])
-        low_NR = low_input_NI @ a_RI.t().to(x.dtype)
-        ctx.save_for_backward(low_input_NI, low_NR, a_RI, b_OR)
+        low_NR = _low(low_input, a_RI)
+        ctx.save_for_backward(low_input.reshape(-1, x.shape[-1]), low_NR, a_RI, b_OR)
         ctx.scaling, ctx.base, ctx.one_input, ctx.shape = scaling, base, low_input is x, x.shape
         ctx.mark_non_differentiable(low_NR)
+        ctx.set_materialize_grads(False)  # else zeros for the image, which has no gradient
         return x.new_zeros(()).expand(*x.shape[:-1], base.out_features), low_NR
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         low_input_NI, low_NR, a_RI, b_OR = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_b_OR = (grad_NO.t() @ low_NR).to(b_OR.dtype).mul_(ctx.scaling)
@@ -78,9 +91,7 @@ class _Output(torch.autograd.Function):
         ctx: Any, promise: torch.Tensor, x: torch.Tensor, low_NR: torch.Tensor, b_OR: torch.Tensor, scaling: float,
         base: bitsandbytes.nn.Linear4bit,
     ) -> torch.Tensor:  # fmt: skip
-        y: torch.Tensor = base(x)
-        y.view(-1, y.shape[-1]).addmm_(low_NR, b_OR.t().to(x.dtype), alpha=scaling)
-        return y
+        return _output(x, low_NR, b_OR, scaling, base)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

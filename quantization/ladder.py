@@ -119,13 +119,14 @@ def _rung(level: int, batch: int, tied: bool, micro_batch: int, head_chunk: int,
 def relative_time(shape: Shape, rows: Rows, rung: Rung, layout: Layout = "shared") -> float:
     """Return the arithmetic of one sample's training on a rung; ratios of it are ratios of time, as far as arithmetic decides.
 
-    A token costs a forward and a backward product with every frozen weight, and with checkpointing one more forward product; every pass
-    dequantises. Does not cover attention, the adapter, and transfers between host and device (rungs 6 and 7).
+    A token costs a forward and a backward product with every frozen weight, and with checkpointing one more forward product, but for the
+    last matrix of every layer (fused.py); every pass dequantises. Does not cover attention, the adapter, what the last layer skips, norms
+    after the MLP, for which that last product is made, and transfers between host and device (rungs 6 and 7).
     """
     count = max(1, min(rung.micro_batch, len(rows.tokens)))
     tokens, answers = rows.computed(count, layout), rows.predicted(count)
-    passes = 3 if rung.checkpointing else 2
-    layers = passes * shape.linear_elements * (tokens + DEQUANTISE_TOKENS)
+    again = max(0, shape.linear_elements - shape.layers * shape.mlp * shape.hidden) if rung.checkpointing else 0
+    layers = (2 * shape.linear_elements + again) * (tokens + DEQUANTISE_TOKENS)
     widths = DEQUANTISE_TOKENS * ceil(answers / rung.head_chunk) if rung.quantized_head else 0
     head = 2 * shape.vocabulary * shape.hidden * (answers + widths)
     return (layers + head) / count

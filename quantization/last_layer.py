@@ -54,10 +54,14 @@ class _Asked:
 
     def take(self, _: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Return the input at the positions asked for, 1 x A x D of 1 x T x D."""
-        return None if self._at_A is None else (given[0].index_select(1, self._at_A), *given[1:])
+        return (given[0].index_select(1, self._at_A), *given[1:]) if self._at_A is not None and self._is_whole(given[0]) else None
 
     def put(self, _: torch.nn.Module, __: tuple[Any, ...], made_1AD: torch.Tensor) -> torch.Tensor | None:
         """Return the output at its positions, and 0 at the others, 1 x T x D."""
-        if self._at_A is None:
+        if self._at_A is None or self._is_whole(made_1AD):
             return None
-        return made_1AD.new_zeros(1, self._tokens, made_1AD.shape[2]).index_copy(1, self._at_A, made_1AD)
+        return made_1AD.new_zeros(1, self._tokens, made_1AD.shape[2]).index_copy_(1, self._at_A, made_1AD)
+
+    def _is_whole(self, states: torch.Tensor) -> bool:
+        """Whether they are of all tokens of the pass: positions of another pass must never be looked up."""
+        return states.dim() == 3 and states.shape[1] == self._tokens

@@ -11,6 +11,7 @@ import bitsandbytes
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.utils.hooks import RemovableHandle
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -185,15 +186,16 @@ def read_trees(model: Any) -> None:
 
     wanted = alone()
     tolerance = 1e-3 if wanted.dtype == torch.float32 else 5e-2
-    tree, places = Tree((Branch(0, 8, 0, slice(0, 8)), Branch(8, 12, 4, rows_L[1]))), torch.cat(rows_L)
-    some = Tree(tree.branches, torch.arange(2, 12, device=model.device))
-    model.set_attn_implementation(TREE)
-    hooks = ask_last_layer(decoder)
+    tree = Tree((Branch(0, 8, 0, slice(0, 8)), Branch(8, 12, 4, rows_L[1])))
+    some, of_rows = Tree(tree.branches, torch.tensor([6, 7, 10, 11], device=model.device)), [6, 7, 14, 15]
+    hooks: list[RemovableHandle] = []
     try:
+        model.set_attn_implementation(TREE)
+        hooks = ask_last_layer(decoder)
         positions_T = torch.tensor([*range(8), *range(4, 8)], device=model.device)
         read, asked = (decoder(**tree_inputs(ids_T, positions_T, t), use_cache=False).last_hidden_state[0] for t in (tree, some))
-        asked[:2] = read[:2]
-        apart = max(float((found - wanted).norm() / wanted.norm()) for found in (read[places], asked[places], alone()))
+        pairs = (read[torch.cat(rows_L)], wanted), (asked[some.asked_A], wanted[of_rows]), (alone(), wanted)
+        apart = float(torch.stack([(found - own).norm() / own.norm() for found, own in pairs]).max())  # which is not a number if one is not
         # Rows shorter than a window would not show that it is lost.
         if apart < tolerance and shortest_window(config) in (None, *tree.windows):
             return

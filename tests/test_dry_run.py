@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from edge_agent.errors import DeviceTooSmall
 from edge_agent.job import Dataset, Evaluation, Job, Lora, ReftOptions, Schedule, SftOptions
@@ -120,15 +120,25 @@ def test_offloaded_checkpoints_take_nothing_on_the_device(tiny_model: Path) -> N
     assert {name for name in kept if kept[name] != offloaded[name]} == {"train: forward", "train: backward"}
 
 
-def test_few_layers_stand_for_all(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is found with two layers and three is what a run of all layers finds, on every stage, with and without checkpointing."""
-    for rung in (Rung(0, 8), Rung(3, 2, 32, checkpointing=True)):
-        few = _rehearsal(tiny_model).stages(rung, 8)
-        with monkeypatch.context() as patched:
-            patched.setattr("edge_agent.training.rehearsal.FEW_LAYERS", 4)
-            whole = _rehearsal(tiny_model).stages(rung, 8)
-        for a, b in zip(few, whole, strict=True):
-            assert a.peak_bytes - CPU.overhead_bytes == pytest.approx(b.peak_bytes - CPU.overhead_bytes, rel=0.01), a.name
+@pytest.mark.parametrize(
+    ("profile", "rung"),
+    [
+        ("cpu", Rung(0, 8)), ("cpu", Rung(3, 2, 32, checkpointing=True)),
+        ("cuda", Rung(7, 8, checkpointing=True, adam_8bit=True, offload_checkpoints=True)),
+    ],
+)  # fmt: skip
+def test_few_layers_stand_for_all(profile: str, rung: Rung, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found with two layers and three is what a run of all eight finds, on every stage, and not less."""
+    device, model = (
+        device_profile(profile),
+        _written(tmp_path / "deep", LlamaConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8})),
+    )
+    few = _rehearsal(model, device=device).stages(rung, 8)
+    monkeypatch.setattr("edge_agent.training.rehearsal.FEW_LAYERS", 8)
+    whole = _rehearsal(model, device=device).stages(rung, 8)
+    for a, b in zip(few, whole, strict=True):
+        found, counted_bytes = (s.peak_bytes - device.overhead_bytes for s in (a, b))
+        assert 0.995 <= found / counted_bytes <= 1.01, a.name
 
 
 def test_every_rung_saves_bytes(tiny_model: Path) -> None:

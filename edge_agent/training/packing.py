@@ -97,8 +97,9 @@ def _tree(
         new = path[-1] + 1 - start
         whole = slice(0, len(path)) if path[-1] == len(path) - 1 else torch.tensor(path, device=device)
         branches.append(Branch(start, start + new, len(path) - new, whole))
+    ids_T, positions_T = (torch.tensor(numbers, device=device) for numbers in (layout.ids, layout.positions))
     asked = sorted({at for row, start in zip(layout.places, starts, strict=True) for at in row[start:]})
-    ids_T, positions_T, asked_A = (torch.tensor(numbers, device=device) for numbers in (layout.ids, layout.positions, asked))
+    asked_A = torch.tensor(asked, device=device) if len(asked) < len(layout.ids) else None
     return tree_inputs(ids_T, positions_T, Tree(branches, asked_A)), layout.places
 
 

@@ -233,12 +233,12 @@ def _of_whole(first: dict[str, int], second: dict[str, int], further: float) -> 
     """Return the bytes of `further` times as many layers more than `second` has more than `first`.
 
     Two layers have none in the middle, whose bytes grow as those of the first one or of the last, whichever grow more: before one lie the
-    inputs of all layers, after the other their gradients.
+    inputs of all layers, after the other their gradients. Scoring keeps nothing of a layer but its weights.
     """
     more = {part: second[part] - size for part, size in first.items()}
     for part in second.keys() - first.keys():
         phase = part.removesuffix("middle")
-        more[part] = max(more[f"{phase}first"], more[f"{phase}last"])
+        more[part] = more["held"] if phase == "score/" else max(more[f"{phase}first"], more[f"{phase}last"])
     return {part: int(size + more[part] * further) for part, size in second.items()}
 
 
