@@ -4,11 +4,46 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
 
 LONGEST_MESSAGE = 2048
 """Characters of a line's message; it may hold what anybody has sent."""
+
+WARNINGS_AT_ONCE = 100
+"""Of one kind; more are told at one a second."""
+KINDS = 256
+"""Of warnings that are counted; the one that was seen least lately is forgotten."""
+
+
+class Spared:
+    """Leaves out warnings and errors of a kind, which is their event word, where they come faster than anybody reads and a disk holds.
+
+    The next one that is told says how many were `left_out` before it.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._kinds: OrderedDict[str, tuple[float, float, int]] = OrderedDict()
+        """Lines that may come at once, when that was so, and how many were left out since the last."""
+
+    def __call__(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is told."""
+        if record.levelno < logging.WARNING:
+            return True
+        kind, now = str(record.msg).split(" ", 1)[0][:60], self._now()
+        room, at, left_out = self._kinds.pop(kind, (float(WARNINGS_AT_ONCE), now, 0))
+        room = min(room + now - at, float(WARNINGS_AT_ONCE))
+        told = room >= 1
+        self._kinds[kind] = (room - 1, now, 0) if told else (room, now, left_out + 1)
+        if len(self._kinds) > KINDS:
+            self._kinds.popitem(last=False)
+        if told and left_out:
+            record.msg = f"{record.msg} left_out={left_out}"
+        return told
 
 
 def tame(record: logging.LogRecord) -> bool:
@@ -37,6 +72,7 @@ def set_up() -> None:
     handler = logging.StreamHandler()
     terminal = sys.stderr.isatty()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S") if terminal else JsonFormatter())
+    handler.addFilter(Spared())
     handler.addFilter(tame)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from edge_agent.asyncapi import CHANNELS
-from edge_agent.logs import LONGEST_MESSAGE, tame
+from edge_agent.logs import KINDS, LONGEST_MESSAGE, Spared, tame
 from edge_agent.messages import MAX_MESSAGE_BYTES, encode
 from edge_agent.topics import coordinator_state, down, up
 
@@ -188,3 +188,30 @@ def test_log_line_is_cut_and_holds_no_control_characters() -> None:
     assert tame(record)
     assert record.getMessage().startswith("topic_unknown topic=é\\n\\x1b[31m\\u202ex")
     assert len(record.getMessage()) < LONGEST_MESSAGE + 100
+
+
+def test_flood_of_warnings_leaves_the_log_readable() -> None:
+    """A hundred of a kind at once, then one a second, which says how many were left out; others, and what is no warning, come as before."""
+    clock = [0.0]
+    spared = Spared(lambda: clock[0])
+
+    def told(event: str, level: int = logging.WARNING) -> str | None:
+        record = logging.LogRecord("edge_agent", level, "", 0, f"{event} topic=%s", ("a",), None)
+        return record.getMessage() if spared(record) else None
+
+    assert [told("message_invalid") for _ in range(500)] == ["message_invalid topic=a"] * 100 + [None] * 400
+    assert told("storage_error", logging.ERROR) == "storage_error topic=a"
+    assert [told("message_invalid", logging.INFO) for _ in range(500)] == ["message_invalid topic=a"] * 500
+    clock[0] = 1.0
+    assert [told("message_invalid") for _ in range(3)] == ["message_invalid topic=a left_out=400", None, None]
+    clock[0] = 3600.0
+    assert told("message_invalid") == "message_invalid topic=a left_out=2"
+    assert [told("message_invalid") for _ in range(99)] == ["message_invalid topic=a"] * 99
+
+
+def test_kinds_of_warnings_that_are_counted_are_bounded() -> None:
+    """Of those that name something new every time the oldest are forgotten."""
+    spared = Spared(lambda: 0.0)
+    for number in range(3 * KINDS):
+        assert spared(logging.LogRecord("other", logging.WARNING, "", 0, f"kind{number}", (), None))
+    assert len(spared._kinds) == KINDS

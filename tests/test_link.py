@@ -18,7 +18,19 @@ import pytest
 from fleet import MOSQUITTO, free_port, wait_for
 
 from edge_agent.config import Broker
-from edge_agent.mqtt import LONGEST_RETRY_S, RETRY_S, SESSION_S, STEADY_S, WILL_DELAY_S, Birth, Connected, Link, Pauses, Received
+from edge_agent.mqtt import (
+    LONGEST_RETRY_S,
+    RETRY_S,
+    SESSION_S,
+    STEADY_S,
+    WILL_DELAY_S,
+    Birth,
+    Connected,
+    Disconnected,
+    Link,
+    Pauses,
+    Received,
+)
 
 KEEPALIVE_S = 5
 """And so the delay of a last will."""
@@ -169,6 +181,27 @@ def test_pauses_between_attempts_are_spread() -> None:
         width = (longest - RETRY_S / 2) / 10
         tenths = [sum(1 for pause in pauses if n <= (pause - RETRY_S / 2) / width < n + 1) for n in range(10)]
         assert min(tenths) > 50, (longest, tenths)
+
+
+def test_link_waits_as_its_pauses_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody listens it tries again after each of them, and every attempt is told."""
+    asked: list[tuple[float, float]] = []
+
+    class Drawn(random.Random):
+        def uniform(self, a: float, b: float) -> float:
+            asked.append((a, b))
+            return 0.01
+
+    monkeypatch.setattr("edge_agent.mqtt.random.Random", Drawn)
+    events: SimpleQueue[Any] = SimpleQueue()
+    link = Link(Broker(port=free_port(), protocol="5"), "nobody", [], events, lambda: None)
+    link.start()
+    try:
+        wait_for("ten attempts", lambda: len(asked) >= 10, 30)
+    finally:
+        link.close()
+    assert asked[:10] == [(RETRY_S / 2, longest) for longest in longest_s(10)]
+    assert {type(event) for event in drained(events)} == {Disconnected}
 
 
 def test_nodes_do_not_come_back_in_step() -> None:
