@@ -506,7 +506,7 @@ class Jobs:
         return JobResult(
             digest or None, outcome, reason, text and text[:1024], measured.accuracy if measured else None,
             measured.seconds if measured else None, measured.peak_bytes if measured else None, artifacts, accepted,
-            measured.tokens_per_s if measured else None,
+            measured.tokens_per_s if measured else None, measured.energy.total_j if measured else None,
         )  # fmt: skip
 
     def _needed_artifacts(self) -> set[str]:

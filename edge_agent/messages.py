@@ -301,6 +301,8 @@ class JobResult(Strict, frozen=True):
     """Whether the adapter passes the job's `accept_if`; then or not, `text` says why. None where nothing was measured."""
     tokens_per_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """Through the model in training."""
+    energy_j: Annotated[float, Meta(ge=0, le=1e15)] | None = None
+    """What the device took while it ran. None where nothing measures it."""
 
 
 class FileRequest(Strict, frozen=True):

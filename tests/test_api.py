@@ -554,7 +554,7 @@ def test_metrics_count_what_happens(coordinator: ApiServer) -> None:
         client.upload(file, sha256)
     before = coordinator.ask("GET", f"{coordinator.url}/metrics", "read").text
     job = coordinator.submit(sha256)
-    _ended(coordinator, job, b"counted", seconds=75.0, peak_bytes=3 * 2**30)
+    _ended(coordinator, job, b"counted", seconds=75.0, peak_bytes=3 * 2**30, energy_j=1500.0)
     coordinator.hear("job", JobResult(job.digest, "failed"), job.id, "result")
     bad = Received(f"edge1/default/{NODE}/up/heartbeat", b"{", paho.Client(CallbackAPIVersion.VERSION2))
     coordinator.call(lambda: coordinator.service._receive(bad))
@@ -563,6 +563,7 @@ def test_metrics_count_what_happens(coordinator: ApiServer) -> None:
     grown = {
         'edge_agent_jobs{outcome="succeeded",phase="ended"}': 1, 'edge_agent_job_seconds_count{outcome="succeeded"}': 1,
         'edge_agent_job_seconds_bucket{le="300.0",outcome="succeeded"}': 1, "edge_agent_job_peak_bytes_sum": 3 * 2**30,
+        "edge_agent_job_energy_joules_total": 1500,
         'edge_agent_messages_received_total{kind="job"}': 2, "edge_agent_messages_refused_total": 1, "edge_agent_messages_late_total": 1,
         'edge_agent_api_requests_total{method="POST",route="/v1/jobs",status="201"}': 1,
     }  # fmt: skip
@@ -575,6 +576,24 @@ def test_metrics_count_what_happens(coordinator: ApiServer) -> None:
     assert job.id not in after.text
     documented = set(re.findall(r"^\| `(edge_agent_\w+)`", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M))
     assert documented == {line.split()[2] for line in after.text.splitlines() if line.startswith("# TYPE") and "_created" not in line}
+
+
+def test_dashboard_shows_the_metrics_that_there_are() -> None:
+    """Every one that is documented, by labels that it has, and no other; no panel lies on another."""
+    rows = re.findall(r"^\| `(edge_agent_\w+)` \|([^|]*)\|", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    labels = {name: {"le", "instance", *re.findall(r"`(\w+)`", cell)} for name, cell in rows}
+    board = msgspec.json.decode((ROOT / "deploy" / "grafana" / "edge-agent.json").read_bytes())
+    asked = set()
+    for expression in (target["expr"] for panel in board["panels"] for target in panel["targets"]):
+        name, chosen = re.findall(r"(edge_agent_\w+)\{(.*?)\}", expression)[0]
+        name = re.sub(r"_(count|sum|bucket)$", "", name)
+        used = [*re.findall(r"(\w+)[!=]=?~?\"", chosen), *(re.findall(r"by \((\w+)\)", expression))]
+        assert set(used) <= labels[name], expression
+        asked.add(name)
+    assert asked == set(labels)
+    places = [panel["gridPos"] for panel in board["panels"]]
+    cells = [(p["x"] + x, p["y"] + y) for p in places for x in range(p["w"]) for y in range(p["h"])]
+    assert len(cells) == len(set(cells))
 
 
 def test_audit_names_who_asked_for_what(coordinator: ApiServer) -> None:

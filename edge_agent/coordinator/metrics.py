@@ -48,6 +48,8 @@ class Metrics:
         self._run_s = Histogram(f"{PREFIX}_job_seconds", "Of ended jobs.", ["outcome"], registry=self._registry, buckets=RUN_BUCKETS)
         self._peak = Histogram(f"{PREFIX}_job_peak_bytes", "Memory at most, of ended jobs.", registry=self._registry, buckets=PEAK_BUCKETS)
 
+        self._energy = self._counter("job_energy_joules", "Of ended jobs whose node measures it.")
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self._registry)
 
@@ -61,6 +63,8 @@ class Metrics:
             self._run_s.labels(result.outcome).observe(result.seconds)
         if result.peak_bytes is not None:
             self._peak.observe(result.peak_bytes)
+        if result.energy_j is not None:
+            self._energy.inc(result.energy_j)
 
     def text(self) -> bytes:
         """Return all in Prometheus' text format."""
