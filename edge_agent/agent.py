@@ -26,6 +26,7 @@ from edge_agent.config import AGENT_CONFIG, AgentConfig, FileServer, Trust, read
 from edge_agent.delivery import Outbox, Uplink
 from edge_agent.errors import ConfigInvalid, EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
+from edge_agent.home_assistant import discovery, discovery_topic
 from edge_agent.https import Carried, Fetched
 from edge_agent.jobs import Jobs
 from edge_agent.messages import (
@@ -264,7 +265,10 @@ class Agent:
         """A new connection: ask for the time, which offers need, say who is here, and send again what nobody has acknowledged."""
         self._greet(time.monotonic())
         self._uplink.keep(self._present(), "state")
-        self._uplink.keep(self._info, "info")
+        self._uplink.keep(info := self._info, "info")
+        if (prefix := self._config.home_assistant) is not None:
+            node = self._config.node
+            self._link.publish(discovery_topic(prefix, node), discovery(self._config.fleet, node, info), qos=1, retain=True)
         self._heartbeat_at = self._progress_at = 0.0
         self._told_event = None
         self._outbox.send_again()

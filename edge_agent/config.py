@@ -309,6 +309,8 @@ class AgentConfig(Strict, frozen=True):
     broker: Broker = Broker()
     trust: Trust | None = None
     """null: whoever the broker lets publish to this node's topics may give it orders."""
+    home_assistant: Name | None = None
+    """The prefix under which Home Assistant discovers devices, which is `homeassistant` there; null: it is told nothing."""
     timers: Timers = Timers()
     rest: RestLimits = RestLimits()
     queue: Positive = 16

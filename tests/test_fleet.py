@@ -16,6 +16,8 @@ import pytest
 from conftest import Cli, write_domain
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fleet import QUICK, Fleet, wait_for
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from orders import NODE, make_offer, make_order
 
 from edge_agent.config import AgentConfig, read_config
@@ -48,7 +50,7 @@ SETTINGS = [part for name, value in QUICK.items() for part in ("--set", f"{name}
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     """A fleet with TLS and passwords; what passes its broker is held against the contract at its end."""
-    with Fleet(secure=True) as running:
+    with Fleet(secure=True, agent='home_assistant = "homeassistant"\n') as running:
         yield running
         assert running.check_messages() > 20
         assert running.trainers_at_once == 1
@@ -111,11 +113,40 @@ def _travel(fleet: Fleet, directory: Path, cli: Cli, local: Path) -> None:
     results = fleet.heard("job", job, "result")
     assert {m["id"] for m in results} == {results[0]["id"]}
     assert results[0]["data"]["tokens_per_s"] > 0
+    assert results[0]["data"].get("energy_j") == result["energy"]["total_j"]
     seqs = {m["seq"] for m in fleet.heard("job", job, "status") + results}
     assert seqs == set(range(1, len(seqs) + 1))
     beat = fleet.heard("heartbeat")[-1]["data"]["resources"]
     for sensor in ("device_free_bytes", "utilisation_percent", "temperature_c", "power_w"):
         assert (beat[sensor]["value"] is None) == (beat[sensor]["reason"] is not None)
+
+
+def test_home_assistant_finds_the_sensors_of_a_node(fleet: Fleet) -> None:
+    """One retained message names them; its templates, as Home Assistant reads them, find what the node says, and nothing where that is
+    nothing."""
+    told: list[bytes] = []
+    fleet.ear.message_callback_add("homeassistant/#", lambda _c, _u, message: told.append(message.payload))
+    fleet.ear.subscribe("homeassistant/#", 1)
+    found = json.loads(wait_for("the discovery", lambda: told)[0])
+    said = {up("default", NODE, kind): fleet.heard(kind)[-1] for kind in ("state", "heartbeat")}
+
+    def read(template: str, topic: str) -> str:
+        return SandboxedEnvironment(undefined=StrictUndefined).from_string(template).render(value_json=said[topic])
+
+    components = found["components"]
+    values = {key: read(c["value_template"], c.get("state_topic", found["state_topic"])) for key, c in components.items()}
+    beat = said[found["state_topic"]]["data"]
+    resources = beat["resources"]
+    assert values == {
+        "state": "ready", "job": beat["job"] or "none", "queue": str(beat["queue"]), "job_memory": str(resources["trainer_bytes"]),
+        "device_free": str(resources["device_free_bytes"]["value"]), "disk_free": str(resources["disk_free_bytes"]),
+        "utilisation": str(resources["utilisation_percent"]["value"]), "temperature": str(resources["temperature_c"]["value"]),
+        "power": str(resources["power_w"]["value"]),
+    }  # fmt: skip
+    assert values["state"] in components["state"]["options"]
+    assert read(found["availability_template"], found["availability_topic"]) == "online"
+    assert len({c["unique_id"] for c in components.values()}) == len(components)
+    assert all(c["platform"] == "sensor" for c in components.values())
 
 
 def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:

@@ -44,7 +44,7 @@ LAYERS = (
     ("edge_agent.web",),
     ("edge_agent.job_directory", "edge_agent.job_building", "edge_agent.saliency_page"),
     ("edge_agent.messages", "edge_agent.supervised"),
-    ("edge_agent.signing", "edge_agent.rest", "edge_agent.enrolment", "edge_agent.https"),
+    ("edge_agent.signing", "edge_agent.rest", "edge_agent.enrolment", "edge_agent.https", "edge_agent.home_assistant"),
     ("edge_agent.store", "edge_agent.mqtt", "edge_agent.transfer", "edge_agent.admission", "edge_agent.runner", "edge_agent.asyncapi"),
     ("edge_agent.delivery",),
     ("edge_agent.jobs",),
