@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -341,7 +343,7 @@ def test_everything_is_done_by_keyboard(browser: Any, coordinator: Coordinator, 
         assert opened.page.evaluate("document.activeElement.id") == "main"
         press("Tab")
         assert opened.page.evaluate("document.activeElement.type") == "search"
-        for _ in range(7):
+        for _ in range(8):
             press("Shift+Tab")
         assert opened.page.evaluate(focused) == "Skip to the page"
         assert opened.page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
@@ -484,6 +486,46 @@ def test_jobs_are_listed_and_filtered(browser: Any, coordinator: Coordinator, da
         opened.wait("document.querySelectorAll('tbody tr').length === 100")
         opened.page.click("text=Show more")
         opened.wait("document.querySelectorAll('tbody tr').length === 101")
+
+
+def test_rollouts_are_listed_shown_and_stopped(browser: Any, coordinator: Coordinator, dataset: str) -> None:
+    """A new one comes up without a reload, its nodes and their jobs as they end; canceling asks first, and `read` may not."""
+
+    later = itertools.count()
+
+    def job_of(rollout: str) -> str:
+        coordinator.call(lambda: coordinator.service._rollouts.tick(time.monotonic() + next(later)))  # as where there is a broker
+        return str(coordinator.call(lambda: coordinator.service.rollout_nodes(rollout, None, 1)).items[0].job)
+
+    first = coordinator.roll_out(dataset).id
+    job_of(first)
+    with Opened(browser, coordinator, "#/rollouts", "submit") as opened:
+        opened.wait(f"document.querySelector('tbody tr a')?.hash === '#/rollouts/{first}'")
+        second = coordinator.roll_out(dataset).id
+        job_of(second)
+        opened.wait(f"document.querySelector('tbody tr a').hash === '#/rollouts/{second}'")
+        assert opened.page.get_attribute("tbody tr .bar-of", "aria-label") == "1 open"
+        opened.page.click("tbody tr a")
+        opened.wait(f"document.querySelector('tbody .job a')?.hash === '#/jobs/{job_of(second)}'")
+        opened.page.click("text=Cancel all")
+        opened.page.click("text=Leave it")
+        assert coordinator.call(lambda: coordinator.service.rollout(second)).state == "running"
+        opened.page.click("text=Cancel all")
+        opened.page.click("dialog button.danger")
+        opened.wait("document.querySelector('.headline').innerText.includes('canceled')")
+        opened.wait("document.querySelector('tbody .state').innerText.includes('canceled')")
+        opened.go(f"#/rollouts/{first}")
+        opened.wait(f"document.querySelector('tbody .job a')?.hash === '#/jobs/{job_of(first)}'")
+        _end(coordinator, job_of(first), None)
+        job_of(first)
+        opened.wait("document.querySelector('.headline').innerText.includes('completed')")
+        assert "1 succeeded" in opened.text(".headline")
+        opened.go("#/rollouts/01ARZ3NDEKTSV4RRFFQ69G5FAV")
+        opened.wait("document.querySelector('.told').innerText.includes('there is no rollout')")
+        assert [text for text in opened.complaints if "404" not in text] == []
+    with Opened(browser, coordinator, f"#/rollouts/{first}", "read") as opened:
+        opened.page.wait_for_selector("tbody .job a")
+        assert opened.page.locator("button:visible").all_inner_texts() == ["◐", "Sign out"]
 
 
 def _field(opened: Opened, label: str) -> Any:
@@ -681,10 +723,12 @@ def test_nothing_is_cut_and_everything_is_legible(browser: Any, coordinator: Coo
     _end(coordinator, job, _report(), accepted=False)
     other = _running(coordinator, dataset)
     _end(coordinator, other, None, "failed", reason="oom_predicted", text="x" * 1000)
+    rollout = coordinator.roll_out(dataset).id
     with Opened(browser, coordinator, color_scheme=scheme) as opened:
         for at, ready in (
             ("#/", "td"), ("#/nodes/hostile", ".facts"), ("#/jobs", "td"), (f"#/jobs/{job}", ".example"), (f"#/jobs/{other}", ".notice"),
-            (f"#/compare/{job}/{other}", ".intervals"), (f"#/new?from={job}", ".found .facts"),
+            (f"#/compare/{job}/{other}", ".intervals"), ("#/rollouts", "td"),
+            (f"#/rollouts/{rollout}", "td"), (f"#/new?from={job}", ".found .facts"),
         ):  # fmt: skip
             opened.go(at)
             opened.page.wait_for_selector(ready)

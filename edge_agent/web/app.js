@@ -7,6 +7,7 @@ import { jobPage } from "./job.js";
 import { jobsPage } from "./jobs.js";
 import { nodePage, nodesPage } from "./nodes.js";
 import { doing } from "./parts.js";
+import { rolloutPage, rolloutsPage } from "./rollouts.js";
 import { submitPage } from "./submit.js";
 
 const SCOPES = ["read", "submit", "admin"];
@@ -15,10 +16,11 @@ const PAGES = {
   "": nodesPage,
   nodes: nodePage,
   jobs: (place, session, at) => (at.parts.length ? jobPage : jobsPage)(place, session, at),
+  rollouts: (place, session, at) => (at.parts.length ? rolloutPage : rolloutsPage)(place, session, at),
   new: submitPage,
   compare: comparePage,
 };
-const LINKS = { "#/": "Nodes", "#/jobs": "Jobs", "#/new": "New job" };
+const LINKS = { "#/": "Nodes", "#/jobs": "Jobs", "#/rollouts": "Rollouts", "#/new": "New job" };
 
 let session = null,
   leave = () => {};

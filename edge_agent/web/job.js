@@ -3,7 +3,7 @@
 import { download, listen, read, send } from "./api.js";
 import { makeLine } from "./chart.js";
 import { count, h, number, plural, setText, svg, visible } from "./dom.js";
-import { jobLink } from "./jobs.js";
+import { jobLink, shortId } from "./jobs.js";
 import { confirmed, doing, facts, framed, jobMark, memoryBar, notice, row, section, table, written } from "./parts.js";
 import { accuracySection, costSection, developmentChart, examplesSection, lossPoints, stagesSection } from "./report.js";
 import { bytes, moment, rate, reading, seconds } from "./units.js";
@@ -176,6 +176,7 @@ function head(job, state, session, told) {
         ["New options", newOptions(job)],
         ["Attempt", job.attempt > 1 ? count(job.attempt) : null],
         ["Retry of", job.retry_of ? jobLink(job.retry_of) : null],
+        ["Rollout", job.rollout ? h("a", { href: `#/rollouts/${encodeURIComponent(job.rollout)}` }, shortId(job.rollout)) : null],
       ),
       h("div", { class: "timeline" }),
     ),

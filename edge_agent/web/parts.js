@@ -3,8 +3,8 @@
 import { h, setText, svg, visible } from "./dom.js";
 import { bytes } from "./units.js";
 
-const GOOD = new Set(["ready", "succeeded"]),
-  BAD = new Set(["lost", "failed", "rejected", "timed_out", "expired"]),
+const GOOD = new Set(["ready", "succeeded", "completed"]),
+  BAD = new Set(["lost", "failed", "rejected", "timed_out", "expired", "aborted"]),
   BUSY = new Set(["accepted", "staging", "running", "finalizing", "draining"]);
 
 // A state as a mark: its word, and a shape that says the same without colour.
