@@ -95,12 +95,18 @@ class Cable:
 class SmallFleet:
     """The processes."""
 
-    def __init__(self, agent: Sequence[str] = AGENT, coordinator: Sequence[str] = COORDINATOR, settings: str = "") -> None:
-        """`agent` and `coordinator` are the commands of Python that are these; `settings` are more lines of the agent's configuration."""
+    def __init__(
+        self, agent: Sequence[str] | None = AGENT, coordinator: Sequence[str] = COORDINATOR, settings: str = "",
+        coordinator_settings: str = "",
+    ) -> None:  # fmt: skip
+        """`agent` and `coordinator` are the commands of Python that are these, the settings more lines of their configurations.
+
+        Without an agent there is no node.
+        """
         self.directory = Path(tempfile.mkdtemp(prefix="ea-fleet-"))
         self.data = self.directory / "data.jsonl"
         self.data.write_text(RECORDS)
-        self._commands = {"agent": agent, "coordinator": coordinator}
+        self._commands = {"coordinator": coordinator} | ({"agent": agent} if agent else {})
         self._broker_port = free_port()
         self.cable = Cable(self._broker_port)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -110,15 +116,18 @@ class SmallFleet:
             f'node = "{NODE}"\nstate_directory = "node"\nbudget = "1GiB"\nthreads = 1\nmax_attempts = 1000\ndevice = "cpu"\n{settings}'
             f'[models]\ntiny = "{MODEL}"\n{link}'
         )
-        (self.directory / "coordinator.toml").write_text(f'state_directory = "coordinator"\n{link}')
+        (self.directory / "coordinator.toml").write_text(f'state_directory = "coordinator"\n{link}{coordinator_settings}')
         (self.directory / "mosquitto.conf").write_text(
             f"listener {self._broker_port} 127.0.0.1\nuser root\nallow_anonymous true\npersistence false\n"
         )
         self.client = Client.local(self.directory / "coordinator")
-        for name in ("broker", "coordinator", "agent"):
+        for name in ("broker", *self._commands):
             self.start(name)
         self.port = self._broker_port
-        until("the node", lambda: any(node.present for node in self.client.nodes()), 60)
+        if agent:
+            until("the node", lambda: any(node.present for node in self.client.nodes()), 60)
+        else:
+            until("the coordinator", lambda: not self.client.nodes(), 60)
 
     def submit(self, seed: int) -> str:
         """Hand in a short job."""
@@ -167,8 +176,7 @@ class SmallFleet:
         return (self.directory / f"{name}.log").read_text(errors="replace")
 
     def close(self) -> None:
-        for name in ("agent", "coordinator", "broker"):
-            process = self._processes[name]
+        for process in reversed(self._processes.values()):
             process.terminate()
             try:
                 process.wait(30)
