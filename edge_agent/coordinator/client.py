@@ -31,7 +31,7 @@ from edge_agent.coordinator.store import (
 )
 from edge_agent.dataset import check_sha256
 from edge_agent.dataset_check import Check
-from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, exit_code_of
+from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, Unknown, exit_code_of
 from edge_agent.job import Job
 from edge_agent.messages import ORDER_S, JobProgress, is_ulid
 from edge_agent.report import Result
@@ -157,6 +157,21 @@ class Client:
         with file.open("rb") as stream:
             return self._ask(DatasetView, "PUT", f"/datasets/{sha256}", params={"name": file.name}, content=stream, timeout=UPLOAD_S)
 
+    def _bring(self, files: Mapping[str, Path]) -> None:
+        """Hand in those datasets that are not there."""
+        for sha256, file in files.items():
+            if not self._has(sha256):
+                self.upload(file, sha256)
+
+    def _has(self, sha256: str) -> bool:
+        try:
+            self._ask(DatasetView, "GET", f"/datasets/{sha256}")
+        except Answered as error:
+            if error.code != Unknown.code:
+                raise
+            return False
+        return True
+
     def remove_dataset(self, sha256: str) -> DatasetView:
         return self._ask(DatasetView, "DELETE", f"/datasets/{quote(sha256, safe='')}")
 
@@ -172,16 +187,14 @@ class Client:
         expires_s: float = ORDER_S,
         selector: Selector | None = None,
     ) -> SubmittedJob:
-        """Upload files by their sha256, then submit the job over them to a node, or to the best of a selector."""
-        for sha256, file in files.items():
-            self.upload(file, sha256)
+        """Bring files by their sha256, then submit the job over them to a node, or to the best of a selector."""
+        self._bring(files)
         body = {"node": node, "selector": selector, "job": job, "priority": priority, "expires_s": expires_s}
         return self._ask(SubmittedJob, "POST", "/jobs", content=msgspec.json.encode(body))
 
     def roll_out(self, plan: RolloutPlan, files: dict[str, Path], dry_run: bool) -> RolloutMade:
-        """Upload files by their sha256, then begin a rollout over them; dry, upload and begin nothing."""
-        for sha256, file in ({} if dry_run else files).items():
-            self.upload(file, sha256)
+        """Bring files by their sha256, then begin a rollout over them; dry, bring and begin nothing."""
+        self._bring({} if dry_run else files)
         return self._ask(RolloutMade, "POST", "/rollouts", params={"dry_run": dry_run}, content=msgspec.json.encode(plan))
 
     def rollouts(self, limit: int) -> list[RolloutView]:
