@@ -41,7 +41,7 @@ from profiles.device import device_name
 from profiles.sensors import Reading, Resources
 
 FLEET, MODEL_SHA256 = "default", "0" * 64
-BEAT_S = 30.0
+BEAT_S, AT_ONCE = 30.0, 500
 MOST_S = 0.1
 """Of the 95th percentile."""
 OUTCOMES = ("succeeded", "succeeded", "succeeded", "succeeded", "failed", "canceled")
@@ -90,9 +90,11 @@ class Nodes:
         """Publish what a node says."""
         self._mqtt.publish(up(FLEET, node, *parts), encode(data, node, boot=1, attempt=1, seq=seq), qos=1)
         self._said += 1
+        if self._said % AT_ONCE == 0:
+            self.heard()
 
     def heard(self) -> None:
-        """Wait until the coordinator has taken in all that was said: of a node only some messages may wait there."""
+        """Wait until the coordinator has taken in all that was said: the broker and it let only some messages wait."""
         until("the coordinator to hear", lambda: _received(self._http) >= self._said, 600)
 
     def come(self) -> None:
