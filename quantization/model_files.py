@@ -50,19 +50,22 @@ class ModelFiles:
         return limit if isinstance(limit, int) else 2**31
 
 
-def find_model(name: str) -> ModelFiles:
+def find_model(name: str, *, weights: bool = True) -> ModelFiles:
     """Return the files of a local directory, or of a model id in the local Hugging Face cache.
 
-    Raises ModelMissing, ModelUnsafe (pickled weights only, or code of its own) or ModelUnsupported (broken files, or quantised ones).
+    Without `weights` one will do whose weights are not there, or not all of them; then no tensor is known. Raises ModelMissing, ModelUnsafe
+    (pickled weights only, or code of its own) or ModelUnsupported (broken files, or quantised ones).
     """
     path = _directory(name)
     config_bytes, config = _configuration(name, path)
     if (path / "adapter_config.json").exists():
         raise ModelUnsupported(name, "it is an adapter, or has one beside its weights; give the directory of the base model alone")
     files = weight_files(path)
-    if not files:
-        if any(next(path.glob(pattern), None) for pattern in _PICKLES):
-            raise ModelUnsafe(name, "it has pickled weights only, and unpickling runs code")
+    if not weights and not all(file.is_file() for file in files):
+        files = []
+    if not files and any(next(path.glob(pattern), None) for pattern in _PICKLES):
+        raise ModelUnsafe(name, "it has pickled weights only, and unpickling runs code")
+    if not files and weights:
         raise ModelMissing(name, f"there are no *.safetensors in {path}")
     digest = hashlib.sha256(config_bytes)
     tensors: list[Tensor] = []

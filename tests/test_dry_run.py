@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
-from edge_agent.errors import DeviceTooSmall
+from edge_agent.errors import DeviceTooSmall, ModelMissing, ModelUnsafe
 from edge_agent.job import Dataset, Evaluation, Job, Lora, ReftOptions, Schedule, SftOptions
 from edge_agent.training.methods import METHODS
 from edge_agent.training.optimizer import make_optimizer
@@ -24,7 +26,7 @@ from quantization.estimate import MARGIN, Lengths
 from quantization.ladder import Rows, Rung
 from quantization.load import load_model
 from quantization.model_files import find_model
-from quantization.plan import Survey
+from quantization.plan import Plan, Survey
 from quantization.shape import read_shape
 from tests.tiny_training import judged_records
 
@@ -246,6 +248,29 @@ def test_plan_of_a_device_that_is_too_small_names_the_budget_to_give(tiny_model:
     plan = survey(7936 * 2**20).plan
     assert plan.peak_bytes <= 7936 * 2**20
     assert plan.generate_batch < 12_000
+
+
+def test_plan_needs_no_weights(tiny_model: Path, tmp_path: Path) -> None:
+    """Configuration and tokenizer say what the weights would, while these are not there, or not all of them; a run needs them."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def plan(model: Path, *, weights: bool) -> Plan:
+        job = Job(model=str(model), dataset=Dataset("0" * 64), budget_bytes=2**30, method=SFT, evaluation=Evaluation(questions=2))
+        return prepare_files(job, judged_records(6), None, CPU, weights=weights).survey().plan
+
+    wanted = plan(tiny_model, weights=True)
+    for _ in range(2):
+        found = plan(bare, weights=False)
+        assert (found.rung, found.micro_batch) == (wanted.rung, wanted.micro_batch)
+        assert found.peak_bytes == pytest.approx(wanted.peak_bytes, rel=0.005)
+        (bare / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ModelMissing):
+        plan(bare, weights=True)
+    (bare / "model.safetensors.index.json").unlink()
+    (bare / "pytorch_model.bin").touch()
+    with pytest.raises(ModelUnsafe):
+        plan(bare, weights=False)
 
 
 @pytest.mark.parametrize("budget_bytes", [2**30, 2**32])

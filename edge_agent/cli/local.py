@@ -204,7 +204,10 @@ def plan(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a job would take, stage by stage, and on which settings it fits the budget; nothing is loaded or trained."""
+    """Say what a job would take, stage by stage, and on which settings it fits the budget; nothing is loaded or trained.
+
+    The model's weights need not be here: its config.json and its tokenizer will do.
+    """
     with explained(as_json):
         with imports():
             from edge_agent.training.prepare import prepare_files
@@ -214,13 +217,14 @@ def plan(
             _only_directory(model, data, budget, eval_data, limit, settings)
             source = JobDirectory(directory)
             job = source.read_job()
-            prepared = prepare_files(job, *source.read_dataset(job), profile)
+            prepared = prepare_files(job, *source.read_dataset(job), profile, weights=False)
         else:
             if model is None or data is None or budget is None:
                 raise typer.BadParameter("give --model, --data and --budget, or a job directory")
             fields = {"budget_bytes": parse_size(budget), "dataset.limit": limit, "method.name": "nlft"}
             job = build_job(model, data, eval_data, fields, settings or [])
-            prepared = prepare_files(job, datasets.read_records(data), datasets.read_records(eval_data) if eval_data else None, profile)
+            questions = datasets.read_records(eval_data) if eval_data else None
+            prepared = prepare_files(job, datasets.read_records(data), questions, profile, weights=False)
         survey = prepared.survey()
         if as_json:
             print_json(survey)

@@ -286,10 +286,12 @@ def prepare(directory: JobDirectory, job: Job) -> Prepared:
     return prepare_files(job, *directory.read_dataset(job, max(LEAST_ROOM_BYTES, left_bytes // 4) if of_host else None))
 
 
-def prepare_files(job: Job, records: list[Record], evaluation: list[Record] | None, device: DeviceProfile | None = None) -> Prepared:
-    """Split the records of a job and find its model; without `device` it is that of this machine."""
+def prepare_files(
+    job: Job, records: list[Record], evaluation: list[Record] | None, device: DeviceProfile | None = None, *, weights: bool = True
+) -> Prepared:
+    """Split the records of a job and find its model, to plan it alone also without `weights`; without `device` for this machine."""
     parts = split(records, evaluation, job)
-    files = find_model(job.model)
+    files = find_model(job.model, weights=weights)
     device = calibrated(device or detect_profile(job.device))
     prepared = Prepared(job, files, load_tokenizer(files), device, parts.training, parts.development, parts.held_out)
     if job.schedule.patience and not prepared.development_targets:
