@@ -1,0 +1,1 @@
+"""Jobs that have ended, told to TensorBoard and MLflow through their own clients."""
