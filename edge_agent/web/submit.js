@@ -4,6 +4,9 @@ import { read, readAll, send } from "./api.js";
 import { count, h, setText, visible } from "./dom.js";
 import { makeDataset } from "./dataset.js";
 import { doing, written } from "./parts.js";
+import { makePlanner, planSection } from "./planner.js";
+import { AS_RELEASED } from "./presets.js";
+import { choiceSection, makeTarget } from "./target.js";
 import { bytes } from "./units.js";
 
 const SIZE = /^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$/,
@@ -19,15 +22,7 @@ export const PRESETS = {
   released: {
     title: "NLFT, as released",
     note: "the weights of the method's released code, for comparison",
-    method: {
-      name: "nlft",
-      standard_answers: false,
-      repair: false,
-      references: "live",
-      imitate_incorrect: true,
-      cluster: "unlike",
-      cluster_max_span: null,
-    },
+    method: { name: "nlft", ...AS_RELEASED },
   },
   sft: { title: "SFT", note: "imitates the standard answers", method: { name: "sft" } },
   dft: { title: "DFT", note: "imitates them the less, the less likely they are", method: { name: "dft" } },
@@ -88,6 +83,7 @@ export function submitPage(page, session, { query }) {
   const told = h("p", { class: "told", role: "alert" }),
     field = (label, control, hint = null) =>
       h("label", { class: `field${control.tagName === "SELECT" ? " wide" : ""}` }, h("span", {}, label), control, hint);
+  const target = makeTarget(field, () => (models(), changed()));
   const node = h("select", { required: true, onchange: () => (models(), changed()) }),
     model = h("select", { required: true, onchange: () => changed() }),
     budget = h("input", { required: true, spellcheck: "false", autocomplete: "off", placeholder: "3GiB", oninput: () => changed() }),
@@ -107,10 +103,12 @@ export function submitPage(page, session, { query }) {
     ]),
     checks = h("ul", { class: "checks", "aria-label": "What the coordinator can tell" }),
     preview = h("pre", {}),
+    planned = h("div", { class: "slot", "aria-live": "polite" }),
     button = h("button", { class: "primary" }, "Submit");
   const data = makeDataset({ label: "Dataset", changed: () => changed() }),
     questions = makeDataset({ label: "Evaluation questions", none: "held out of the dataset", changed: () => changed() });
-  const title = h("h1", {}, "New job");
+  const title = h("h1", {}, "New job"),
+    nodeField = field("Node", node);
   page.append(
     title,
     h(
@@ -120,7 +118,15 @@ export function submitPage(page, session, { query }) {
         "section",
         { class: "sheet form" },
         h("h2", {}, "Where"),
-        h("div", { class: "fields" }, field("Node", node), field("Model", model), field("Memory budget", budget)),
+        h(
+          "div",
+          { class: "fields" },
+          field("For", target.kind),
+          nodeField,
+          field("Model", model),
+          field("Memory budget", budget),
+          ...target.elements,
+        ),
         checks,
       ),
       h("section", { class: "sheet form" }, h("h2", {}, "On what"), data.element, questions.element),
@@ -144,6 +150,7 @@ export function submitPage(page, session, { query }) {
         ),
         h("details", {}, h("summary", {}, "Job document"), preview),
       ),
+      planned,
       told,
       h("div", { class: "buttons" }, button),
     ),
@@ -174,7 +181,16 @@ export function submitPage(page, session, { query }) {
     for (const [name, value] of settings(more.value)) place(made, name, value);
     return made;
   }
-  const chosen = () => state.nodes.find((one) => one.id === node.value);
+  const planner = makePlanner(planned, () => {
+    if (data.value() === null || !model.value) return null;
+    const job = document();
+    if (target.kind.value === "many")
+      return { title: "Rollout", path: "/rollouts?dry_run=true", document: rollout(job), show: choiceSection };
+    if (target.kind.value === "best" || chosen()?.state !== "ready") return null;
+    return { title: "Plan", path: "/plans", document: { node: node.value, job }, show: (answer) => planSection(answer, job.budget_bytes) };
+  });
+  const rollout = (job) => target.rollout(job, Number(priority.value));
+  const chosen = () => (target.kind.value === "node" ? state.nodes.find((one) => one.id === node.value) : undefined);
 
   // What can be told before the node is asked, by what it has said of itself.
   function check() {
@@ -212,10 +228,12 @@ export function submitPage(page, session, { query }) {
         ]);
       if (model.value && info.models[model.value] === null) said.push([false, "the model's files are not there"]);
     }
-    said.push([null, "whether the model fits the budget the node itself plans, before it loads anything"]);
     return said;
   }
   function changed() {
+    target.arrange();
+    nodeField.hidden = target.kind.value !== "node";
+    setText(button, target.kind.value === "many" ? "Begin the rollout" : "Submit");
     setText(methodNote, PRESETS[method.value]?.note ?? "");
     checks.replaceChildren(
       ...check().map(([well, text]) =>
@@ -232,12 +250,17 @@ export function submitPage(page, session, { query }) {
     } catch (error) {
       setText(preview, written(error.message));
     }
+    planner.ask();
   }
   function models() {
     const { info } = chosen() ?? {},
       before = model.value || state.base?.model;
+    // Of many nodes a model is there where one of them has it.
+    const known = {};
+    for (const one of info ? [{ info }] : state.nodes)
+      for (const [name, there] of Object.entries(one.info?.models ?? {})) known[name] = known[name] ?? there;
     model.replaceChildren(
-      ...Object.entries(info?.models ?? {}).map(([name, there]) =>
+      ...Object.entries(known).map(([name, there]) =>
         h("option", { value: name, selected: name === before, disabled: there === null }, there === null ? `${name} (not there)` : name),
       ),
     );
@@ -253,10 +276,17 @@ export function submitPage(page, session, { query }) {
     event.preventDefault();
     doing(button, told, async () => {
       data.select.setAttribute("aria-invalid", String(data.value() === null));
-      if (!node.value) throw new Error("choose a node");
-      if (!model.value) throw new Error("choose a model; this node has none");
+      const kind = target.kind.value;
+      if (kind === "node" && !node.value) throw new Error("choose a node");
+      if (!model.value) throw new Error("choose a model; there is none");
       if (data.value() === null) throw new Error("choose a dataset, or upload one");
-      const job = await send("POST", "/jobs", { node: node.value, job: document(), priority: Number(priority.value) });
+      if (kind === "many") {
+        const { rollout: made } = await send("POST", "/rollouts", rollout(document()));
+        location.hash = `#/rollouts/${made.id}`;
+        return;
+      }
+      const to = kind === "node" ? { node: node.value } : { selector: target.selector() };
+      const job = await send("POST", "/jobs", { ...to, job: document(), priority: Number(priority.value) });
       location.hash = `#/jobs/${job.id}`;
     });
   }
