@@ -17,6 +17,9 @@ MOST_OF_SENDER = 16
 their way, and what says how it is; it sends those that were dropped again, for nobody has acknowledged them to it."""
 MOST_GOING_BYTES = 16 * 2**20
 """Of messages that are still to go out; above this, nothing more is published."""
+FEW = 64
+"""Messages that were given to go out. Where there are twice as many as had not gone the last time, and at least so many, those that have
+are forgotten."""
 COME_BYTES, GOING_BYTES = 16 * 1024, 1024
 """What a message counts besides its payload: one that has come takes time, up to two commits, and what waits should be done in seconds."""
 
@@ -138,13 +141,15 @@ class Going:
         self._lock = threading.Lock()
         self._given: list[tuple[Published, int]] = []
         self._bytes = 0
+        self._look_at = FEW
 
     def has_room(self, payload: bytes) -> bool:
         size = len(payload) + GOING_BYTES
         with self._lock:
-            if self._bytes + size > MOST_GOING_BYTES:
+            if self._bytes + size > MOST_GOING_BYTES or len(self._given) >= self._look_at:
                 self._given = [(message, taken) for message, taken in self._given if not _gone(message)]
                 self._bytes = sum(taken for _, taken in self._given)
+                self._look_at = max(FEW, 2 * len(self._given))
             return self._bytes + size <= MOST_GOING_BYTES
 
     def add(self, message: Published, payload: bytes) -> None:
