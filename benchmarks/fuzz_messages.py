@@ -42,9 +42,12 @@ from edge_agent.messages import (
     Options,
     OptionsState,
     Order,
+    PlanAnswer,
+    PlanRequest,
     Report,
     Resume,
     StageDone,
+    Texts,
     Watch,
     encode,
 )
@@ -114,6 +117,7 @@ RESULT = JobResult(
 )  # fmt: skip
 PROGRESS = JobProgress(Event(time=1.5, event="progress", stage="train", loss=0.5), [StageDone("load", 2.0, 1)], RESOURCES)
 REQUEST = FileRequest(BLOCK_BYTES, [0, 1, 2])
+PLAN = PlanRequest(make_order(NEW).job, Texts(24, 175, 125))
 
 
 def _refused_orders() -> Iterator[Order]:
@@ -192,7 +196,7 @@ def seeds() -> list[Delivery]:
         said += [(to, down(FLEET, NODE, *parts), seal(payload, key)) for parts, payload in _controls()]
         said += [(to, down(FLEET, NODE, *parts), envelope) for parts, envelope in (_harmful() if key is None else _refused_controls())]
         said += [(to, down(FLEET, NODE, *parts), data) for parts, data in (
-            (("job", STAGING, "watch"), Watch(10.0)), (("command", "report"), Report()),
+            (("job", STAGING, "watch"), Watch(10.0)), (("command", "report"), Report()), (("plan", NEW, "request"), PLAN),
             (("file", hashlib.sha256(b"{}").hexdigest(), "request"), REQUEST), (("file", LARGE_SHA256, "request"), REQUEST),
             (("file", LARGE_SHA256, "block", 0), LARGE_DATA[:BLOCK_BYTES]), (("file", LARGE_SHA256, "block", 1), LARGE_DATA[BLOCK_BYTES:]),
         )]  # fmt: skip
@@ -205,6 +209,7 @@ def seeds() -> list[Delivery]:
         (("job", STAGING, "status"), JobStatus(digest, "running", options=OptionsState(2, 1, 40, "why not"))),
         (("job", SETTLED, "status"), JobStatus(digest, "running")), (("job", OTHERS, "status"), JobStatus(digest, "running")),
         (("job", STAGING, "progress"), PROGRESS),
+        (("plan", NEW, "answer"), PlanAnswer(None, "oom_predicted", "it does not fit")),
         (("job", DONE, "result"), RESULT), (("job", STAGING, "result"), RESULT), (("job", DELETED, "forgotten"), Forgotten()),
         (("job", STAGING, "forgotten"), Forgotten()), (("file", SHA256, "request"), REQUEST),
         (("file", LARGE_SHA256, "block", 0), LARGE_DATA[:BLOCK_BYTES]), (("file", LARGE_SHA256, "block", 1), LARGE_DATA[BLOCK_BYTES:]),

@@ -6,13 +6,14 @@ from datetime import datetime, timedelta
 
 from edge_agent.config import AgentConfig, Trust
 from edge_agent.errors import JudgeMissing, human_bytes
+from edge_agent.job import Job
 from edge_agent.messages import LONGEST_ORDER_S, MAX_INLINE_BYTES, PAYLOAD_TYPES, A, Envelope, Offer, Order, Reason, read_payload
 from profiles.calibration import calibrated
 from profiles.device import DeviceProfile
 from quantization.estimate import Lengths, make_estimate
 from quantization.ladder import Rows
-from quantization.model_files import find_model
-from quantization.shape import read_shape
+from quantization.model_files import ModelFiles, find_model
+from quantization.shape import Shape, read_shape
 
 CLOCK_S = 3600.0
 """How far the clock of a coordinator may be set back until what it has issued before counts for nothing."""
@@ -70,6 +71,12 @@ def check_order(order: Order, config: AgentConfig, device: DeviceProfile, waitin
     if waiting >= config.queue:
         raise Rejected("busy", f"{waiting} jobs wait already, the limit of this node; wait, or choose another node")
     _check_files(order, config)
+    check_job(job, config, device)
+    _check_model(order, config, device)
+
+
+def check_job(job: Job, config: AgentConfig, device: DeviceProfile) -> None:
+    """Raise Rejected where a node lacks what a job asks for, whatever is in its files."""
     if job.budget_bytes > config.budget:
         asked, lent = human_bytes(job.budget_bytes), human_bytes(config.budget)
         raise Rejected("oom_predicted", f"the job's budget is {asked}, this node lends {lent}; submit it with a smaller --budget")
@@ -81,7 +88,6 @@ def check_order(order: Order, config: AgentConfig, device: DeviceProfile, waitin
         raise Rejected("judge_missing", str(JudgeMissing(alias, config.judges)))
     if job.device not in ("auto", device.torch_device):
         raise Rejected("device_missing", f"the job asks for {job.device}, this node has {device.torch_device}")
-    _check_model(order, config, device)
 
 
 def check_contents(offer: Offer, order: Order) -> None:
@@ -106,13 +112,18 @@ def _check_files(order: Order, config: AgentConfig) -> None:
             raise Rejected("dataset_too_large", f"{name} has {size}, the limit of this node is {limit}; split it")
 
 
-def _check_model(order: Order, config: AgentConfig, device: DeviceProfile) -> None:
-    name = order.job.model
+def read_model(name: str, config: AgentConfig) -> tuple[ModelFiles, Shape]:
+    """Return the files and sizes of a model that the configuration names. Raises Rejected, or an EdgeAgentError."""
     try:
         files = find_model(str(config.models[name]))
-        shape = read_shape(files)
+        return files, read_shape(files)
     except OSError as error:
         raise Rejected("model_missing", f"model {name!r} cannot be read on this node: {error.strerror}") from None
+
+
+def _check_model(order: Order, config: AgentConfig, device: DeviceProfile) -> None:
+    name = order.job.model
+    files, shape = read_model(name, config)
     if order.model_fingerprint not in (None, files.fingerprint):
         raise Rejected(
             "model_mismatch",

@@ -26,6 +26,7 @@ from edge_agent.config import AGENT_CONFIG, AgentConfig, FileServer, Trust, read
 from edge_agent.delivery import Outbox, Uplink
 from edge_agent.errors import ConfigInvalid, EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
+from edge_agent.forecast import forecast
 from edge_agent.home_assistant import discovery, discovery_topic
 from edge_agent.https import Carried, Fetched
 from edge_agent.jobs import Jobs
@@ -49,6 +50,8 @@ from edge_agent.messages import (
     NodeLimits,
     NodeState,
     Options,
+    PlanAnswer,
+    PlanRequest,
     Report,
     Resume,
     Watch,
@@ -59,7 +62,7 @@ from edge_agent.messages import (
 )
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.rest import Rest
-from edge_agent.runner import TrainerEnded, TrainerEvent
+from edge_agent.runner import TrainerEnded, TrainerEvent, known_reason
 from edge_agent.serving import END, serve
 from edge_agent.store import Store
 from edge_agent.tls import client_context
@@ -104,7 +107,7 @@ class Agent:
         self._hellos: dict[str, float] = {}
         self._behind_s = 0.0
         self._heartbeat_at = self._hello_at = self._progress_at = self._watched_until = 0.0
-        self._told_event: object = None
+        self._told: object = None
 
     def run(self) -> None:
         """Start up, serve until SIGTERM or SIGINT, shut down."""
@@ -195,6 +198,8 @@ class Agent:
         match parts:
             case ["job", job, "offer" | "cancel" | "options" | "watch" as kind] if is_ulid(job):
                 self._receive_of_job(job, kind, payload)
+            case ["plan", request, "request"] if is_ulid(request):
+                self._uplink.send(self._forecast(decode(payload, PlanRequest).data), "plan", request, "answer")
             case ["ack", message]:
                 ack = self._opened(payload, Ack, message=message)
                 if message in self._hellos:
@@ -219,9 +224,20 @@ class Agent:
             case "options":
                 self._jobs.take_options(self._opened(payload, Options, job=job))
             case "watch":
-                ttl_s = decode(payload, Watch).data.ttl_s
+                watch = decode(payload, Watch).data
                 if self._jobs.trainer is not None and self._jobs.trainer.job == job:
-                    self._watched_until = time.monotonic() + ttl_s
+                    self._watched_until = time.monotonic() + watch.ttl_s
+                    if watch.saliency:
+                        self._jobs.ask_saliency(job)
+
+    def _forecast(self, asked: PlanRequest) -> PlanAnswer:
+        try:
+            plan, text = forecast(asked.job, asked.texts, self._config, self._device)
+            return PlanAnswer(plan, text=text)
+        except Rejected as error:
+            return PlanAnswer(None, error.reason, str(error)[:1024])
+        except EdgeAgentError as error:
+            return PlanAnswer(None, known_reason(error.code), str(error)[:1024])
 
     def _command(self, name: str, payload: bytes) -> None:
         match name:
@@ -270,7 +286,7 @@ class Agent:
             node = self._config.node
             self._link.publish(discovery_topic(prefix, node), discovery(self._config.fleet, node, info), qos=1, retain=True)
         self._heartbeat_at = self._progress_at = 0.0
-        self._told_event = None
+        self._told = None
         self._outbox.send_again()
         self._jobs.link_is_new()
 
@@ -316,13 +332,13 @@ class Agent:
         """Send the trainer's last event, if it is new, at the rate of whoever looks."""
         trainer = self._jobs.trainer
         event = trainer.last_event if trainer else None
-        if trainer is None or event is None or event is self._told_event:
+        if trainer is None or event is None or (event, trainer.saliency) == self._told:
             return
         if now - self._progress_at < (WATCHED_PROGRESS_S if now < self._watched_until else PROGRESS_S):
             return
-        progress = JobProgress(event, trainer.finished, self._sensors.sample(event.memory_bytes))
+        progress = JobProgress(event, trainer.finished, self._sensors.sample(event.memory_bytes), trainer.saliency)
         if self._uplink.send(progress, "job", trainer.job, "progress"):
-            self._progress_at, self._told_event = now, event
+            self._progress_at, self._told = now, (event, trainer.saliency)
 
 
 def _version(package: str) -> str | None:

@@ -133,6 +133,8 @@ class Timers(Strict, frozen=True):
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY, _TIME = f"({'|'.join(DAYS)})", "([01][0-9]|2[0-3]):[0-5][0-9]"
 _HOURS = re.compile(f"({_DAY}(-{_DAY})? )?{_TIME}-{_TIME}")
+_SECRET = re.compile("^key$|^sas$|secret|passw|passphrase|token|credential|access_key|account_key|connection_string")
+"""Names of options of file systems whose values are not for a configuration file."""
 
 
 class RestLimits(Strict, frozen=True):
@@ -280,6 +282,41 @@ class Database(Strict, frozen=True, kw_only=True):
         return None if self.password_file is None else _read_secret(self.password_file, "database.password_file")
 
 
+Option = bool | int | float | str
+
+
+class Files(Strict, frozen=True, kw_only=True):
+    """An object store, or any other place that fsspec knows, which has a coordinator's files."""
+
+    url: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9+.-]*://[!-~]+\Z", max_length=2048)]
+    """Such as `s3://BUCKET/PREFIX`. Nothing else may be written there."""
+    options: dict[str, Option | dict[str, Option]] = msgspec.field(default_factory=dict)
+    """What fsspec's file system of that kind takes, such as `endpoint_url`; no secrets."""
+    option_files: dict[str, Path] = msgspec.field(default_factory=dict)
+    """Options of which each stands in a file of its own, that only its owner may read."""
+    cache_limit: Size = Size(4 * 2**30)
+    """Copies kept in the state directory, the least recently used go first."""
+
+    def __post_init__(self) -> None:
+        if "::" in self.url or urlsplit(self.url).password is not None:
+            raise ValueError("the `url` of `files` names one place, and no password: that stands in a file of `option_files`")
+        names = {*self.options, *(name for value in self.options.values() if isinstance(value, dict) for name in value)}
+        if secret := sorted(filter(_SECRET.search, names)):
+            raise ValueError(f"the option `{secret[0]}` of `files` stands in a file that `option_files` names, not here")
+        if both := sorted(self.options.keys() & self.option_files):
+            raise ValueError(f"`{both[0]}` is in both `options` and `option_files` of `files`")
+
+    @property
+    def where(self) -> str:
+        """What may be said of it."""
+        return self.url.partition("?")[0]
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """Read from their files. Raises ConfigInvalid where one is missing, open to others, or no line of ASCII."""
+        return {name: read_key(path, f"files.option_files.{name}") for name, path in self.option_files.items()}
+
+
 class Trust(Strict, frozen=True):
     """Who may give this node orders: to take, stop and delete jobs, to take no more, to keep messages no longer."""
 
@@ -342,12 +379,16 @@ class CoordinatorConfig(Strict, frozen=True):
     broker: Broker = Broker()
     database: Database | None = None
     """null: the state is in an SQLite file in the state directory."""
+    files: Files | None = None
+    """null: files are in the state directory alone."""
     https: Https | None = None
     """null: files travel over the broker alone."""
     api: Api | None = None
     """null: requests are answered on the socket in the state directory alone."""
     artifact_limit: Size = Size(4 * 2**30)
     """Largest file that is fetched from a node."""
+    datasets_limit: Size = Size(64 * 2**30)
+    """Of all datasets that are uploaded, together."""
     lease_s: Annotated[float, Meta(ge=300)] = 24 * 3600.0
     """How long a node may be silent until the jobs that it has taken are shown as lost, and a cancel ends them at once."""
     signing_key_file: Path | None = None

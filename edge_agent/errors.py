@@ -130,10 +130,8 @@ class SaliencyUnusable(EdgeAgentError):
     code = "saliency"
     exit_code = 4
 
-    def __init__(self, place: Path, problem: str) -> None:
-        super().__init__(
-            f"{place} {problem}; give the directory of a job of the method `nlft` that has succeeded, on the machine that ran it"
-        )
+    def __init__(self, place: object, problem: str) -> None:
+        super().__init__(f"{place} {problem}; give the directory or the id of a job of the method `nlft` that trains or has succeeded")
 
 
 class Busy(EdgeAgentError):
@@ -376,6 +374,25 @@ class DatabaseAway(EdgeAgentError):
         self.where, self.problem = where, problem
 
 
+class FilesUnusable(StateUnusable):
+    """The object store of a coordinator's files can never be used as it is configured."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        EdgeAgentError.__init__(self, f"object store {where}: {problem}; see docs/config.md")
+
+
+class FilesAway(EdgeAgentError):
+    """The object store of a coordinator's files does not give or take a file now."""
+
+    code = "files_away"
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(
+            f"object store {where}: {problem}; look whether it can be reached, has room, and lets the coordinator in: "
+            "what waits for it goes on as soon as it does"
+        )
+
+
 class StateDamaged(EdgeAgentError):
     """A daemon's database has broken while it worked."""
 
@@ -447,6 +464,19 @@ class TooManyRequests(EdgeAgentError):
     def __init__(self, wait_s: float) -> None:
         super().__init__(f"too many requests; the next one is answered in {wait_s:.1f} s")
         self.wait_s = wait_s
+
+
+class TrackerAway(EdgeAgentError):
+    """A tracking server does not answer, or does not take what is to be recorded."""
+
+    code = "tracker_away"
+    exit_code = 17
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(
+            f"MLflow at {place} records nothing ({problem}); look whether it runs, can be reached and lets you in, then run the same "
+            f"command again: what is recorded already is left as it is"
+        )
 
 
 class DemoFailed(EdgeAgentError):

@@ -1,7 +1,7 @@
 """A job as a directory: what goes in, what comes out, and the lock that keeps two trainers apart.
 
 job.json dataset.jsonl [evaluation.jsonl]        in
-options.json                                     in, while it runs
+options.json saliency.wanted                     in, while it runs
 events.jsonl before.jsonl outputs.jsonl
 repairs.jsonl judgments.jsonl records.jsonl      on the way, kept for a later run of the same job
 scores.safetensors products.bin rescored.bin
@@ -49,6 +49,7 @@ class JobDirectory:
         self.path = path
         self.adapter = path / "adapter"
         self.saliency = path / "saliency.json"
+        self.saliency_wanted = path / "saliency.wanted"
         self.events = path / "events.jsonl"
         self.profile = path / "profile.jsonl"
         self.trace = path / "trace.json"

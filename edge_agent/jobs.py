@@ -18,6 +18,7 @@ import msgspec
 from edge_agent.admission import Rejected, check_contents, check_order, open_envelope
 from edge_agent.clocks import ToldTime
 from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
+from edge_agent.dataset import file_sha256
 from edge_agent.delivery import Uplink
 from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, JobSchema, ModelMissing
 from edge_agent.files import lock_file
@@ -46,7 +47,7 @@ from edge_agent.report import Event, EventKind
 from edge_agent.rest import Rest, Rests
 from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_orphan, known_reason
 from edge_agent.store import HAS_TRAINER, JobRow, Store
-from edge_agent.transfer import FileStore, Incoming
+from edge_agent.transfer import FileStore, Incoming, read_blocks
 from profiles.device import DeviceProfile
 
 log = logging.getLogger(__name__)
@@ -234,9 +235,22 @@ class Jobs:
 
     def send_blocks(self, sha256: str, request: FileRequest) -> None:
         """Bring an artifact that the coordinator has not acknowledged yet to it; else send the blocks that it asks for."""
-        if sha256 in self._needed_artifacts() and not self._courier.send(self._files.path(sha256), sha256, request):
-            for number, block in self._files.read_blocks(sha256, request):
+        file = self._file_for_coordinator(sha256)
+        if file is not None and not self._courier.send(file, sha256, request):
+            for number, block in read_blocks(file, request):
                 self._uplink.send_block(sha256, number, block)
+
+    def _file_for_coordinator(self, sha256: str) -> Path | None:
+        """Return the place of a file that the coordinator may have: an artifact, or the Saliency Map of the job that runs."""
+        if sha256 in self._needed_artifacts():
+            return self._files.path(sha256)
+        shown = self.trainer is not None and self.trainer.saliency is not None and self.trainer.saliency.sha256 == sha256
+        return JobDirectory(self._directory(self.trainer.job)).saliency if shown and self.trainer else None
+
+    def ask_saliency(self, job: str) -> None:
+        """Have the trainer of a job write its Saliency Map before its next update; who asks will ask again."""
+        with suppress(OSError):
+            JobDirectory(self._directory(job)).saliency_wanted.touch()
 
     def carried(self, event: Carried) -> None:
         """Go on with a file whose way by HTTPS has ended: it may not have come to its end."""
@@ -431,6 +445,10 @@ class Jobs:
             _log_lockdown(told)
         elif told.event.event in ("options_taken", "options_refused") and row.phase in HAS_TRAINER:
             self._hear_of_options(row, told.event)
+        elif told.event.event == "saliency_written":
+            file = JobDirectory(self._directory(told.job)).saliency
+            with suppress(OSError):
+                trainer.saliency = Artifact("saliency.json", file_sha256(file), file.stat().st_size)
         phase = PHASE_OF.get(told.event.event)
         if phase is not None and row.phase in HAS_TRAINER - {phase}:
             reason, text = (trainer.rests if told.event.code == "thermal" else None) or (None, None)
@@ -498,6 +516,7 @@ class Jobs:
         if outcome == "succeeded":
             places["adapter_config.json"] = directory.adapter / "adapter_config.json"
             places["adapter_model.safetensors"] = directory.adapter / "adapter_model.safetensors"
+            places["saliency.json"] = directory.saliency
         accepted = measured.accepted if measured and outcome == "succeeded" else None
         if measured and accepted is not None:
             text = measured.acceptance

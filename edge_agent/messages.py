@@ -20,10 +20,12 @@ from edge_agent.job import Job, NlftOptions, Sha256, Strict
 from edge_agent.new_options import MOST_CHANGES, Number
 from edge_agent.report import Event, Measured
 from profiles.sensors import Resources
+from quantization.plan import Plan
 
 ULID_PATTERN = "^[0-7][0-9a-hjkmnp-tv-z]{25}$"
 Ulid = Annotated[str, Meta(pattern=ULID_PATTERN, max_length=26)]
 Text = Annotated[str, Meta(max_length=1024)]
+Characters = Annotated[int, Meta(ge=0, le=2**28)]
 Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
 MAX_MESSAGE_BYTES = 256 * 1024
@@ -41,6 +43,8 @@ HEARTBEAT_IDLE_S, HEARTBEAT_BUSY_S, HEARTBEAT_JITTER = 60.0, 30.0, 0.2
 LIVE_S = 60.0
 """Progress of before that is no live view any more."""
 LONGEST_WATCH_S = 600
+PLAN_S = 10.0
+"""Who asks for a plan waits so long."""
 
 Phase = Literal["accepted", "staging", "ready", "running", "paused", "finalizing", "ended"]
 Outcome = Literal["succeeded", "failed", "rejected", "canceled", "timed_out"]
@@ -51,7 +55,7 @@ Reason = Literal[
     "oom_host", "oom_predicted", "quiet_hours", "record_too_long", "replayed", "signature", "thermal", "timeout_run", "timeout_staging",
     "timeout_stall",
 ]  # fmt: skip
-ArtifactName = Literal["result.json", "adapter_config.json", "adapter_model.safetensors"]
+ArtifactName = Literal["result.json", "adapter_config.json", "adapter_model.safetensors", "saliency.json"]
 
 
 class CoordinatorState(Strict, frozen=True):
@@ -219,6 +223,8 @@ class Watch(Strict, frozen=True):
     """Somebody looks: progress at up to 2 per second for this long."""
 
     ttl_s: Annotated[float, Meta(gt=0, le=LONGEST_WATCH_S)]
+    saliency: bool = False
+    """Have the trainer of an NLFT job write its Saliency Map as it stands; the progress tells of it."""
 
 
 class Report(Strict, frozen=True):
@@ -270,20 +276,22 @@ class StageDone(Strict, frozen=True):
     peak_bytes: Count
 
 
-class JobProgress(Strict, frozen=True):
-    """The last event of the trainer, all stages that have ended, and the node's resources."""
-
-    event: Event
-    finished: list[StageDone]
-    resources: Resources
-
-
 class Artifact(Strict, frozen=True):
     """A file that a job has made."""
 
     name: ArtifactName
     sha256: Sha256
     size_bytes: Count
+
+
+class JobProgress(Strict, frozen=True):
+    """The last event of the trainer, all stages that have ended, and the node's resources."""
+
+    event: Event
+    finished: list[StageDone]
+    resources: Resources
+    saliency: Artifact | None = None
+    """The newest Saliency Map that somebody has asked for; the coordinator may ask for its blocks while the job runs."""
 
 
 class JobResult(Strict, frozen=True):
@@ -305,6 +313,31 @@ class JobResult(Strict, frozen=True):
     """What the device took while it ran. None where nothing measures it."""
 
 
+class Texts(Strict, frozen=True):
+    """Of the records of a dataset the longest text of each kind in characters, 0 where none has one."""
+
+    records: Annotated[int, Meta(ge=1, le=2**28)]
+    question: Characters
+    answer: Characters = 0
+    output: Characters = 0
+    judgment: Characters = 0
+
+
+class PlanRequest(Strict, frozen=True):
+    """Asks what a job would take that has not been sent. The answer is a `PlanAnswer`."""
+
+    job: Job
+    texts: Texts
+
+
+class PlanAnswer(Strict, frozen=True):
+    """What a job would take on the node, or why it would not be taken."""
+
+    plan: Plan | None
+    reason: Reason | None = None
+    text: Text | None = None
+
+
 class FileRequest(Strict, frozen=True):
     """Asks the other side for blocks of the file that the topic names by its sha256."""
 
@@ -317,11 +350,17 @@ TYPES: dict[type, str] = {
     CoordinatorState: "edge1.coordinator.state", Hello: "edge1.hello", NodeState: "edge1.node.state", NodeInfo: "edge1.node.info",
     Heartbeat: "edge1.node.heartbeat", Offer: "edge1.job.offer", Envelope: "edge1.envelope", Watch: "edge1.job.watch",
     JobStatus: "edge1.job.status", JobProgress: "edge1.job.progress", JobResult: "edge1.job.result", Report: "edge1.command.report",
-    Forgotten: "edge1.job.forgotten",
+    Forgotten: "edge1.job.forgotten", PlanRequest: "edge1.plan.request", PlanAnswer: "edge1.plan.answer",
     FileRequest: "edge1.file.request",
 }  # fmt: skip
 """The `type` attribute of each kind of data."""
-LIFE_S: dict[type, float] = {Hello: ANSWER_S, Heartbeat: HEARTBEAT_IDLE_S * (1 + HEARTBEAT_JITTER), JobProgress: LIVE_S}
+LIFE_S: dict[type, float] = {
+    Hello: ANSWER_S,
+    Heartbeat: HEARTBEAT_IDLE_S * (1 + HEARTBEAT_JITTER),
+    JobProgress: LIVE_S,
+    PlanRequest: PLAN_S,
+    PlanAnswer: PLAN_S,
+}
 """How long a message is of use, for those of which another comes anyway. An offer lives as long as its order, a watch for its `ttl_s`; all
 others until they come: delivery depends on them, or whoever comes later reads them as retained."""
 PAYLOAD_TYPES: dict[type[Addressed], str] = {

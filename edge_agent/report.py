@@ -278,8 +278,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
 
 EventKind = Literal[
-    "locked_down", "stage_started", "stage_finished", "progress", "options_taken", "options_refused", "out_of_memory", "paused",
-    "continued", "finished", "failed", "stopped",
+    "locked_down", "stage_started", "stage_finished", "progress", "options_taken", "options_refused", "saliency_written",
+    "out_of_memory", "paused", "continued", "finished", "failed", "stopped",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 import msgspec
 
 from edge_agent.config import JUDGES_VARIABLE, RAN_VARIABLE, Endpoint, write_judges
-from edge_agent.messages import Outcome, Reason, StageDone
+from edge_agent.messages import Artifact, Outcome, Reason, StageDone
 from edge_agent.report import Event
 from edge_agent.rest import Rests
 from edge_agent.supervised import REST, WORK
@@ -73,6 +73,8 @@ class Trainer:
         """
         self.job, self.max_run_s, self.started = job, max_run_s, time.monotonic()
         self.last_event: Event | None = None
+        self.saliency: Artifact | None = None
+        """The Saliency Map that it has written last because somebody looks."""
         self.failed: Event | None = None
         self.finished: list[StageDone] = []
         self.heard = self.started

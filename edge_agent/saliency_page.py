@@ -1,43 +1,78 @@
-"""The Saliency Map as a page: what a job directory has of it, in one document."""
+"""The Saliency Map as a page: what a job directory or a coordinator has of it, in one document."""
 
 from __future__ import annotations
+
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
 from edge_agent.errors import SaliencyUnusable
-from edge_agent.job import NlftOptions
+from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
 from edge_agent.saliency import Rescored, Saliency, SaliencyRecord
 from edge_agent.web.document import document
 
+WAIT_S = 30.0
+"""For a trainer to write its map: the time between two updates."""
+AT_WORK_S = 300.0
+"""A trainer that is at work has told something in this time."""
 
-def saliency_page(directory: JobDirectory) -> tuple[bytes, str]:
-    """Return the page of a job and its content security policy. Raises SaliencyUnusable, JobSchema."""
-    return document("Saliency Map", "page", "saliency", msgspec.json.encode(page_data(directory)))
+
+def page_of(data: bytes, job: Job | None, source: object) -> tuple[bytes, str]:
+    """Return the page of a `saliency.json` and its content security policy; `source` names it in errors. Raises SaliencyUnusable.
+
+    `Use these options` changes the job.
+    """
+    return document("Saliency Map", "page", "saliency", msgspec.json.encode({"saliency": _read(data, source), "job": job}))
 
 
-def page_data(directory: JobDirectory) -> dict[str, object]:
-    """Return what the page shows: the saliency, the job that `Use these options` changes, and the presets."""
+def saliency_page(directory: JobDirectory, wait_s: float = 0.0) -> tuple[bytes, str]:
+    """Return the page of a job directory as `page_of` does; where a job has not ended there, its trainer may write the map first.
+
+    Raises SaliencyUnusable, JobSchema.
+    """
     if not directory.path.is_dir():
         raise SaliencyUnusable(directory.path, "is no directory")
-    saliency = _read(directory)
-    job = directory.read_job() if (directory.path / "job.json").exists() else None
-    presets = {"corrected": NlftOptions(), "released": NlftOptions.released()}
-    return {"saliency": saliency, "job": job, "presets": presets}
-
-
-def _read(directory: JobDirectory) -> Saliency:
+    if not directory.result_file.exists() and _age_s(directory.events) < AT_WORK_S:
+        _await_map(directory, wait_s)
     try:
-        saliency = msgspec.json.decode(directory.saliency.read_bytes(), type=Saliency)
+        data = directory.saliency.read_bytes()
     except FileNotFoundError:
         raise SaliencyUnusable(directory.path, "has no saliency.json") from None
     except OSError as error:
         raise SaliencyUnusable(directory.saliency, f"cannot be read ({error.strerror})") from None
+    return page_of(data, directory.read_job() if (directory.path / "job.json").exists() else None, directory.saliency)
+
+
+def _await_map(directory: JobDirectory, wait_s: float) -> None:
+    """Ask the trainer that may work in a directory for the map as it stands, and wait until it has written it."""
+    until = time.monotonic() + wait_s
+    with suppress(OSError):  # a directory that cannot be written to may have a map nevertheless
+        directory.saliency_wanted.touch()
+        while directory.saliency_wanted.exists() and not directory.result_file.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        directory.saliency_wanted.unlink(missing_ok=True)
+
+
+def _age_s(file: Path) -> float:
+    """Return for how long nothing was written to a file; for ever where there is none."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def _read(data: bytes, source: object) -> Saliency:
+    try:
+        saliency = msgspec.json.decode(data, type=Saliency)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise SaliencyUnusable(directory.saliency, f"is not valid: {error}") from None
+        raise SaliencyUnusable(source, f"is not valid: {error}") from None
     for number, record in enumerate(saliency.records):
         if problem := _problem(record):
-            raise SaliencyUnusable(directory.saliency, f"is not valid: {problem} - at `$.records[{number}]`")
+            raise SaliencyUnusable(source, f"is not valid: {problem} - at `$.records[{number}]`")
     return saliency
 
 

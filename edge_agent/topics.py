@@ -4,7 +4,9 @@ edge1/<fleet>/coordinator/<instance>/state      retained, last will
 edge1/<fleet>/<node>/up/{hello,state,info,heartbeat}
 edge1/<fleet>/<node>/up/job/<job>/{status,progress,result,forgotten}
 edge1/<fleet>/<node>/up/file/<sha256>/{request,block/<number>}
+edge1/<fleet>/<node>/up/plan/<request>/answer
 edge1/<fleet>/<node>/down/job/<job>/{offer,cancel,options,watch}
+edge1/<fleet>/<node>/down/plan/<request>/request
 edge1/<fleet>/<node>/down/ack/<message>
 edge1/<fleet>/<node>/down/command/{report,drain,resume,forget}
 edge1/<fleet>/<node>/down/file/<sha256>/{request,block/<number>}

@@ -48,6 +48,10 @@ class FileStore:
             return False
         return True
 
+    def lasts(self, sha256: str) -> bool:
+        """Whether the file is here for good, so that whoever has sent it may forget it."""
+        return self.has(sha256)
+
     def put(self, data: bytes, sha256: str) -> None:
         """Keep a small file. Raises DatasetChecksum where it is not the named one, DiskFull."""
         found = hashlib.sha256(data).hexdigest()
@@ -99,14 +103,22 @@ class FileStore:
 
     def read_blocks(self, sha256: str, request: FileRequest) -> Iterator[tuple[int, bytes]]:
         """Yield the (number, contents) of the blocks asked for; none where the file is not here."""
-        if not self.has(sha256):
-            return
-        with self.path(sha256).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            for number in request.blocks:
-                if number * request.block_bytes < size:
-                    file.seek(number * request.block_bytes)
-                    yield number, file.read(request.block_bytes)
+        if self.has(sha256):
+            yield from read_blocks(self.path(sha256), request)
+
+
+def read_blocks(file: Path, request: FileRequest) -> Iterator[tuple[int, bytes]]:
+    """Yield the (number, contents) of the blocks asked for; none where the file is not here."""
+    try:
+        opened = file.open("rb")
+    except FileNotFoundError:
+        return
+    with opened:
+        size = os.fstat(opened.fileno()).st_size
+        for number in request.blocks:
+            if number * request.block_bytes < size:
+                opened.seek(number * request.block_bytes)
+                yield number, opened.read(request.block_bytes)
 
 
 class Place(NamedTuple):

@@ -40,17 +40,25 @@ class ApiServer:
         issued = Authority(root / "authority").issue("broker", "127.0.0.1", root / "server")
         self.ca_file = root / "authority" / "ca.pem"
         self.url = f"https://127.0.0.1:{self.port}"
-        self.service = Service(CoordinatorConfig(root / "coordinator", broker=Broker(port=free_port()), database=database))
-        self.service.start()
-        ends.callback(self.service.stop)
-        self.call = self.service.call
+        self._config = CoordinatorConfig(root / "coordinator", broker=Broker(port=free_port()), database=database)
         limits = {"token_limit": token_limit, "address_limit": address_limit}
-        api = Api(port=self.port, certificate_file=issued.certificate_file, key_file=issued.key_file, **limits)
-        ends.enter_context(api_served(self.service, api))
+        self._api = Api(port=self.port, certificate_file=issued.certificate_file, key_file=issued.key_file, **limits)
+        self._running = ends.enter_context(ExitStack())
+        self.start()
         self.secrets = {scope: self.call(lambda s=scope: self.service.access.new(s, s, None)).secret for scope in SCOPES}  # type: ignore[misc]
         self.hear("info", INFO)
         self.http = httpx.Client(verify=ssl.create_default_context(cafile=self.ca_file), base_url=f"{self.url}/v1", timeout=30)
         ends.callback(self.http.close)
+
+    def start(self) -> None:
+        self.service = Service(self._config)
+        self.service.start()
+        self._running.callback(self.service.stop)
+        self.call = self.service.call
+        self._running.enter_context(api_served(self.service, self._api))
+
+    def stop(self) -> None:
+        self._running.close()
 
     def hear(self, kind: str, data: object, *parts: str) -> None:
         """Take in what a node says."""

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -415,6 +416,18 @@ def test_connection_that_is_too_slow_does_not_fill_the_memory(
     finally:
         place.process.send_signal(signal.SIGCONT)
     wait_for("the way to be free", lambda: up_link.publish(topic, b"again"), 10)
+
+
+def test_messages_that_have_gone_are_forgotten() -> None:
+    """However long a connection lasts: of ten thousand messages little is held, and of those that have not gone nothing is lost."""
+    gone, waiting = SimpleNamespace(is_published=lambda: True), SimpleNamespace(is_published=lambda: False)
+    going = backlog.Going()
+    for n in range(10_000):
+        assert going.has_room(b"x")
+        going.add(waiting if n % 100 == 0 else gone, b"x")
+    held = [message for message, _ in going._given]
+    assert held.count(waiting) == 100
+    assert len(held) <= 300
 
 
 # certificates

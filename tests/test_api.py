@@ -28,7 +28,7 @@ from orders import NODE
 from paho.mqtt.enums import CallbackAPIVersion
 from prometheus_client.parser import text_string_to_metric_families
 
-from edge_agent.config import Api, CoordinatorConfig, read_config
+from edge_agent.config import Api, CoordinatorConfig, Size, read_config
 from edge_agent.coordinator import audience, http, listening
 from edge_agent.coordinator.access import ANYONE, LOCAL, SCOPES
 from edge_agent.coordinator.client import Answered, Client, Problem
@@ -275,6 +275,22 @@ def test_dataset_is_looked_into_and_kept_while_a_job_has_it(coordinator: ApiServ
     assert "How many?" not in words
 
 
+def test_datasets_have_a_limit_together(coordinator: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that passes it is refused, and nothing of it stays; the same again takes no more room."""
+    file, sha256 = _dataset(coordinator, "kept.jsonl", {"question": "Is there room?", "answer": "#### 1"})
+    service = coordinator.service
+    coordinator.client("submit").upload(file, sha256)
+    held = coordinator.call(lambda: service._store.datasets_bytes(""))
+    monkeypatch.setattr(service, "_config", msgspec.structs.replace(service._config, datasets_limit=Size(held)))
+    assert coordinator.ask("PUT", f"/datasets/{sha256}", content=file.read_bytes()).status_code == 200
+    data = b'{"question": "Is there more?", "answer": "#### 2"}\n'
+    other = hashlib.sha256(data).hexdigest()
+    refused = coordinator.ask("PUT", f"/datasets/{other}", content=data)
+    assert "`datasets_limit`" in _problem(refused, 409, "refused").detail
+    assert not service.files.has(other)
+    assert list(service.files.incoming.glob(f"{other}*")) == []
+
+
 def test_dataset_that_is_wrong_is_not_kept(coordinator: ApiServer) -> None:
     """Wrong lines are listed, nothing and another file are refused, a name is no path; nothing of them is left."""
     file, sha256 = _dataset(coordinator, "wrong.jsonl", {"question": "How many?", "answer": "#### 1"}, {"question": 5}, b"{")
@@ -402,8 +418,8 @@ def test_artifact_comes_whole_or_by_ranges(coordinator: ApiServer, tmp_path: Pat
 class Reader:
     """Reads server-sent events as a browser would."""
 
-    def __init__(self, coordinator: ApiServer, path: str, ends: ExitStack, heard: str | None = None) -> None:
-        headers = {"Authorization": f"Bearer {coordinator.secrets['read']}"} | ({"Last-Event-ID": heard} if heard else {})
+    def __init__(self, coordinator: ApiServer, path: str, ends: ExitStack, heard: str | None = None, secret: str = "") -> None:
+        headers = {"Authorization": f"Bearer {secret or coordinator.secrets['read']}"} | ({"Last-Event-ID": heard} if heard else {})
         self._answer = ends.enter_context(coordinator.http.stream("GET", path, headers=headers))
         assert self._answer.headers["content-type"].startswith("text/event-stream")
         self._lines = self._answer.iter_lines()
@@ -506,6 +522,24 @@ def test_silence_is_told(coordinator: ApiServer, monkeypatch: pytest.MonkeyPatch
         events = iter(Reader(coordinator, "/events", ends))
         assert next(events)[0] == "start"
         assert next(events) == ("", "", "still here")
+
+
+def test_stream_ends_with_its_token(coordinator: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader whose token is revoked hears nothing of what happens then; one token has a bounded number of streams."""
+    monkeypatch.setattr(http, "PING_S", 0.05)
+    monkeypatch.setattr(http, "MOST_STREAMS", 2)
+    access = coordinator.service.access
+    secret = coordinator.call(lambda: access.new("guest", "read", None)).secret
+    with ExitStack() as ends:
+        readers = [iter(Reader(coordinator, "/events", ends, secret=secret)) for _ in range(2)]
+        for reader in readers:
+            assert next(reader)[0] == "start"
+        third = coordinator.http.get("/events", headers={"Authorization": f"Bearer {secret}"})
+        assert (third.status_code, third.headers["retry-after"]) == (429, "1")
+        assert next(iter(Reader(coordinator, "/events", ends)))[0] == "start", "another token has its own"
+        coordinator.call(lambda: access.revoke("guest"))
+        coordinator.hear("info", INFO)
+        assert [kind for reader in readers for kind, _, _ in reader if kind] == []
 
 
 def test_reader_that_does_not_read_is_cut_off(coordinator: ApiServer) -> None:

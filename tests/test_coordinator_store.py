@@ -517,6 +517,19 @@ def test_options_have_a_number_above_all_that_were_told(place: Place) -> None:
         assert send() is None
 
 
+def test_files_to_delete_are_noted(place: Place) -> None:
+    """Once each, with the job that had them, until they are gone; also by the next process."""
+    with closing(place.open()) as store:
+        job = _add(store)
+        store.loosen("a" * 64)
+        store.delete_job(job, {"a" * 64, "b" * 64, "c" * 64})
+        store.settle("b" * 64)
+        store.settle("d" * 64)
+    with closing(place.open()) as store:
+        assert store.job(job) is None
+        assert store.loose_files() == {"a" * 64, "c" * 64}
+
+
 @pytest.mark.parametrize("version", range(1, len(VERSIONS)))
 def test_file_of_an_earlier_version_is_taken_over(version: int, place: Place) -> None:
     """By a later file, or by a server that has nothing yet: jobs, history and nodes are what they were, in their order, and go on."""

@@ -28,6 +28,7 @@ from edge_agent.config import (
     CoordinatorConfig,
     Database,
     Endpoint,
+    Files,
     FileServer,
     Https,
     Limit,
@@ -157,13 +158,14 @@ METHODS = {options.__struct_config__.tag: options for options in _method_options
 JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
 CONFIG_FIELDS = {
     "Agent": _fields(AgentConfig, (Broker, Endpoint, FileServer, RestLimits, Timers, Trust)),
-    "Coordinator": _fields(CoordinatorConfig, (Api, Broker, Database, Https)),
+    "Coordinator": _fields(CoordinatorConfig, (Api, Broker, Database, Files, Https)),
     "Broker": _fields(Broker, (), "broker."),
     "Judges": _fields(Endpoint, (), "judges.*."),
     "File servers": _fields(FileServer, (), "file_servers.*."),
     "HTTPS": _fields(Https, (), "https."),
     "API": _fields(Api, (), "api."),
     "Database": _fields(Database, (), "database."),
+    "Files": _fields(Files, (), "files."),
     "Trust": _fields(Trust, (), "trust."),
     "Timers": _fields(Timers, (), "timers."),
     "Rest": _fields(RestLimits, (), "rest."),
@@ -232,7 +234,7 @@ def _size(kind: type, value: Any) -> Any:
     ("name", "kind", "sections"),
     [
         ("agent.toml", AgentConfig, ("Agent", "Judges", "File servers", "Broker", "Trust", "Timers", "Rest")),
-        ("coordinator.toml", CoordinatorConfig, ("Coordinator", "Database", "HTTPS", "API", "Broker")),
+        ("coordinator.toml", CoordinatorConfig, ("Coordinator", "Database", "Files", "HTTPS", "API", "Broker")),
     ],
 )
 def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple[str, ...], tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple
     file = tmp_path / name
     file.write_text(example, encoding="utf-8")
     assert isinstance(read_config(file, kind), kind)
-    named = r"^(?:(models|labels)\..*|(judges|file_servers)\.[^.]*)"
+    named = r"^(?:(models|labels|files\.options|files\.option_files)\..*|(judges|file_servers)\.[^.]*)"
     given = {re.sub(named, lambda m: f"{m[1] or m[2]}.*", field) for field in _dotted(msgspec.toml.decode(example))}
     assert given == {field.removesuffix("[]") for section in sections for field in CONFIG_FIELDS[section]}
 
@@ -249,7 +251,7 @@ def test_example_configuration_is_complete(name: str, kind: Any, sections: tuple
 def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all keys of a TOML document, those of its tables included."""
     for key, value in table.items():
-        if prefix + key not in ("models", "labels", "judges", "file_servers"):
+        if prefix + key not in ("models", "labels", "judges", "file_servers", "files.options", "files.option_files"):
             yield prefix + key
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}{key}.")

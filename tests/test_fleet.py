@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -434,31 +433,6 @@ def test_a_draining_node_takes_no_jobs(fleet: Fleet) -> None:
     wait_for("one more status", lambda: len({m["id"] for m in fleet.heard("job", taken, "status")}) > before)
     fleet.control(Cancel("default", NODE, taken), "job", taken, "cancel")
     wait_for("the end", lambda: fleet.heard("job", taken, "result"))
-
-
-def test_progress_is_as_fast_as_somebody_looks(fleet: Fleet) -> None:
-    """Nobody looks: one message in 10 s at most. `edge-agent watch` looks: up to 2 a second, and one in 10 s again after it has ended."""
-    view = fleet.submit(fleet.data("watched", 30, 2), schedule__updates=5000)
-    fleet.trained(view.id, 1)
-    quiet = _times(fleet, view.id)
-    stream = fleet.client.watch(view.id)
-    for _ in range(14):
-        next(stream)
-    stream.close()
-    watched = [t for t in _times(fleet, view.id) if t not in quiet]
-    gaps = [b - a for a, b in pairwise(watched)]
-    assert len(gaps) >= 8
-    assert min(gaps) > 0.4
-    assert sorted(gaps)[len(gaps) // 2] < 5
-    last = _times(fleet, view.id)[-1]
-    # The watch runs out after 10 s at most; then two messages in a row are 10 s apart.
-    wait_for("a pause of 10 s", lambda: any(b - a > 9.5 for a, b in pairwise(_times(fleet, view.id)) if a >= last))
-    fleet.client.cancel(view.id)
-    assert fleet.ended(view.id).outcome == "canceled"
-
-
-def _times(fleet: Fleet, job: str) -> list[float]:
-    return [t for t, topic, _ in list(fleet.messages) if topic.endswith(f"/up/job/{job}/progress")]
 
 
 def test_doctor_tells_what_is_wrong(fleet: Fleet, cli: Cli, tmp_path: Path) -> None:

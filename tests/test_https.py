@@ -23,7 +23,7 @@ from orders import NODE, make_order
 from tls_server import TlsServer
 
 from edge_agent import https
-from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, FileServer, Https, Tls, read_config
+from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, Files, FileServer, Https, Tls, read_config
 from edge_agent.coordinator import listening
 from edge_agent.coordinator.file_server import files_served
 from edge_agent.coordinator.service import Service
@@ -193,8 +193,8 @@ def test_what_came_before_a_failure_is_not_asked_for_again(server: TlsServer, tm
 class Coordinator:
     """A coordinator without a broker, with a result of NODE that awaits one artifact, and the servers that nodes configure for it."""
 
-    def __init__(self, root: Path, data: bytes, denied: tuple[str, ...] = ()) -> None:
-        self.root, self.data, self.sha256, self.port = root, data, _sha256(data), free_port()
+    def __init__(self, root: Path, data: bytes, denied: tuple[str, ...] = (), files: Files | None = None) -> None:
+        self.root, self.data, self.sha256, self.port, self.files = root, data, _sha256(data), free_port(), files
         self.authority = Authority(root / "authority")
         issued = self.authority.issue("broker", "127.0.0.1", root)
         for name in (NODE, OTHER):
@@ -213,7 +213,8 @@ class Coordinator:
 
     def start(self) -> None:
         self._ends = ExitStack()
-        self.service = Service(CoordinatorConfig(self.root / "coordinator", broker=Broker(port=free_port()), https=self.https))
+        broker = Broker(port=free_port())
+        self.service = Service(CoordinatorConfig(self.root / "coordinator", broker=broker, https=self.https, files=self.files))
         self.service.start()
         self._ends.callback(self.service.stop)
         self._ends.enter_context(files_served(self.service, self.https))
@@ -480,6 +481,6 @@ def test_files_of_a_job_travel_by_https(way: str) -> None:
         def ended() -> tuple[int, ...]:
             return tuple(fleet.log("agent").count(f"{word} alias=lab") for word in ("file_carried", "file_server_failed"))
 
-        wait_for("the agent to have heard of the last file", lambda: sum(ended()) >= 4)
-        assert ended() == ((4, 0) if way == "https" else (0, 4))
+        wait_for("the agent to have heard of the last file", lambda: sum(ended()) >= 5)
+        assert ended() == ((5, 0) if way == "https" else (0, 5)), "the dataset, the report, two files of the adapter, the Saliency Map"
         fleet.check_messages()

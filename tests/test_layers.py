@@ -46,10 +46,11 @@ LAYERS = (
     ("edge_agent.messages", "edge_agent.supervised"),
     ("edge_agent.signing", "edge_agent.rest", "edge_agent.enrolment", "edge_agent.https", "edge_agent.home_assistant"),
     ("edge_agent.store", "edge_agent.mqtt", "edge_agent.transfer", "edge_agent.admission", "edge_agent.runner", "edge_agent.asyncapi"),
+    ("edge_agent.forecast",),
     ("edge_agent.delivery",),
     ("edge_agent.jobs",),
     ("edge_agent.training", "edge_agent.agent", "edge_agent.coordinator", "edge_agent.doctor", "edge_agent.visit"),
-    ("edge_agent.console", "edge_agent.dataset_view"),
+    ("edge_agent.console", "edge_agent.dataset_view", "edge_agent.tracking"),
     ("edge_agent.demo",),
     ("edge_agent.cli",),
     ("edge_agent.__main__",),
@@ -62,6 +63,7 @@ TORCH_FREE = (
     "edge_agent.dataset", "edge_agent.splitting", "edge_agent.dataset_check", "edge_agent.dataset_view", "edge_agent.report",
     "edge_agent.answers", "edge_agent.saliency", "edge_agent.saliency_page", "edge_agent.web.loopback",
     "edge_agent.critic", "edge_agent.judging", "edge_agent.demo.tour",
+    "edge_agent.tracking.record", "edge_agent.tracking.to_mlflow", "edge_agent.tracking.to_tensorboard",
     "quantization.plan", "quantization.estimate", "quantization.ladder", "quantization.shape", "profiles.calibration",
     "quantization.model_files", "profiles.device", "profiles.recorder", "profiles.memory", "profiles.sensors",
     "profiles.energy", "profiles.sampler",
@@ -138,7 +140,11 @@ def test_daemon_side_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("module", sorted(_modules()))
 def test_nothing_swallows_every_exception(module: str) -> None:
-    """`except Exception` stands at the top of the trainer, of the daemons' loop and of a request to it, and of the command line."""
+    """`except Exception` stands at the top of the trainer, of the daemons' loop and of a request to it, of the command line, and where
+    libraries of object stores are called, each of which raises what it likes."""
     text = _modules()[module].read_text(encoding="utf-8")
-    tops = {"edge_agent.training.run", "edge_agent.cli.shared", "edge_agent.serving", "edge_agent.coordinator.service"}
+    tops = {
+        "edge_agent.training.run", "edge_agent.cli.shared", "edge_agent.serving", "edge_agent.coordinator.service",
+        "edge_agent.coordinator.remote_files",
+    }  # fmt: skip
     assert text.count("except Exception") == (module in tops)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from edge_agent import topics
 from edge_agent.asyncapi import CHANNELS, PARAMETERS, channel_of, document, schema_of
 from edge_agent.errors import EdgeAgentError, MessageInvalid, Stopped, exit_code_of
+from edge_agent.job import Dataset, Job
 from edge_agent.messages import (
     BLOCK_BYTES,
     MAX_MESSAGE_BYTES,
@@ -43,10 +44,13 @@ from edge_agent.messages import (
     Offer,
     OptionsState,
     Phase,
+    PlanAnswer,
+    PlanRequest,
     Reason,
     Report,
     Signature,
     StageDone,
+    Texts,
     Watch,
     decode,
     encode,
@@ -71,6 +75,8 @@ SAMPLES: dict[type, Any] = {
         NodeInfo("0.1.0", "3.11.7", "a GPU", "cuda", 8 * 2**30, {"tiny": SHA256}, NodeLimits(6 * 2**30, 2**28, 16), {"torch": "2.9.0"}),
         Offer(ENVELOPE, {SHA256: b"{}"}), ENVELOPE, JobStatus(SHA256, "running", options=OptionsState(3, 2, 40, "why not")),
         Forgotten(), FileRequest(65536, [0, 7]),
+        PlanRequest(Job(model="tiny", dataset=Dataset(SHA256), budget_bytes=2**30), Texts(24, 175, 125)),
+        PlanAnswer(None, "oom_predicted", "the plan needs 2 GiB"),
         JobProgress(Event(time=1.5, event="progress", stage="train", loss=0.5), [StageDone("load", 2.0, 10**9)], RESOURCES),
         JobResult(
             SHA256, "succeeded", accuracy=Measured(wilson(3, 9), wilson(8, 9), mcnemar([False], [True])), seconds=60.0, peak_bytes=10**9,
@@ -79,10 +85,21 @@ SAMPLES: dict[type, Any] = {
     )
 }  # fmt: skip
 """One message of every kind."""
-LONGEST = {"fleet": "f" * 64, "node": "n" * 64, "instance": "i" * 64, "job": JOB, "message": JOB, "sha256": SHA256, "number": "9" * 19}
+LONGEST = {
+    "fleet": "f" * 64,
+    "node": "n" * 64,
+    "instance": "i" * 64,
+    "job": JOB,
+    "request": JOB,
+    "message": JOB,
+    "sha256": SHA256,
+    "number": "9" * 19,
+}
 """The longest ids, and the number of a block in the largest file that a 64-bit size can name."""
 CODES_OF_PROCESSES = {
     "database_away",
+    "files_away",
+    "tracker_away",
     "answers",
     "package_missing",
     "config",

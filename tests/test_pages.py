@@ -23,6 +23,7 @@ from fleet import DEADLINE_S, QUICK, Fleet, free_port, wait_for
 from orders import NODE
 
 from edge_agent.coordinator.pages import WEB
+from edge_agent.coordinator.rollout import Abort
 from edge_agent.coordinator.store import JobFilter
 from edge_agent.dataset import file_sha256
 from edge_agent.errors import JobSchema
@@ -58,6 +59,7 @@ from edge_agent.report import (
     Repairs,
     Result,
 )
+from edge_agent.saliency import Saliency, SaliencyRecord
 from edge_agent.sizes import parse_size
 from profiles.recorder import StageRow
 from profiles.sensors import Reading, Resources
@@ -143,7 +145,12 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinato
 def test_pages_are_for_anyone_and_may_do_little(coordinator: Coordinator) -> None:
     """Without a token there are the pages' own files and nothing else, each with a policy that lets them run those files and ask the
     coordinator; answers of the API keep the one that lets nothing run."""
-    got = coordinator.ask("GET", f"{coordinator.url}/", None)
+    for path in ("", "saliency"):
+        _check_document(coordinator, path)
+
+
+def _check_document(coordinator: Coordinator, path: str) -> None:
+    got = coordinator.ask("GET", f"{coordinator.url}/{path}", None)
     assert (got.status_code, got.headers["content-type"]) == (200, "text/html; charset=utf-8")
     policy = got.headers["content-security-policy"]
     wanted = {"default-src 'none'", "script-src 'self'", "style-src 'self'", "frame-ancestors 'none'", "require-trusted-types-for 'script'"}
@@ -306,15 +313,43 @@ def _running(coordinator: Coordinator, sha256: str) -> str:
     return job.id
 
 
-def _end(coordinator: Coordinator, job: str, report: bytes | None, outcome: Any = "succeeded", **more: Any) -> None:
+def _end(
+    coordinator: Coordinator, job: str, report: bytes | None, outcome: Any = "succeeded", saliency: bytes | None = None, **more: Any
+) -> None:
     """End a job as its node would."""
     artifacts: tuple[Artifact, ...] = ()
-    if report is not None:
-        sha256 = hashlib.sha256(report).hexdigest()
-        coordinator.service.files.put(report, sha256)
-        artifacts = (Artifact("result.json", sha256, len(report)),)
+    files: tuple[tuple[Any, bytes | None], ...] = (("result.json", report), ("saliency.json", saliency))
+    for name, data in files:
+        if data is not None:
+            sha256 = hashlib.sha256(data).hexdigest()
+            coordinator.service.files.put(data, sha256)
+            artifacts += (Artifact(name, sha256, len(data)),)
     digest = coordinator.call(lambda: coordinator.service.job(job)).digest
     coordinator.hear("job", JobResult(digest, outcome, artifacts=artifacts, **more), job, "result")
+
+
+def test_a_map_of_hostile_tokens_stays_text(browser: Any, coordinator: Coordinator, dataset: str) -> None:
+    """What a node writes as the Saliency Map of a job is shown under the pages' policy; one that is broken, or is none, is said."""
+    tokens, scores = [*HOSTILE], [-0.5] * len(HOSTILE)
+    record = SaliencyRecord(NASTY, False, "incorrect", NASTY, NASTY, NASTY, tokens, *[scores] * 5, None, [])
+    job, broken, sft = (_running(coordinator, dataset) for _ in range(3))
+    _end(coordinator, job, _report(), saliency=msgspec.json.encode(Saliency(1, NlftOptions(), 0, [record])))
+    _end(coordinator, broken, _report(), saliency=b'{"records": 1}')
+    _end(coordinator, sft, _report())
+    with Opened(browser, coordinator, f"#/jobs/{job}", "read") as opened:
+        page = opened.page
+        page.click("a.button:has-text('Saliency Map')")
+        opened.wait("globalThis.saliencyMap")
+        assert page.locator(".flow .t").all_inner_texts() == tokens
+        assert NASTY in opened.text("main.answer")
+        assert page.locator("text=Newer scores").is_hidden()
+        assert (page.evaluate("globalThis.struck"), opened.complaints) == (None, [])
+        for other, says in ((broken, "cannot be shown"), (sft, "has left no Saliency Map"), ("../jobs", "")):
+            page.goto("about:blank")
+            page.goto(f"{coordinator.url}/saliency#{other}")
+            opened.wait(f"document.querySelector('.waiting, .stands')?.innerText.includes({json.dumps(says)})")
+            assert page.evaluate("globalThis.saliencyMap") is None
+        assert page.evaluate("globalThis.struck") is None
 
 
 def _progress(coordinator: Coordinator, job: str, done: int, **more: Any) -> None:
@@ -598,6 +633,59 @@ def test_a_job_is_submitted_from_the_form(browser: Any, coordinator: Coordinator
         assert opened.page.evaluate("globalThis.struck") is None
 
 
+def test_a_rollout_is_begun_from_the_form(browser: Any, coordinator: Coordinator, tmp_path: Path) -> None:
+    """Who would get it stands below the form before anything is made; the best node gets a job likewise."""
+    for node, site in (("north-1", "north"), ("north-2", "north"), ("south-1", "south")):
+        told = msgspec.structs.replace(INFO, models={"many": "0" * 64}, labels={"site": site, "note": NASTY[:64]})
+        coordinator.say(node, "state", NodeState("ready", 1, 1, 0))
+        coordinator.say(node, "info", told)
+    data = write_lines(tmp_path / "many.jsonl", *({"question": f"{n}, many?", "answer": f"#### {n}"} for n in range(12)))
+    with Opened(browser, coordinator, "#/new", "submit") as opened:
+        page = opened.page
+        page.wait_for_selector(".checks li")
+        _field(opened, "For").select_option("many")
+        _field(opened, "Model").select_option("many")
+        _field(opened, "Memory budget").fill("900MiB")
+        page.set_input_files("[aria-label='Dataset: a file']", data)
+        page.wait_for_selector(".found .facts")
+        opened.wait("document.body.innerText.includes('3 nodes would get this job')")
+        labels = _field(opened, "Nodes with the labels")
+        labels.fill("site")
+        page.click("button:has-text('Begin the rollout')")
+        opened.wait("document.querySelector('.told').textContent.includes('site is no label')")
+        for wrong in ("site=north, site=south", "__proto__=x"):
+            labels.fill(wrong)
+            opened.wait("!document.body.innerText.includes('3 nodes would get this job')")
+            page.click("button:has-text('Begin the rollout')")
+            opened.wait("document.querySelector('.told').textContent !== ''")
+        labels.fill("site=west")
+        opened.wait("document.querySelector('.notice.wrong')")
+        labels.fill(" site = north ")
+        _field(opened, "Jobs per minute").fill("5")
+        _field(opened, "Stop above this share of failures, in %").fill("25")
+        _field(opened, "Once so many have ended").fill("4")
+        opened.wait("document.body.innerText.includes('2 nodes would get this job')")
+        assert "south-1" in opened.text("table[aria-label=Not]")
+        page.click("button:has-text('Begin the rollout')")
+        opened.wait("location.hash.startsWith('#/rollouts/')")
+        [made] = coordinator.call(lambda: coordinator.service.rollouts(None, None, 1)).items
+        assert made.plan.job == Job(model="many", dataset=Dataset(file_sha256(data)), budget_bytes=900 * MIB)
+        assert (made.plan.selector.labels, made.plan.rate.maximum_per_minute) == ({"site": "north"}, 5)
+        assert made.plan.abort == Abort(minimum_ended=4, threshold=0.25)
+        opened.go("#/new")
+        page.wait_for_selector(".checks")
+        _field(opened, "For").select_option("best")
+        _field(opened, "Model").select_option("many")
+        _field(opened, "Memory budget").fill("900MiB")
+        _field(opened, "Nodes with the labels").fill("site=south")
+        page.set_input_files("[aria-label='Dataset: a file']", data)
+        page.wait_for_selector(".found .facts")
+        page.click("button:has-text('Submit')")
+        page.wait_for_selector(".timeline li")
+        assert coordinator.call(lambda: coordinator.service.jobs(JobFilter(), None, 1)).items[0].node == "south-1"
+        assert page.evaluate("globalThis.struck") is None
+
+
 def test_presets_of_the_form_are_those_of_the_code(browser: Any, coordinator: Coordinator) -> None:
     """Each is a method of a job, with the options that the code has for it; defaults and sizes are read as the code reads them."""
     with Opened(browser, coordinator, "#/new", "submit") as opened:
@@ -671,6 +759,12 @@ def test_a_person_trains_a_model(browser: Any, tmp_path: Path) -> None:
             further = _field(opened, "One field=value a line, by their names in the job document")
             further.fill("\n".join(f"{name}={value}" for name, value in fields.items()))
             opened.wait("document.querySelectorAll('.found .facts').length === 2")
+            opened.wait("document.body.innerText.includes('It should fit: about')")
+            budget = _field(opened, "Memory budget").input_value()
+            _field(opened, "Memory budget").fill("100MiB")
+            opened.wait("document.body.innerText.includes('raise --budget to at least')")
+            _field(opened, "Memory budget").fill(budget)
+            opened.wait("document.body.innerText.includes('It should fit: about')")
             page.click("button:has-text('Submit')")
             opened.wait("document.body.innerText.includes('Now: train')", DEADLINE_S)
             opened.wait("document.querySelector('.chart path.line')", DEADLINE_S)
@@ -704,6 +798,13 @@ def test_a_person_trains_a_model(browser: Any, tmp_path: Path) -> None:
             page.click("text=Cancel")
             page.click("dialog button.danger")
             opened.wait("document.querySelector('.headline').innerText.includes('canceled')", DEADLINE_S)
+            opened.go("#/jobs")
+            opened.wait("document.querySelectorAll('tbody input[type=checkbox]').length === 2")
+            for box in page.locator("tbody input[type=checkbox]").all():
+                box.check()
+            page.click("text=Compare")
+            page.wait_for_selector(".intervals")
+            assert len(page.locator("table[aria-label=Measures] tbody tr").all()) == 2
             assert opened.complaints == []
 
 

@@ -109,6 +109,12 @@ def opened(browser: Any, answers: Path) -> Iterator[Opened]:
         yield opened
 
 
+def test_presets_are_those_of_the_code(opened: Opened) -> None:
+    """`Corrected` are the default options, `Released` those of the released code."""
+    for name, options in (("corrected", NlftOptions()), ("released", NlftOptions.released())):
+        assert {"name": "nlft", **opened.page.evaluate(f"saliencyMap.choices.{name}")} == msgspec.to_builtins(options)
+
+
 def _double(values: Any) -> torch.Tensor | None:
     return None if values is None else torch.tensor(values, dtype=torch.float64)
 
@@ -432,7 +438,7 @@ def test_what_cannot_be_shown_is_said(problem: str, tmp_path: Path) -> None:
     if problem == "Expected `float`":
         text = msgspec.json.encode(Saliency(1, NlftOptions(), 0, [_record(1, ["a"], 1)])).replace(b'"base":[', b'"base":["')
         (tmp_path / "job" / "saliency.json").write_bytes(text.replace(b'],"standard":[', b'"],"standard":['))
-    with pytest.raises(SaliencyUnusable, match=re.escape(problem) + ".*give the directory of a job"):
+    with pytest.raises(SaliencyUnusable, match=re.escape(problem) + ".*give the directory or the id of a job"):
         saliency_page(JobDirectory(tmp_path / "job"))
 
 

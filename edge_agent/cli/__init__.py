@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import datasets, enroll, fleet, keys, local, rollouts, tokens
+from edge_agent.cli import datasets, enroll, fleet, keys, local, rollouts, saliency, tokens, track
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -30,7 +30,7 @@ rollout_app = typer.Typer(no_args_is_help=True, help="Give one job to many nodes
 app.add_typer(rollout_app, name="rollout")
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "On this machine": (local.train, local.plan, local.evaluate, local.compare, local.saliency, local.demo),
+    "On this machine": (local.train, local.plan, local.evaluate, local.compare, saliency.saliency, local.demo),
     "On a node": (fleet.run, fleet.doctor),
     "Across a fleet": (
         fleet.coordinator,
@@ -42,6 +42,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         fleet.cancel,
         fleet.retry,
         fleet.fetch,
+        track.track,
         fleet.forget,
         fleet.drain,
         fleet.resume,

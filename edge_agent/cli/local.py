@@ -1,11 +1,10 @@
-"""Commands on this machine: `edge-agent train | evaluate | compare | plan | saliency | dataset check | dataset build | demo`."""
+"""Commands on this machine: `edge-agent train | evaluate | compare | plan | dataset check | dataset build | demo`."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-import webbrowser
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +48,7 @@ from edge_agent.console import LiveView, built_table, comparison_view, measureme
 from edge_agent.dataset_check import check
 from edge_agent.dataset_view import dataset_tables
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, DatasetSchema, EdgeAgentError, JobSchema, Stopped
-from edge_agent.files import check_writable, write_file
+from edge_agent.files import write_file
 from edge_agent.job import Evaluation, Job, Judging
 from edge_agent.job_building import build_job, build_options, named_verifier
 from edge_agent.job_directory import JobDirectory
@@ -307,34 +306,6 @@ def compare(
             print_json(found)
         else:
             Console().print(comparison_view(found))
-
-
-def saliency(
-    directory: Annotated[Path, typer.Argument(help="The directory of a finished job of the method nlft.")],
-    html: Annotated[Path | None, typer.Option("--html", help="Write the page to this file, which needs nothing else, and end.")] = None,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser of this machine.")] = True,
-) -> None:
-    """Show the Saliency Map of a job: every token with its weight, why it has it, and what other options would make of it.
-
-    Serves the page to this machine only, at an address that nobody can guess, until Ctrl-C.
-    """
-    with explained(as_json=False):
-        from edge_agent.saliency_page import saliency_page
-        from edge_agent.web.loopback import Loopback
-
-        source = JobDirectory(directory)
-        page, _ = saliency_page(source)
-        if html is not None:
-            check_writable(html)
-            write_file(html, page, private=True)
-            typer.echo(str(html))
-            return
-        with Loopback(lambda: saliency_page(source)) as server:
-            typer.echo(server.url)
-            if browser:
-                webbrowser.open(server.url)
-            with suppress(KeyboardInterrupt):
-                server.serve_forever()
 
 
 def dataset_check(

@@ -22,11 +22,11 @@ Exit codes: 0 success, 1 internal error, 2 wrong usage, 3 dataset, 4 job or dire
 budget or the free memory, 7 out of memory, 8 disk full, 9 loss not finite, 10 time limit,
 11 no such device, 12 stopped on request, 13 configuration or state directory of a daemon, 14 coordinator away or unwilling,
 15 endpoint of judgments unknown or unwilling, 16 trained, and the adapter is not accepted,
-130 interrupted (run again to go on).
+17 tracking server away or unwilling, 130 interrupted (run again to go on).
 """
 
-COORDINATOR_PACKAGES = {"litestar", "uvicorn", "sqlalchemy", "amqtt"}
-"""Of the extra `coordinator`: a node does without."""
+EXTRAS = dict.fromkeys(("litestar", "uvicorn", "sqlalchemy", "amqtt"), "coordinator") | {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+"""The extra that a package is of which a node does without."""
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="A model directory, or the id of a model in the local Hugging Face cache.")
@@ -80,8 +80,8 @@ def explained(as_json: bool) -> Iterator[None]:
     except (typer.Exit, typer.BadParameter):
         raise
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in COORDINATOR_PACKAGES:
-            missing = PackageMissing(error.name)
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            missing = PackageMissing(error.name, EXTRAS[error.name])
             _print_error(missing.code, str(missing), as_json)
             raise typer.Exit(missing.exit_code) from None
         _print_error(EdgeAgentError.code, f"{type(error).__name__}: {error}", as_json)

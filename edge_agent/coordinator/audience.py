@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from edge_agent.coordinator.store import JobView, NodeView
-from edge_agent.messages import JobProgress, Watch
+from edge_agent.messages import Artifact, JobProgress, Watch
 from profiles.recorder import StageName
 
 WATCH_TTL_S = 10.0
@@ -22,17 +22,20 @@ MOST_TRACKS = 1000
 """Jobs of which that is kept; those that nothing was told of for longest go first."""
 
 
+HappeningKind = Literal["job", "progress", "saliency", "node"]
+
+
 @dataclass(frozen=True)
 class Happening:
     """Something that has happened. Later ones of one start of the coordinator have higher numbers."""
 
     epoch: int
     number: int
-    kind: Literal["job", "progress", "node"]
+    kind: HappeningKind
     subject: str
     """The job or node."""
     data: bytes
-    """JSON of the job, its progress, or the node."""
+    """JSON of the job, its progress, its Saliency Map as an artifact, or the node."""
     ended: bool = False
     """Whether it is the end of a job."""
 
@@ -138,6 +141,10 @@ class Audience:
             self._tracks.popitem(last=False)
         self._last[job] = self._tell(self._happening("progress", job, progress))
 
+    def saliency(self, job: str, artifact: Artifact) -> None:
+        """The Saliency Map of a job that runs has come."""
+        self._tell(self._happening("saliency", job, artifact))
+
     def track(self, job: str) -> list[ProgressPoint]:
         """Return what was told of the progress of a job, thinned, the oldest first."""
         return [*self._tracks[job].points] if job in self._tracks else []
@@ -161,7 +168,7 @@ class Audience:
                 self._due[job] = now + WATCH_TTL_S / 2
                 self._ask(job, Watch(WATCH_TTL_S))
 
-    def _happening(self, kind: Literal["job", "progress", "node"], subject: str, data: object, ended: bool = False) -> Happening:
+    def _happening(self, kind: HappeningKind, subject: str, data: object, ended: bool = False) -> Happening:
         """Return something as it is now."""
         return Happening(self._epoch, self._number, kind, subject, msgspec.json.encode(data), ended)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from edge_agent.config import Tls, is_loopback, read_key
 from edge_agent.coordinator.access import NewToken, Scope
 from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan, RolloutView, Selector, SubmittedJob
 from edge_agent.coordinator.store import (
+    MANY,
     Audited,
     AuditPage,
     DatasetPage,
@@ -31,7 +32,16 @@ from edge_agent.coordinator.store import (
 )
 from edge_agent.dataset import check_sha256
 from edge_agent.dataset_check import Check
-from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, DirectoryUnusable, EdgeAgentError, Unknown, exit_code_of
+from edge_agent.errors import (
+    ConfigInvalid,
+    CoordinatorUnreachable,
+    DirectoryUnusable,
+    EdgeAgentError,
+    Forbidden,
+    Unauthorized,
+    Unknown,
+    exit_code_of,
+)
 from edge_agent.job import Job
 from edge_agent.messages import ORDER_S, JobProgress, is_ulid
 from edge_agent.report import Result
@@ -51,8 +61,12 @@ UPLOAD_S = 600.0
 """Without a byte of the answer to an upload: a large dataset is looked into first."""
 PAGE = 500
 MOST_NODES = 100_000
+MAP_S = 120.0
+"""For the Saliency Map of a job that trains to come."""
 AWAY_S = 60.0
 """How long a watcher waits for a coordinator that has gone."""
+LONGEST_PAUSE_S = 30.0
+"""Between two attempts of who waits for ever."""
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -235,7 +249,7 @@ class Client:
         """Return the report of an ended job, if it made one."""
         for artifact in view.artifacts:
             if artifact.name == "result.json":
-                return msgspec.json.decode(self._send("GET", f"{_path(view.id)}/artifacts/{artifact.name}").content, type=Result)
+                return self._ask(Result, "GET", f"{_path(view.id)}/artifacts/{artifact.name}")
         return None
 
     def fetch(self, job: str, directory: Path) -> list[Path]:
@@ -250,7 +264,7 @@ class Client:
         try:
             (directory / "adapter").mkdir(parents=True, exist_ok=True)
             for artifact in view.artifacts:
-                path = directory / artifact.name if artifact.name == "result.json" else directory / "adapter" / artifact.name
+                path = directory / "adapter" / artifact.name if artifact.name.startswith("adapter") else directory / artifact.name
                 self._save(f"{_path(job)}/artifacts/{artifact.name}", artifact.sha256, path)
                 written.append(path)
         except OSError as error:
@@ -277,8 +291,12 @@ class Client:
         heard: list[str] = []
         while True:
             try:
-                for item in self._events(job, heard):
+                for kind, data in self._events(f"{_path(job)}/events", heard):
                     away_since = None
+                    if kind in (b"", b"saliency"):
+                        continue
+                    item: JobView | JobProgress
+                    item = msgspec.json.decode(data, type=JobProgress) if kind == b"progress" else msgspec.json.decode(data, type=JobView)
                     yield item
                     if isinstance(item, JobView) and item.phase == "ended":
                         return
@@ -291,21 +309,87 @@ class Client:
                 raise CoordinatorUnreachable(self._place, why)
             time.sleep(0.5)
 
-    def _events(self, job: str, heard: list[str]) -> Iterator[JobView | JobProgress]:
-        """Yield events, after that whose id is the last of `heard`, which grows with them."""
-        with self._http.stream("GET", f"{_path(job)}/events", headers={"Last-Event-ID": heard[-1]} if heard else {}) as response:
+    def ended(self) -> Iterator[JobView]:
+        """Yield the jobs that have ended, the newest first, a page at a time."""
+        for page in self._pages(JobPage, "/jobs", MANY, {"phase": "ended"}):
+            yield from page.items
+
+    def endings(self, away: Callable[[EdgeAgentError], None]) -> Iterator[JobView]:
+        """Yield the jobs that have ended, then each as it ends, without end; one may come twice.
+
+        A coordinator that goes is awaited as long as it takes, and `away` hears of it once. Raises CoordinatorUnreachable where none
+        answers at first, Answered where it does not answer, or the token is not valid any more.
+        """
+        heard: list[str] = []
+        listed = False
+        pause_s = 0.0
+        while True:
+            problem: EdgeAgentError
+            try:
+                for kind, data in self._events("/events", heard):
+                    pause_s = 0.0
+                    if kind == b"start":
+                        # They are listed once it listens, so none ends in between; again where events were lost.
+                        listed = listed and not msgspec.json.decode(data)["lost"]
+                        if not listed:
+                            yield from self.ended()
+                            listed = True
+                    elif kind == b"job" and (view := msgspec.json.decode(data, type=JobView)).phase == "ended":
+                        yield view
+                problem = CoordinatorUnreachable(self._place, "it closed the connection")
+            except httpx.TransportError as error:
+                problem = CoordinatorUnreachable(self._place, _why(error))
+            except (CoordinatorUnreachable, Answered) as error:
+                problem = error
+            if not heard or problem.code in (Unauthorized.code, Forbidden.code):
+                raise problem
+            if not pause_s:
+                away(problem)
+            pause_s = min(2 * pause_s or 0.5, LONGEST_PAUSE_S)
+            time.sleep(pause_s)
+
+    def saliency(self, job: str) -> tuple[bytes, Job]:
+        """Return the `saliency.json` of a job, and its document; of one that trains as it stands now.
+
+        Raises Answered where there is none, or where none comes.
+        """
+        view = self.job(job)
+        if view.phase != "ended":
+            self._await_map(job)
+        return self._send("GET", f"{_path(job)}/artifacts/saliency.json").content, view.order.job
+
+    def _await_map(self, job: str) -> None:
+        """Have the trainer of a job write its Saliency Map, and wait until it has come, or the job has ended."""
+        until = time.monotonic() + MAP_S
+        asked = False
+        try:
+            for kind, data in self._events(f"{_path(job)}/events", []):
+                if not asked:
+                    self._send("POST", f"{_path(job)}/saliency")
+                    asked = True
+                if kind == b"saliency" or (kind == b"job" and msgspec.json.decode(data, type=JobView).phase == "ended"):
+                    return
+                if time.monotonic() > until:
+                    break
+        except httpx.TransportError as error:
+            raise CoordinatorUnreachable(self._place, _why(error)) from None
+        raise Answered("refused", f"no Saliency Map of job {job} has come within {MAP_S:.0f} s; its trainer writes it between two updates")
+
+    def _events(self, path: str, heard: list[str]) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (kind, data) of events, after that whose id is the last of `heard`, which grows with them; of a comment nothing in both."""
+        with self._http.stream("GET", path, headers={"Last-Event-ID": heard[-1]} if heard else {}) as response:
             self._check(response)
             kind = b""
             for line in _lines(response):
                 name, _, value = line.rstrip(b"\r").partition(b": ")
+                if line.startswith(b":"):
+                    yield b"", b""
                 if name == b"event":
                     kind = value
                 elif name == b"id":
                     heard[:] = [value.decode()]
                 elif name == b"data" and value:
-                    item: JobView | JobProgress
-                    item = msgspec.json.decode(value, type=JobProgress) if kind == b"progress" else msgspec.json.decode(value, type=JobView)
-                    yield item
+                    yield kind, value
 
     def _pages(self, kind: type[P], path: str, limit: int, params: Mapping[str, str] = NONE) -> Iterator[P]:
         """Yield the pages of a list, up to a number of items."""
@@ -320,7 +404,7 @@ class Client:
     def _ask(self, kind: type[T], method: str, path: str, **options: Any) -> T:
         try:
             return msgspec.json.decode(self._send(method, path, **options).content, type=kind)
-        except msgspec.ValidationError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Answered("internal", f"the coordinator answers in another form, perhaps of another version: {error}") from None
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Awaited:
-    """A result whose artifacts are on their way; its message is acknowledged when they are here."""
+    """A result whose artifacts are on their way; its message is acknowledged when they are here for good."""
 
     node: str
     message: str
@@ -90,10 +90,10 @@ class Exchange:
                 incoming.ask_again()
 
     def _advance(self, job: str) -> None:
-        """Ask for what is missing; with the last artifact the job is collected."""
+        """Ask for what is missing; when the last artifact is here for good the job is collected."""
         view, awaited = self._store.job(job), self._awaited[job]
         artifacts = view.artifacts if view is not None and view.phase != "ended" else ()
-        wanted = [a for a in artifacts if not self._files.has(a.sha256)]
+        wanted = [a for a in artifacts if not self._files.lasts(a.sha256) and not self._files.has(a.sha256)]
         for sha256 in set(awaited.incoming) - {a.sha256 for a in wanted}:  # of a result that another has replaced
             awaited.incoming.pop(sha256).discard()
         for artifact in wanted:
@@ -106,7 +106,7 @@ class Exchange:
                 awaited.incoming[artifact.sha256] = self._incoming(awaited.node, artifact)
         for sha256 in list(awaited.incoming):
             self._ask(job, awaited, sha256)
-        if not awaited.incoming:
+        if not awaited.incoming and all(a.sha256 in awaited.given_up or self._files.lasts(a.sha256) for a in artifacts):
             del self._awaited[job]
             if view is not None:
                 self._collected(view, awaited.message)

@@ -23,7 +23,7 @@ from edge_agent.config import Https
 from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
 from edge_agent.coordinator.ranges import ranged
 from edge_agent.coordinator.service import NODE_NAME, Service
-from edge_agent.errors import EdgeAgentError
+from edge_agent.errors import EdgeAgentError, FilesAway
 from edge_agent.https import OFFSET
 from edge_agent.topics import COORDINATOR
 from edge_agent.transfer import SHA256, Place
@@ -131,7 +131,9 @@ async def _place(service: Service, node: str, sha256: str) -> Place | None:
 async def _file(service: Service, node: str, sha256: str) -> Path:
     if not await asyncio.to_thread(service.call, lambda: service.may_have(node, sha256)):
         raise NotFoundException
-    return service.files.path(sha256)
+    if (path := await service.file(sha256)) is None:
+        raise NotFoundException
+    return path
 
 
 def _from(offset: int) -> Response[None]:
@@ -139,4 +141,5 @@ def _from(offset: int) -> Response[None]:
 
 
 def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Any]:
-    return Response({"error": {"code": error.code, "text": str(error)}}, status_code=409)
+    status = 503 if isinstance(error, FilesAway) else 409
+    return Response({"error": {"code": error.code, "text": str(error)}}, status_code=status)

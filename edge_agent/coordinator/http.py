@@ -16,10 +16,11 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from weakref import WeakSet
 
 import msgspec
 import uvicorn
@@ -81,7 +82,9 @@ from edge_agent.errors import (
     DatasetTooLarge,
     DiskFull,
     EdgeAgentError,
+    FilesAway,
     Forbidden,
+    Refused,
     StateDamaged,
     StateUnusable,
     TooManyRequests,
@@ -91,7 +94,7 @@ from edge_agent.errors import (
 )
 from edge_agent.job import Job, Strict
 from edge_agent.json_items import MAX_FILE_BYTES
-from edge_agent.messages import ORDER_S, ArtifactName, new_id
+from edge_agent.messages import ORDER_S, PLAN_S, ArtifactName, PlanAnswer, new_id
 from edge_agent.transfer import SHA256
 
 log = logging.getLogger(__name__)
@@ -102,11 +105,13 @@ LONGEST_SOCKET_PATH = 107
 MAX_BODY_BYTES = 1024 * 1024
 """Of a request that brings no file."""
 PING_S = 5.0
+MOST_STREAMS = 64
+"""Of events, of one token: a quarter of all connections."""
 MOST_UNHEARD = 1024
 """Events that wait for one reader."""
 STATUSES: dict[type[EdgeAgentError], int] = {
     Unauthorized: 401, Forbidden: 403, Unknown: 404, DatasetTooLarge: 413, DatasetEmpty: 422, DatasetSchema: 422, DatasetChecksum: 422,
-    TooManyRequests: 429, DatabaseAway: 503, DatabaseUnusable: 503, StateDamaged: 503,
+    TooManyRequests: 429, DatabaseAway: 503, DatabaseUnusable: 503, FilesAway: 503, StateDamaged: 503,
 }  # fmt: skip
 """Of answers with an error; any other has 409."""
 HEADERS = {
@@ -152,6 +157,13 @@ class Submission(Strict, frozen=True):
             raise ValueError("a job is for a `node` or has a `selector`, not both")
 
 
+class PlanWanted(Strict, frozen=True):
+    """A job that has not been handed in, and the node that may get it. Its files have been uploaded before."""
+
+    job: Job
+    node: str
+
+
 class OptionsRequest(Strict, frozen=True):
     """What is to change while a job runs: a part of its document."""
 
@@ -176,6 +188,8 @@ class Door:
     by_token: Limits | None = None
     """null: as often as they like."""
     by_address: Limits | None = None
+    ears: WeakSet[Ear] = field(default_factory=WeakSet)
+    """Streams of events that are open. Only the server's own thread looks."""
 
 
 def make_app(service: Service, door: Door) -> Litestar:
@@ -243,7 +257,10 @@ async def _account(message: Message, scope: Any) -> None:
     known = method in METHODS
     service.metrics.requests.labels(method if known else "other", scope.get("path_template") or "none", status).inc()
     caller: Caller | None = scope["state"].get("caller")
-    if caller is None or method in READING or status == STATUSES[TooManyRequests]:
+    route = scope.get("route_handler")
+    only_asks = scope["path"] == f"{VERSION}/rollouts" and scope["query_string"] == b"dry_run=true"
+    only_asks = only_asks or (route is not None and route.opt.get("scope") == "read")
+    if caller is None or method in READING or status == STATUSES[TooManyRequests] or only_asks:
         return
     client, made = scope.get("client"), dict(message["headers"]).get(b"location")
     request = Audited(
@@ -306,6 +323,17 @@ def submit(state: State, data: JSONBody[Submission]) -> Response[SubmittedJob]:
     return _made(service.call(lambda: service.hand_in(data.node, selector, data.job, data.priority, data.expires_s)))
 
 
+@post("/plans", scope="read", status_code=200)
+async def plan(state: State, data: JSONBody[PlanWanted]) -> PlanAnswer:
+    """What a job would take on a node, about: in closed form, as the node answers at once, whatever it works on. Nothing is handed in."""
+    service: Service = state.service
+    asked = await asyncio.to_thread(service.call, lambda: service.ask_plan(data.node, data.job))
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(asked), PLAN_S)
+    except asyncio.TimeoutError:
+        raise Refused(f"node {data.node!r} has not answered within {PLAN_S:.0f} s; the job can be handed in nevertheless") from None
+
+
 @get("/jobs/{job_id:str}", scope="read", sync_to_thread=True)
 def job(state: State, job_id: FromPath[str]) -> JobView:
     """One job."""
@@ -339,6 +367,16 @@ def options(state: State, job_id: FromPath[str], data: JSONBody[OptionsRequest])
     """Have an NLFT job go on with other values of some options, from the next update on; each request has a number."""
     service: Service = state.service
     return service.call(lambda: service.send_options(job_id, data.method))
+
+
+@post("/jobs/{job_id:str}/saliency", scope="read", status_code=202, sync_to_thread=True)
+def saliency(state: State, job_id: FromPath[str]) -> JobView:
+    """Have the trainer of a running NLFT job write its Saliency Map as it stands; the event `saliency` says when it has come.
+
+    Until the job has ended it is the artifact `saliency.json`.
+    """
+    service: Service = state.service
+    return service.call(lambda: service.ask_saliency(job_id))
 
 
 @post("/jobs/{job_id:str}/retry", scope="submit", sync_to_thread=True)
@@ -379,8 +417,11 @@ async def events(state: State, request: Request[Any, Any, Any], last_event_id: L
 async def artifact(state: State, job_id: FromPath[str], name: FromPath[ArtifactName], request: Request[Any, Any, Any]) -> Response[bytes]:
     """A file that a job has made, or a range of it; its ETag is its sha256."""
     service: Service = state.service
-    sha256 = await asyncio.to_thread(service.call, lambda: service.artifact(job_id, name))
-    return ranged(service.files.path(sha256), sha256, request.headers, name)
+    sha256, path = await asyncio.to_thread(service.call, lambda: service.artifact(job_id, name))
+    path = path or await service.file(sha256)
+    if path is None or not path.exists():  # a map that another has taken the place of
+        raise Unknown(f"job {job_id} has no {name} here")
+    return ranged(path, sha256, request.headers, name)
 
 
 @get("/rollouts", scope="read", sync_to_thread=True)
@@ -438,12 +479,14 @@ async def upload(state: State, sha256: Sha256InPath, request: Request[Any, Any, 
     part = service.files.incoming / f"{sha256}.upload-{new_id()}"
     try:
         await _receive_file(part, request)
+        size = part.stat().st_size
+        await asyncio.to_thread(service.call, lambda: service.check_room(sha256, size))
         found = await asyncio.to_thread(_look_into, service, part, sha256, name or sha256[:12])
         view = DatasetView(
-            sha256=sha256, name=name or sha256[:12], size_bytes=part.stat().st_size, uploaded=time.time(),
+            sha256=sha256, name=name or sha256[:12], size_bytes=size, uploaded=time.time(),
             found=found,
         )  # fmt: skip
-        await asyncio.to_thread(service.files.take, part, sha256)
+        await service.keep_file(part, sha256)
         return await asyncio.to_thread(service.call, lambda: service.keep_dataset(view))
     finally:
         part.unlink(missing_ok=True)
@@ -499,7 +542,8 @@ def revoke_token(state: State, name: FromPath[str]) -> Token:
 
 
 ROUTES = [
-    me, nodes, drain, resume, jobs, submit, job, history, progress, cancel, options, retry, forget, job_events, events, artifact,
+    me, nodes, drain, resume, plan, jobs, submit, job, history, progress, cancel, options, saliency, retry, forget,
+    job_events, events, artifact,
     rollouts, roll_out, rollout, rollout_nodes, cancel_rollout,
     datasets, upload, dataset, remove_dataset, audit, tokens, new_token, revoke_token,
 ]  # fmt: skip
@@ -591,8 +635,23 @@ class Ear:
     """Hears for one connection, from the coordinator's thread, and keeps little of what has not gone out: who is slower is cut off."""
 
     def __init__(self, request: Request[Any, Any, Any]) -> None:
+        """Raises TooManyRequests where a token has `MOST_STREAMS` of them."""
         self._loop, self.heard = asyncio.get_running_loop(), asyncio.Queue[Happening](MOST_UNHEARD)
         self._transport: asyncio.Transport = request.scope["state"]["transport"]
+        self._door: Door = request.app.state.door
+        self._authorization = request.headers.get("authorization")
+        self.name = request.scope["state"]["caller"].name
+        if self._door.by_token is not None and sum(ear.name == self.name for ear in self._door.ears) >= MOST_STREAMS:
+            raise TooManyRequests(PING_S)
+        self._door.ears.add(self)
+
+    def may_hear(self) -> bool:
+        """Whether the token is good that has opened it: it may have expired since, or was revoked."""
+        try:
+            self._door.identify(self._authorization)
+        except Unauthorized:
+            return False
+        return True
 
     def __call__(self, happening: Happening) -> None:
         with suppress(RuntimeError):  # the server has ended
@@ -613,12 +672,14 @@ async def _events(service: Service, job: str | None, ear: Ear, heard: str | None
         else:
             start, lost = await asyncio.to_thread(service.call, lambda: service.listen_to_all(ear, heard))
             yield ServerSentEventMessage(event="start", id=start, data=msgspec.json.encode({"lost": lost}).decode())
-        while True:
+        while ear.may_hear():
             try:
                 happening = await asyncio.wait_for(ear.heard.get(), PING_S)
             except asyncio.TimeoutError:
                 yield ServerSentEventMessage(data=None, comment="still here")
                 continue
+            if not ear.may_hear():
+                return
             yield ServerSentEventMessage(event=happening.kind, id=happening.id, data=_told(happening, job).decode())
             if job is not None and happening.ended:
                 return

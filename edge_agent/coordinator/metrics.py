@@ -34,6 +34,8 @@ class Standing:
     connected: bool
     rollouts: dict[str, int]
     """By their state."""
+    files: int
+    """To be stored in the object store, or deleted there."""
 
 
 class Metrics:
@@ -96,5 +98,6 @@ class _Gauges(Collector):
         yield GaugeMetricFamily(f"{PREFIX}_unanswered", "Offers and commands that a node has not answered yet.", now.waiting)
         yield CounterMetricFamily(f"{PREFIX}_messages_late", "Messages that came after newer ones and changed nothing.", now.late)
         yield CounterMetricFamily(f"{PREFIX}_messages_dropped", "Messages that came faster than they were handled.", now.dropped)
+        yield GaugeMetricFamily(f"{PREFIX}_files_waiting", "Files to be stored in the object store, or deleted there.", now.files)
         yield GaugeMetricFamily(f"{PREFIX}_listeners", "Readers of events.", now.listeners)
         yield GaugeMetricFamily(f"{PREFIX}_broker_connected", "1 where the broker is connected.", now.connected)

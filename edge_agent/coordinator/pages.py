@@ -1,4 +1,4 @@
-"""The web pages: one document and what it loads, the same for everybody. What they show comes from the API, with the reader's own token."""
+"""The web pages: two documents and what they load, the same for everybody. What they show comes from the API, with the reader's token."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def page(request: Request[Any, Any, Any]) -> Response[bytes]:
     return _answer("pages.html", "text/html", request)
 
 
+@get("/saliency", scope=ANYONE, sync_to_thread=False)
+def saliency_page(request: Request[Any, Any, Any]) -> Response[bytes]:
+    """The page of a job's Saliency Map."""
+    return _answer("saliency.html", "text/html", request)
+
+
 @get("/web/{name:str}", scope=ANYONE, sync_to_thread=False)
 def page_file(
     name: Annotated[str, PathParameter(pattern=r"^[a-z_]{1,40}\.[a-z]{1,8}$")], request: Request[Any, Any, Any]
@@ -46,7 +52,7 @@ def page_file(
     return _answer(name, kind, request)
 
 
-PAGES = [page, page_file]
+PAGES = [page, saliency_page, page_file]
 
 
 def _answer(name: str, kind: str, request: Request[Any, Any, Any]) -> Response[bytes]:

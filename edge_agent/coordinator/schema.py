@@ -214,11 +214,14 @@ CREATE INDEX jobs_measured ON jobs (model, node, number) WHERE tokens_per_s IS N
 ALTER TABLE jobs ADD COLUMN options BLOB;           -- JSON of the NewOptions that it was sent last
 ALTER TABLE jobs ADD COLUMN options_state BLOB;     -- JSON of the OptionsState that its node tells
 """,
+    """
+CREATE TABLE loose_files (sha256 TEXT PRIMARY KEY); -- may be in the object store, and go from there unless a dataset or a job has them
+""",
 )
 """A later version is a further text here, in SQL that both understand; those that are here never change."""
 VERSIONS = (*BEFORE_POSTGRESQL, TAKE_OVER, *LATER)
 """The SQL that leads an SQLite file to each version from the one before."""
-ALL_NAMES = (*NAMES, "rollouts", "rollout_nodes")
+ALL_NAMES = (*NAMES, "rollouts", "rollout_nodes", "loose_files")
 FIRST_OF_POSTGRESQL = len(BEFORE_POSTGRESQL) + 1
 NUMBERED = ("jobs", "history", "audit", "rollouts")
 """Tables whose `number` the database itself gives."""

@@ -5,6 +5,7 @@ One thread decides everything, as in the agent; requests of the HTTP API are cal
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
@@ -24,7 +26,10 @@ from edge_agent.coordinator.access import Access
 from edge_agent.coordinator.audience import Audience, Listener, ProgressPoint
 from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
+from edge_agent.coordinator.live_maps import LiveMaps
 from edge_agent.coordinator.metrics import Metrics, Standing
+from edge_agent.coordinator.plans import Plans
+from edge_agent.coordinator.remote_files import RemoteFiles
 from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan, RolloutView, Selector, SubmittedJob, unfit
 from edge_agent.coordinator.rollouts import Rollouts
 from edge_agent.coordinator.store import (
@@ -45,7 +50,7 @@ from edge_agent.coordinator.store import (
 )
 from edge_agent.coordinator.turns import Turns, is_standing, sender_of
 from edge_agent.database import is_damage
-from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown
+from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job, NlftOptions
 from edge_agent.messages import (
@@ -65,6 +70,7 @@ from edge_agent.messages import (
     NodeState,
     Offer,
     Order,
+    PlanAnswer,
     Watch,
     decode,
     encode,
@@ -121,11 +127,19 @@ class Service:
         self.access, self.metrics = Access(self._store), Metrics()
         self.looking = threading.Lock()
         """Held by who looks into a dataset."""
-        self.files = FileStore(config.state_directory / "files")
+        root = config.state_directory / "files"
+        self._remote = RemoteFiles(root, config.files, self._deleted) if config.files is not None else None
+        self.files = self._remote or FileStore(root)
         jobs = self._store.jobs(MANY)
         self.files.sweep({sha256 for view in jobs if view.phase != "ended" for sha256 in view.files})
         kept = {view.sha256 for view in self._store.dataset_page(None, MANY).items}
-        self.files.remove_old(kept.union(*(view.files for view in jobs)), UPLOAD_S)
+        needed = kept.union(*(view.files for view in jobs))
+        self.files.remove_old(needed, UPLOAD_S)
+        if self._remote is not None:
+            loose = self._store.loose_files()
+            for sha256 in loose & needed:
+                self._store.settle(sha256)
+            self._remote.go_on(needed, loose - needed)
         self._source = f"edge1/{config.fleet}/coordinator/{config.instance}"
         self._link = Link(
             config.broker,
@@ -138,15 +152,21 @@ class Service:
         )
         self._audience = Audience(self._ask_progress, self._store.epoch)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
+        self._maps = LiveMaps(
+            self._store, config.state_directory / "maps", self._link, config.artifact_limit, self._send, self._audience.saliency
+        )
         self._commands = Commands(config.fleet, self._store, self._exchange, self._send, self._seal, self._changed)
         self._rollouts = Rollouts(self._store, self._submit_of_rollout, self.cancel)
         self.metrics.watch(lambda: self.call(self._standing))
+        self._plans = Plans(self._store, self._send)
         self._offers: deque[str] = deque(maxlen=MOST_OFFERS)
         """Messages with offers that were sent last, by their sha256."""
         self._failed: StateDamaged | StateUnusable | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
     def start(self) -> None:
+        if self._remote is not None:
+            self._remote.start()
         self._link.start()
         self._thread.start()
         log.info("coordinator_started fleet=%s instance=%s epoch=%d", self._config.fleet, self._config.instance, self._store.epoch)
@@ -157,6 +177,8 @@ class Service:
         self._thread.join()
         topic = coordinator_state(self._config.fleet, self._config.instance)
         self._link.close((topic, self._message(CoordinatorState(False, self._store.epoch))))
+        if self._remote is not None:
+            self._remote.stop()
         self._store.close()
         self._lock.close()
         log.info("coordinator_stopped")
@@ -198,6 +220,7 @@ class Service:
                 self._link.publish(topic, self._message(CoordinatorState(True, self._store.epoch)), qos=1, retain=True)
                 self._commands.link_is_new()
                 self._exchange.link_is_new()
+                self._maps.link_is_new()
             case Disconnected(why):
                 log.warning("disconnected why=%r", why)
 
@@ -251,10 +274,12 @@ class Service:
                 self._heard_of(node)
             case ["job", job, kind] if is_ulid(job):
                 self._receive_of_job(node, job, kind, payload)
+            case ["plan", request, "answer"]:
+                self._plans.answered(node, request, decode(payload, PlanAnswer).data)
             case ["file", sha256, "request"]:
                 self._exchange.send_blocks(node, sha256, decode(payload, FileRequest).data)
             case ["file", sha256, "block", text] if (number := block_number(text)) is not None:
-                self._exchange.receive_block(node, sha256, number, payload)
+                self.receive_block(node, sha256, number, payload)
             case _:
                 log.warning("topic_unknown node=%s topic=%s", node, "/".join(parts))
                 return
@@ -314,6 +339,8 @@ class Service:
         view = self._store.job(job)
         if view is not None and view.node == node and view.phase != "ended":
             self._audience.progress(job, progress)
+            if progress.saliency is not None:
+                self._maps.told(job, progress.saliency)
 
     def _result(self, node: str, job: str, payload: bytes) -> None:
         message = decode(payload, JobResult)
@@ -343,19 +370,32 @@ class Service:
         self._commands.tick(now)
         self._exchange.tick()
         self._audience.tick(now)
+        self._maps.tick()
 
     def _forgotten(self, node: str, job: str) -> None:
         """The node has nothing of a job any more; where somebody has asked for that, neither has the coordinator."""
         view = self._store.job(job)
         if view is None or view.node != node or not view.forget:
             return
-        self._store.delete_job(job)
+        others = {sha256 for other in self._store.jobs(MANY) if other.id != job for sha256 in other.files}
+        unneeded = view.files - self._rollouts.files() - others
+        self._store.delete_job(job, unneeded if self._remote is not None else ())
         self._audience.forget(job)
         self._commands.at_once(job)
-        for sha256 in view.files - self._rollouts.files() - {s for other in self._store.jobs(MANY) for s in other.files}:
+        for sha256 in unneeded:
             self._store.delete_dataset(sha256)
-            self.files.remove(sha256)
+            self._remove(sha256)
         log.info("job_forgotten job=%s", job)
+
+    def _remove(self, sha256: str) -> None:
+        """Delete a file that nothing needs, here and in the object store."""
+        self.files.remove(sha256)
+        if self._remote is not None:
+            self._remote.delete(sha256)
+
+    def _deleted(self, sha256: str) -> None:
+        """An object is gone; said in another thread."""
+        self.call_later(lambda: self._store.settle(sha256))
 
     # requests; `call` runs them in the coordinator's thread
 
@@ -410,6 +450,10 @@ class Service:
         fingerprint = plan.selector.model_fingerprint
         return self.submit(node, plan.job, plan.priority, plan.expires_s, rollout=rollout, fingerprint=fingerprint)
 
+    def ask_plan(self, node: str, job: Job) -> Future[PlanAnswer]:
+        """Ask a node what a job would take; the answer may stay away. Raises Refused where it cannot be asked, Unknown."""
+        return self._plans.ask(node, job)
+
     def roll_out(self, plan: RolloutPlan, dry_run: bool) -> RolloutMade:
         """Begin a rollout, or say which nodes it would have. Raises Refused where it would have none, or no job of it could be made."""
         choice = self._rollouts.choose(plan)
@@ -443,18 +487,21 @@ class Service:
         return self.submit(view.node, order.job, order.priority, (order.expires - order.issued).total_seconds(), retry_of=view.id)
 
     def may_have(self, node: str, sha256: str) -> bool:
-        """Whether a file is here, and one that a node may fetch."""
-        return self._exchange.may_have(node, sha256) and self.files.has(sha256)
+        """Whether a file is one that a node may fetch."""
+        return self._exchange.may_have(node, sha256)
 
     def awaited(self, node: str, sha256: str) -> Place | None:
         """How far a file is that is awaited from a node."""
-        incoming = self._exchange.awaited(node, sha256)
+        incoming = self._exchange.awaited(node, sha256) or self._maps.awaited(node, sha256)
         return incoming.place if incoming is not None else None
 
     def receive_block(self, node: str, sha256: str, number: int, block: bytes) -> None:
         self._exchange.receive_block(node, sha256, number, block)
+        self._maps.receive_block(node, sha256, number, block)
 
     def _file(self, sha256: str) -> File:
+        if self._remote is not None and (dataset := self._store.dataset(sha256)) is not None:  # its object is there, its copy may not be
+            return File(sha256, dataset.size_bytes)
         if not self.files.has(sha256):
             raise Refused(f"file {sha256} has not been uploaded")
         return File(sha256, self.files.path(sha256).stat().st_size)
@@ -469,12 +516,23 @@ class Service:
     def jobs(self, which: JobFilter, after: str | None, limit: int) -> JobPage:
         return self._store.job_page(which, after, limit)
 
-    def artifact(self, job: str, name: str) -> str:
-        """Return the sha256 of a file that a job has made. Raises Unknown where it is not here."""
-        found = next((a.sha256 for a in self.job(job).artifacts if a.name == name), None)
-        if found is None or not self.files.has(found):
-            raise Unknown(f"job {job} has no {name} here")
-        return found
+    def artifact(self, job: str, name: str) -> tuple[str, Path | None]:
+        """Return the sha256 of a file that a job has made, or that and the place of its newest Saliency Map while it trains.
+
+        Raises Unknown where there is none.
+        """
+        made = next((a.sha256 for a in self.job(job).artifacts if a.name == name), None)
+        if made is not None:
+            return made, None
+        if name == "saliency.json" and (here := self._maps.here(job)) is not None:
+            return here
+        raise Unknown(f"job {job} has no {name} here")
+
+    def ask_saliency(self, job: str) -> JobView:
+        """Have the Saliency Map of a running job come as it stands. Raises Unknown, Refused where there is none."""
+        view = self.job(job)
+        self._maps.ask(view)
+        return view
 
     def history(self, job: str) -> list[HistoryRow]:
         return self._store.history(self.job(job).id)
@@ -496,9 +554,38 @@ class Service:
             raise Unknown(f"there is no dataset {sha256[:80]!r}; `edge-agent datasets list` shows them")
         return view
 
+    def check_room(self, sha256: str, size_bytes: int) -> None:
+        """Raise Refused where there is no room for one more dataset."""
+        limit, held = int(self._config.datasets_limit), self._store.datasets_bytes(sha256)
+        if held + size_bytes > limit:
+            raise Refused(
+                f"the datasets here have {human_bytes(held)}, with this one of {human_bytes(size_bytes)} they would pass the limit of "
+                f"{human_bytes(limit)} (`datasets_limit`); `edge-agent datasets remove` deletes what no job has"
+            )
+
+    async def file(self, sha256: str) -> Path | None:
+        """Return the place of a file, fetched from the object store if need be; None where there is none. Raises FilesAway.
+
+        This and `keep_file` are for the threads of the API: they wait for the object store, the coordinator's thread never does.
+        """
+        if self._remote is not None:
+            return await self._remote.bring(sha256)
+        return self.files.path(sha256) if self.files.has(sha256) else None
+
+    async def keep_file(self, part: Path, sha256: str) -> None:
+        """Take a file that was uploaded, and return when it lasts. Raises FilesAway where the object store does not take it now."""
+        await asyncio.to_thread(self.files.take, part, sha256)
+        if self._remote is not None:
+            await asyncio.to_thread(self.call, lambda: self._store.loosen(sha256))  # should an end of the process come before its dataset
+            await self._remote.secure(sha256)
+
     def keep_dataset(self, view: DatasetView) -> DatasetView:
-        """Keep what is known of a dataset whose file is here."""
+        """Keep what is known of a dataset whose file is here. Raises FilesAway where the object store does not have it."""
+        if self._remote is not None:
+            self._remote.check(view.sha256)
         self._store.keep_dataset(view)
+        if self._remote is not None:
+            self._store.settle(view.sha256)
         return view
 
     def remove_dataset(self, sha256: str) -> DatasetView:
@@ -509,14 +596,19 @@ class Service:
             raise Refused(f"dataset {sha256} is that of job {users[0]}{more}; `edge-agent forget` deletes it with its last job")
         if sha256 in self._rollouts.files():
             raise Refused(f"dataset {sha256} is that of a rollout that goes on; `edge-agent rollout list` shows it")
+        if self._remote is not None:
+            self._store.loosen(sha256)
         self._store.delete_dataset(sha256)
-        self.files.remove(sha256)
+        self._remove(sha256)
         return view
 
     def _standing(self) -> Standing:
         nodes, jobs, unanswered = self._store.counts()
         rollouts = self._store.rollout_states()
-        return Standing(nodes, jobs, unanswered, self._audience.size, self._store.late, self._link.dropped, self._link.connected, rollouts)
+        files = self._remote.waiting if self._remote is not None else 0
+        return Standing(
+            nodes, jobs, unanswered, self._audience.size, self._store.late, self._link.dropped, self._link.connected, rollouts, files
+        )
 
     def audit(self, request: Audited) -> None:
         """Keep a request that was to change something."""

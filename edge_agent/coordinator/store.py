@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +133,11 @@ ON CONFLICT (sha256) DO UPDATE SET name = excluded.name, uploaded = excluded.upl
 GET_DATASET = "SELECT * FROM datasets WHERE sha256 = :sha256"
 LIST_DATASETS = "SELECT * FROM datasets WHERE {which} ORDER BY sha256 LIMIT :limit"
 WHICH_DATASETS = {"after": "sha256 > :after"}
+SUM_DATASETS = "SELECT sum(size_bytes) AS total FROM datasets WHERE sha256 <> :sha256"
 DELETE_DATASET = "DELETE FROM datasets WHERE sha256 = :sha256"
+LOOSEN_FILE = "INSERT INTO loose_files VALUES (:sha256) ON CONFLICT (sha256) DO NOTHING"
+LOOSE_FILES = "SELECT sha256 FROM loose_files"
+SETTLE_FILE = "DELETE FROM loose_files WHERE sha256 = :sha256"
 ADD_AUDIT = "INSERT INTO audit (time, who, address, what, made, status) VALUES (:time, :who, :address, :what, :made, :status)"
 CUT_AUDIT = "DELETE FROM audit WHERE number <= (SELECT max(number) FROM audit) - :most"
 LIST_AUDIT = "SELECT * FROM audit WHERE {which} ORDER BY number DESC LIMIT :limit"
@@ -457,12 +461,14 @@ class CoordinatorStore:
         """Jobs whose deletion has been asked for."""
         return self._jobs(FORGOTTEN_JOBS)
 
-    def delete_job(self, job: str) -> None:
-        """Delete a job and what was said of it; its rollout keeps how it ended."""
+    def delete_job(self, job: str, loose: Collection[str] = ()) -> None:
+        """Delete a job and what was said of it; its rollout keeps how it ended. `loose`: files that are to go from the object store."""
         with self._db.transaction():
             self._db.execute(KEEP_OUTCOME, id=job)
             self._db.execute(DELETE_HISTORY, id=job)
             self._db.execute(DELETE_JOB, id=job)
+            for sha256 in loose:
+                self._db.execute(LOOSEN_FILE, sha256=sha256)
 
     def end(self, job: str, outcome: str, reason: str | None, text: str | None) -> None:
         """End a job for good."""
@@ -641,8 +647,25 @@ class CoordinatorStore:
         datasets = [_dataset(row) for row in self._list(LIST_DATASETS, WHICH_DATASETS, {"after": after}, limit)]
         return DatasetPage(items=datasets[:limit], next=datasets[limit - 1].sha256 if len(datasets) > limit else None)
 
+    def datasets_bytes(self, but: str) -> int:
+        """Return how much all datasets have, but one."""
+        return int(self._db.execute(SUM_DATASETS, sha256=but)[0]["total"] or 0)
+
     def delete_dataset(self, sha256: str) -> None:
         self._db.execute(DELETE_DATASET, sha256=sha256)
+
+    # files of the object store that no dataset or job may have
+
+    def loosen(self, sha256: str) -> None:
+        """Note a file that is to go from the object store, unless a dataset or a job has it at the next start."""
+        self._db.execute(LOOSEN_FILE, sha256=sha256)
+
+    def settle(self, sha256: str) -> None:
+        """Forget that note: the file is not there any more, or something has it."""
+        self._db.execute(SETTLE_FILE, sha256=sha256)
+
+    def loose_files(self) -> set[str]:
+        return {row["sha256"] for row in self._db.execute(LOOSE_FILES)}
 
     # what was asked for
 

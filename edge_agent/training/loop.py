@@ -58,6 +58,8 @@ class Training:
     """Of the samples before training, where other options may make other weights of them."""
     newer: Callable[[int], NewOptions | None] = lambda _: None
     """Asked before every update for options with a higher number than those that were taken last."""
+    look: Callable[[], None] = lambda: None
+    """Called before every update: somebody may want to see what is known by then."""
     taken: Callable[[Change], None] = lambda _: None
     """Hears of options that training goes on with, when they are in its checkpoint."""
 
@@ -112,6 +114,7 @@ def optimize(model: Any, objective: Objective, training: Training, progress: OnP
 
     try:
         while not _finished(state, objective, schedule):
+            training.look()
             if (new := training.newer(state.change)) is not None:
                 state = replace(state, changes=(*state.changes, Change(new.number, state.updates, new.method)))
                 objective.change(new.method)
@@ -129,6 +132,7 @@ def optimize(model: Any, objective: Objective, training: Training, progress: OnP
                 save()
                 saved_at = time.monotonic()
             progress(state.updates, objective.updates, tokens, loss, None)
+        training.look()
     except (Crowded, Stopped, TimedOut):  # raised by `progress`, between updates or before one has changed the parameters
         save()
         raise

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from edge_agent.training.packing import reads_trees
 from edge_agent.training.prepare import NO_TARGETS, Prepared, admit, learn_overhead, prepare, usable_profile
 from edge_agent.training.repair import repair_outputs, turning_point
 from edge_agent.training.reporter import Listener, Reporter, Stopping, out_of_memory
-from edge_agent.training.saliency_scores import SaliencyParts
+from edge_agent.training.saliency_scores import LiveMap, SaliencyParts
 from edge_agent.training.scores_file import Scored, load_scores, save_scores
 from edge_agent.training.scoring import unheard, weigh
 from edge_agent.training.trace import traced
@@ -120,8 +121,11 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         training = Training(
             key, job.schedule, job.seed, plan, work.tokenizer, directory.path, work.method, work.verifier,
             job.evaluation.max_new_tokens, work.files.context_tokens, development,
-            saliency.rescorings.add if saliency else None, scores if saliency else (), live.newer, live.taken,
+            newer=live.newer, taken=live.taken,
         )  # fmt: skip
+        if saliency:
+            written = LiveMap(directory, saliency, lambda: saliency.file(work.tokenizer, scores, weights), reporter.emit)
+            training = replace(training, rescored=saliency.rescorings.add, scores=scores, look=written.look)
         objective = OBJECTIVES.get(type(job.method), Weighted)(model, samples, weights, training)
         with traced(directory, reporter.progress) if trace else nullcontext(reporter.progress) as progress:
             state, row.resumed = optimize(model, objective, training, progress)
@@ -132,6 +136,7 @@ def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mappi
         sha256 = save_adapter(model, directory.adapter, job.model)
         if saliency:
             write_file(directory.saliency, saliency.file(work.tokenizer, scores, weights), private=True)
+            directory.saliency_wanted.unlink(missing_ok=True)
     measured = measure(before, after)
     accepted, acceptance = accept(measured, job.evaluation.accept_if)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

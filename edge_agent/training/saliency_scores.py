@@ -5,14 +5,19 @@ Shapes: T answer tokens, D hidden size, P inner products kept of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from edge_agent.errors import DiskFull
+from edge_agent.files import write_file
 from edge_agent.job import NlftOptions
+from edge_agent.job_directory import JobDirectory
 from edge_agent.saliency import MAX_PRODUCTS_BYTES, MAX_TOKENS, SPAN, Rescored, Saliency, SaliencyRecord
 from edge_agent.training.contexts import Sample
 from edge_agent.training.methods.method import CONTEXTS, Scores, Weights
@@ -22,6 +27,8 @@ BLOCK = 64
 """Hidden states that are widened to 32 bits at once."""
 TEXT_WINDOW = 8
 """Tokens before one that its text may depend on."""
+MAP_PAUSE_S = 10.0
+"""Between two writings of the map while a run trains."""
 
 
 def recorded(samples: Sequence[Sample]) -> int:
@@ -102,6 +109,8 @@ class Rescorings:
         chosen = sorted({epochs - epochs * n // room for n in range(room)}) if room < epochs else range(1, epochs + 1)
         self._turns = {epoch: turn for turn, epoch in enumerate(chosen)}
         self._slots = Slots(directory / "rescored.bin", (4 * length for length in tokens for _ in CONTEXTS))
+        self.added = 0
+        """How often some were kept."""
 
     def add(self, scored: Sequence[tuple[int, int, Scores]]) -> None:
         """Keep (epoch, number of the sample, scores), of each context once it is scored; told again, kept again. Raises DiskFull."""
@@ -113,6 +122,7 @@ class Rescorings:
                 if logp_T is not None and not logp_T.isnan().any():
                     self._slots.write(sample * len(CONTEXTS) + n, _packed(logp_T), self._turns[epoch])
         self._slots.flush()
+        self.added += 1
 
     def of(self, sample: int) -> list[Rescored]:
         """Return the scores of a sample, by epoch."""
@@ -160,6 +170,34 @@ class SaliencyParts:
             )  # fmt: skip
             yield b"," * (number > 0) + msgspec.json.encode(record)
         yield b"]}"
+
+
+class LiveMap:
+    """Writes `saliency.json` while a run trains, when somebody looks: they put a file into its directory, which goes when it is done."""
+
+    def __init__(
+        self, directory: JobDirectory, parts: SaliencyParts, contents: Callable[[], Iterator[bytes]], emit: Callable[..., Any]
+    ) -> None:
+        """`contents` makes the file of `parts`; `emit` tells events."""
+        self._directory, self._parts, self._contents, self._emit = directory, parts, contents, emit
+        self._written: tuple[int, float] | None = None
+
+    def look(self) -> None:
+        """Write it where it is asked for, not more often than `MAP_PAUSE_S`; where nothing has been added, only say so.
+
+        A disk that does not take it leaves the run alone: who looks sees what was written last.
+        """
+        wanted, now = self._directory.saliency_wanted, time.monotonic()
+        if not wanted.exists() or (self._written and now - self._written[1] < MAP_PAUSE_S):
+            return
+        added = self._parts.rescorings.added
+        with suppress(DiskFull, OSError):
+            wanted.unlink(missing_ok=True)
+            if self._written is None or self._written[0] != added:
+                self._written = self._written and (self._written[0], now)
+                write_file(self._directory.saliency, self._contents(), private=True)
+            self._written = added, time.monotonic()
+            self._emit("saliency_written", stage="train")
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

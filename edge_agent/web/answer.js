@@ -174,7 +174,7 @@ export function makeAnswer(view) {
   }
 
   legend.show(state.mode);
-  return { element, show, update };
+  return { element, show, update, point };
 }
 
 // A token by itself, where a blank could not be seen.

@@ -152,8 +152,9 @@ function head(job, state, session, told) {
     { class: "button", hidden: !session.may("submit"), href: `#/new?from=${encodeURIComponent(job.id)}` },
     "Rerun with changes",
   );
+  const map = h("a", { class: "button", hidden: !hasMap(job), href: `/saliency#${encodeURIComponent(job.id)}` }, "Saliency Map");
   return [
-    h("div", { class: "headline" }, jobMark(job), h("div", { class: "buttons" }, cancel, retry, again)),
+    h("div", { class: "headline" }, jobMark(job), h("div", { class: "buttons" }, map, cancel, retry, again)),
     whyNotice(job),
     h(
       "section",
@@ -181,6 +182,12 @@ function head(job, state, session, told) {
       h("div", { class: "timeline" }),
     ),
   ].filter((part) => part !== null);
+}
+
+// Whether its trainer can write a Saliency Map, or it has left one.
+function hasMap({ phase, order, result }) {
+  if (phase === "ended") return Boolean(result?.artifacts.some(({ name }) => name === "saliency.json"));
+  return order.job.method.name === "nlft" && (phase === "running" || phase === "paused");
 }
 
 // What the job was sent to go on with while it runs, and what has become of it.

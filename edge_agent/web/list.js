@@ -43,7 +43,7 @@ export function makeList(view, chosen) {
         type: "radio",
         name: "filter",
         value: name,
-        checked: name === "all",
+        checked: name === state.filter,
         onchange: () => {
           state.filter = name;
           arrange();
@@ -57,6 +57,7 @@ export function makeList(view, chosen) {
     type: "search",
     placeholder: "Search",
     "aria-label": "Search questions and answers",
+    value: state.search,
     oninput: () => {
       state.search = search.value.toLowerCase();
       arrange();
@@ -201,8 +202,8 @@ export function makeList(view, chosen) {
     colours = null;
     update();
   };
-  document.addEventListener("themechange", recolour);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
+  document.addEventListener("themechange", recolour, { signal: view.signal });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour, { signal: view.signal });
   new ResizeObserver(update).observe(scroller);
   return { element, arrange, update, reveal, move, first: () => shown[0] ?? 0 };
 }

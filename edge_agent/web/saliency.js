@@ -2,18 +2,21 @@
 
 import { prepare, results, weigh } from "./weights.js";
 import { FIELDS } from "./options.js";
+import { AS_RELEASED, CORRECTED } from "./presets.js";
 import { count, h, plural, setText, visible } from "./dom.js";
 import { NEAR } from "./degree.js";
 import { makeList } from "./list.js";
 import { makeAnswer } from "./answer.js";
 import { makeOptions } from "./panel.js";
 
-// Builds the map inside `root`. `data` has the document `saliency`, the job document or null, and the `presets` by name.
+// Builds the map inside `root`. `data` has the document `saliency`, and the job document or null. Of a job that trains there may be
+// `tools` for its bar and `send`, which has the job go on with options; `kept` is what the map showed that this one takes the place of.
 // Returns what tests and other pages may use of it.
-export function mount(root, data) {
-  const { saliency, job, presets } = data;
+export function mount(root, data, { tools = null, send = null, kept = null } = {}) {
+  const { saliency, job } = data;
   const table = prepare(saliency);
-  const choices = { corrected: presets.corrected, released: presets.released, job: saliency.options };
+  const choices = { corrected: CORRECTED, released: { ...CORRECTED, ...AS_RELEASED }, job: saliency.options };
+  const ended = new AbortController();
   const state = {
     options: { ...saliency.options },
     compared: "job",
@@ -25,13 +28,15 @@ export function mount(root, data) {
     down: true,
     filter: "all",
     search: "",
+    sends: send !== null,
+    ...kept?.state,
   };
   const now = results(table),
     then = results(table);
   const differs = new Uint8Array(table.tokens),
     changed = new Int32Array(table.records.length);
   const trained = (r) => state.options.standard_answers || !table.records[r].standard_answer;
-  const view = { table, state, now, then, differs, changed, trained, choices, job };
+  const view = { table, state, now, then, differs, changed, trained, choices, job, send, signal: ended.signal };
 
   const list = makeList(view, (r, opened) => {
     select(r);
@@ -56,7 +61,7 @@ export function mount(root, data) {
       showDocument(root, view);
     },
   });
-  const stepper = makeStepper(table, (step) => {
+  const stepper = makeStepper(table, state.step, (step) => {
     state.step = step;
     compare();
     panel.plot();
@@ -65,7 +70,7 @@ export function mount(root, data) {
   const tabs = makeTabs(root);
   root.classList.add("saliency");
   root.replaceChildren(
-    h("header", { class: "bar" }, h("h1", {}, "Saliency Map"), facts(data, table), stepper.element, makeTheme()),
+    h("header", { class: "bar" }, h("h1", {}, "Saliency Map"), tools, facts(data, table), stepper.element, makeTheme()),
     tabs.element,
     list.element,
     answer.element,
@@ -107,7 +112,7 @@ export function mount(root, data) {
     list.reveal(r);
   }
 
-  root.ownerDocument.addEventListener("keydown", (event) => {
+  const keys = (event) => {
     if (
       event.ctrlKey ||
       event.metaKey ||
@@ -121,12 +126,36 @@ export function mount(root, data) {
       action();
       event.preventDefault();
     }
-  });
+  };
+  root.ownerDocument.addEventListener("keydown", keys, { signal: ended.signal });
   compare();
   panel.plot();
   recompute(true);
-  if (table.records.length) select(list.first());
-  return { ...view, select, recompute: () => recompute(true), options: () => state.options };
+  if (kept && table.records[state.record]) {
+    const { token } = state;
+    select(state.record);
+    answer.point(token);
+    tabs.open(kept.panel);
+    [answer.element, panel.element].forEach((element, n) => (element.scrollTop = kept.scrolls[n]));
+  } else if (table.records.length) select(list.first());
+  return {
+    ...view,
+    select,
+    recompute: () => recompute(true),
+    options: () => state.options,
+    // Whether the job still takes options.
+    sends(whether) {
+      state.sends = whether;
+    },
+    // What the map shows, for one that takes its place.
+    kept() {
+      const scrolls = [answer.element, panel.element].map((element) => element.scrollTop);
+      return { state, panel: root.dataset.panel, scrolls };
+    },
+    end() {
+      ended.abort();
+    },
+  };
 }
 
 function facts({ saliency, job }, table) {
@@ -151,7 +180,7 @@ function makeTheme() {
     document.dispatchEvent(new Event("themechange"));
   };
   button.addEventListener("click", () => show(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % 3]));
-  show("auto");
+  show(document.documentElement.dataset.theme ?? "auto");
   return button;
 }
 
@@ -166,10 +195,9 @@ function makeTabs(root) {
   return { element: h("nav", { class: "tabs", "aria-label": "Parts of the page" }, ...buttons), open };
 }
 
-function makeStepper(table, changed) {
+function makeStepper(table, at, changed) {
   const names = ["before training", ...table.epochs.map((epoch) => `epoch ${epoch}`)],
     title = h("output", {});
-  let at = 0;
   const back = h("button", { class: "quiet", "aria-label": "Earlier scores", onclick: () => move(-1) }, "‹");
   const on = h("button", { class: "quiet", "aria-label": "Later scores", onclick: () => move(1) }, "›");
   function show() {
@@ -204,10 +232,23 @@ export function jobDocument(job, options) {
   return JSON.stringify(job ? { ...job, method } : { method }, null, 2);
 }
 
-function showDocument(root, { job, state, choices }) {
+function showDocument(root, { job, state, choices, send }) {
   const text = h("textarea", { readonly: true, rows: 16, "aria-label": "Job document", spellcheck: "false" });
   const commands = h("textarea", { readonly: true, rows: 3, "aria-label": "Options of the command line", spellcheck: "false" });
   const told = h("p", { role: "status" });
+  const toJob = h(
+    "button",
+    {
+      class: "primary",
+      hidden: !send || !state.sends,
+      onclick: async () => {
+        toJob.disabled = true;
+        setText(told, await send(state.options).catch((error) => error.message));
+        toJob.disabled = false;
+      },
+    },
+    "Send to the running job",
+  );
   const copy = async (area) => {
     try {
       await navigator.clipboard.writeText(area.value);
@@ -235,11 +276,12 @@ function showDocument(root, { job, state, choices }) {
       { class: "buttons" },
       told,
       h("button", { onclick: () => copy(commands) }, "Copy the options"),
-      h("button", { class: "primary", autofocus: true, onclick: () => copy(text) }, "Copy the document"),
+      h("button", { class: toJob.hidden ? "primary" : null, autofocus: true, onclick: () => copy(text) }, "Copy the document"),
+      toJob,
       h("button", { onclick: () => dialog.close() }, "Close"),
     ),
   );
   root.append(dialog);
   dialog.showModal();
-  copy(text);
+  if (toJob.hidden) copy(text);
 }
