@@ -1,4 +1,4 @@
-"""A coordinator for tests of its API: real in all but its broker, which it does without."""
+"""A coordinator for tests of its API: real in all but its broker, which most of them do without."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ INFO = NodeInfo("0.1.0", "3.11", "some device", "cpu", None, {"tiny": None}, Nod
 
 
 class ApiServer:
-    """A running coordinator, without a broker, with the API on a port of loopback and a token for every scope."""
+    """A running coordinator, without a broker unless given one, with the API on a port of loopback and a token for every scope."""
 
     def __init__(
-        self, root: Path, ends: ExitStack, token_limit: int = 100_000, address_limit: int = 100_000, database: Database | None = None
-    ) -> None:
+        self, root: Path, ends: ExitStack, token_limit: int = 100_000, address_limit: int = 100_000,
+        database: Database | None = None, broker_port: int | None = None,
+    ) -> None:  # fmt: skip
         self.root, self.port, self._ends = root, free_port(), ends
         self.known: dict[str, str] = {}
         """What requests may name, by the names of parameters."""
@@ -40,7 +41,7 @@ class ApiServer:
         issued = Authority(root / "authority").issue("broker", "127.0.0.1", root / "server")
         self.ca_file = root / "authority" / "ca.pem"
         self.url = f"https://127.0.0.1:{self.port}"
-        self._config = CoordinatorConfig(root / "coordinator", broker=Broker(port=free_port()), database=database)
+        self._config = CoordinatorConfig(root / "coordinator", broker=Broker(port=broker_port or free_port()), database=database)
         limits = {"token_limit": token_limit, "address_limit": address_limit}
         self._api = Api(port=self.port, certificate_file=issued.certificate_file, key_file=issued.key_file, **limits)
         self._running = ends.enter_context(ExitStack())

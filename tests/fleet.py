@@ -18,8 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +68,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def open_broker(directory: Path, *settings: str) -> Iterator[int]:
+    """Run a Mosquitto that lets everybody in; yield its port on loopback."""
+    assert MOSQUITTO, "mosquitto is not installed; .ci/run installs it"
+    port, log = free_port(), directory / "broker.log"
+    lines = (f"listener {port} 127.0.0.1", "user root", "allow_anonymous true", *settings)
+    (directory / "mosquitto.conf").write_text("".join(f"{line}\n" for line in lines))
+    with log.open("wb") as out, subprocess.Popen([MOSQUITTO, "-c", str(directory / "mosquitto.conf")], stdout=out, stderr=out) as broker:
+        try:
+            wait_for("the broker", lambda: "running" in log.read_text())
+            yield port
+        finally:
+            broker.terminate()
 
 
 class Fleet:

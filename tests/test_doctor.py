@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from fleet import MOSQUITTO, free_port, wait_for
+from fleet import MOSQUITTO, free_port, open_broker, wait_for
 from orders import NODE
 from test_access import FLEET, OTHER, STOLEN, Place
 
@@ -73,16 +73,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def open_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A broker without rules, as that of a trial."""
-    assert MOSQUITTO, "mosquitto is not installed; .ci/run installs it"
-    port, directory = free_port(), tmp_path_factory.mktemp("open")
-    (directory / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser root\n")
-    log = directory / "broker.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen([MOSQUITTO, "-c", str(directory / "mosquitto.conf")], stdout=out, stderr=out)
-    wait_for("the broker", lambda: "running" in log.read_text())
-    yield port
-    process.terminate()
-    process.wait(10)
+    with open_broker(tmp_path_factory.mktemp("open")) as port:
+        yield port
 
 
 def _open_config(port: int, protocol: Any = "auto") -> AgentConfig:

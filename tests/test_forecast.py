@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from api_server import ApiServer
 from conftest import write_domain, write_lines
+from fleet import open_broker, wait_for
 from orders import NODE
 
 from edge_agent.admission import Rejected
@@ -86,7 +87,10 @@ def test_it_says_what_a_job_lacks(tmp_path: Path, tiny_model: Path) -> None:
 @pytest.fixture(scope="module")
 def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with ExitStack() as ends:
-        yield ApiServer(tmp_path_factory.mktemp("plans"), ends)
+        port = ends.enter_context(open_broker(tmp_path_factory.mktemp("broker")))
+        server = ApiServer(tmp_path_factory.mktemp("plans"), ends, broker_port=port)
+        wait_for("the coordinator's link", lambda: server.service._link.connected)
+        yield server
 
 
 def test_its_node_alone_answers(coordinator: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 import pytest
-from fleet import MOSQUITTO, free_port, wait_for
+from fleet import free_port, open_broker, wait_for
 
 from edge_agent.config import Broker
 from edge_agent.mqtt import (
@@ -52,15 +52,8 @@ Version = Literal["5", "3.1.1"]
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A Mosquitto that keeps messages of QoS 0 too for clients that are away, as some brokers do."""
-    port, settings = free_port(), tmp_path_factory.mktemp("broker") / "mosquitto.conf"
-    settings.write_text(f"listener {port} 127.0.0.1\nuser root\nallow_anonymous true\nqueue_qos0_messages true\n")
-    assert MOSQUITTO
-    with subprocess.Popen([MOSQUITTO, "-c", str(settings)], stderr=subprocess.DEVNULL) as broker:
-        try:
-            wait_for("the broker", lambda: answers(port), 10)
-            yield port
-        finally:
-            broker.terminate()
+    with open_broker(tmp_path_factory.mktemp("broker"), "queue_qos0_messages true") as port:
+        yield port
 
 
 def answers(port: int) -> bool:
