@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from edge_agent import logs
 from edge_agent.admission import Rejected, open_envelope
-from edge_agent.config import AGENT_CONFIG, AgentConfig, FileServer, Trust, read_config
+from edge_agent.config import AGENT_CONFIG, AgentConfig, read_config
 from edge_agent.delivery import Outbox, Uplink
 from edge_agent.errors import ConfigInvalid, EdgeAgentError, MessageInvalid
 from edge_agent.files import lock_state
@@ -67,6 +67,7 @@ from edge_agent.serving import END, serve
 from edge_agent.store import Store
 from edge_agent.tls import client_context
 from edge_agent.topics import COORDINATOR, block_number, node_subscriptions, split, up
+from edge_agent.watchdog import Heart
 from profiles.device import detect_profile, device_name
 from profiles.sensors import Sensors
 from quantization.model_files import find_model
@@ -86,13 +87,8 @@ class Agent:
 
     def __init__(self, config: AgentConfig) -> None:
         """Open the state. Raises an EdgeAgentError where an agent with this configuration can never work."""
-        self._config = config
-        for judge in config.judges.values():
-            judge.check()
-        for alias, server in config.file_servers.items():
-            _check_server(alias, server)
-        if config.trust is not None:
-            _check_trusted(config.trust)
+        self._config, self._heart = config, Heart()
+        check_files(config)
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
         self._store = Store(config.state_directory / "agent.sqlite", config.fleet, config.node)
@@ -121,13 +117,19 @@ class Agent:
         log.info(
             "agent_started node=%s boot=%d device=%s pid=%d", self._config.node, self._store.boot, self._device.torch_device, os.getpid()
         )
+        self._heart.ready()
         try:
-            serve(self._events, self._handle, self._tick, self._drop, TICK_S)
+            serve(self._events, self._handle, self._tick, self._drop, TICK_S, self._turned)
         finally:
+            self._heart.stopping(2 * self._config.timers.stop_s)
             self._jobs.shut_down()
             self._link.close((self._uplink.topic("state"), self._uplink.message(self._state("offline"))))
             self._store.close()
             log.info("agent_stopped node=%s", self._config.node)
+
+    def _turned(self) -> None:
+        trainer = self._jobs.trainer
+        self._heart.beat(self._link, f"job {trainer.job}" if trainer else "no job")
 
     def _drop(self, event: object) -> None:
         if isinstance(event, Received):
@@ -348,17 +350,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _check_server(alias: str, server: FileServer) -> None:
-    """Raise ConfigInvalid where a file server could never be asked."""
-    _ = server.token, server.proxy and server.proxy.login
-    client_context(server.tls, f"file_servers.{alias}.tls")
+def check_files(config: AgentConfig) -> None:
+    """Raise ConfigInvalid or PackageMissing where a judge or a file server could never be asked, or nothing signed be taken."""
+    for judge in config.judges.values():
+        judge.check()
+    for alias, server in config.file_servers.items():
+        _ = server.token, server.proxy and server.proxy.login
+        client_context(server.tls, f"file_servers.{alias}.tls")
+    if config.trust is not None:
+        from edge_agent.signing import read_trusted
 
-
-def _check_trusted(trust: Trust) -> None:
-    """Raise ConfigInvalid where nothing that is signed could ever be taken."""
-    from edge_agent.signing import read_trusted
-
-    read_trusted(trust.keys_file)
+        read_trusted(config.trust.keys_file)
 
 
 def _fingerprint(model: Path) -> str | None:

@@ -354,6 +354,13 @@ class StateUnusable(EdgeAgentError):
         super().__init__(f"state directory {path}: {problem}")
 
 
+class ServiceUnusable(EdgeAgentError):
+    """A daemon cannot be made a service of systemd as it was asked."""
+
+    code = "service"
+    exit_code = 13
+
+
 class DatabaseUnusable(StateUnusable):
     """The database server of a coordinator can be reached, and its database cannot be used."""
 

@@ -27,6 +27,7 @@ from edge_agent.config import Broker, Proxy
 from edge_agent.errors import ConfigInvalid
 from edge_agent.proxy import open_tunnel, with_way
 from edge_agent.tls import client_context
+from edge_agent.watchdog import LinkLife
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ MOST_COME = 64
 """Messages of QoS 1 that the broker may have on their way here at once (MQTT 5; with 3.1.1 it decides, 20 is usual)."""
 DROPPED_S = 60.0
 """Between two words on what was dropped."""
+ANSWERS = ("Received PINGRESP", "Received PUBACK", "Received SUBACK")
+"""How paho tells, in the words of its log, that the broker has answered: there is no other way to hear of a PINGRESP."""
 VERSION_REFUSED = {"Unsupported protocol version", "Protocol error", "Malformed packet"}
 
 
@@ -144,6 +147,7 @@ class Link:
             client_context(broker.tls, "broker.tls")
         self._come, self._going = Come[Received](events.put, _acknowledge, sender, is_standing), Going()
         self._expiry_looked_at, self._dropped_at = -DAY_S, -DROPPED_S
+        self._moved_at = self._answered_at = time.monotonic()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -172,6 +176,12 @@ class Link:
     @property
     def connected(self) -> bool:
         return self._subscribed
+
+    def life(self) -> LinkLife:
+        """What it does, for who watches over the daemon."""
+        now, broker = time.monotonic(), self._broker
+        moved_s, answered_s = now - self._moved_at, now - self._answered_at
+        return LinkLife(f"{broker.host}:{broker.port}", self._subscribed, moved_s, answered_s, broker.keepalive_s)
 
     @property
     def dropped(self) -> int:
@@ -236,7 +246,8 @@ class Link:
             self._closing.wait(random.uniform(0, FRESH_BOOT_S))
         pauses = Pauses(random.Random())
         while not self._closing.is_set():
-            self._version, began = "3.1.1" if self._broker.protocol == "3.1.1" else "5", time.monotonic()
+            self._version = "3.1.1" if self._broker.protocol == "3.1.1" else "5"
+            self._moved_at = began = time.monotonic()
             why = self._connect()
             if why == NO_VERSION_5 and self._broker.protocol == "auto":
                 self._version = "3.1.1"
@@ -245,7 +256,8 @@ class Link:
                 self._events.put(Disconnected(with_way(why, self._broker.proxy)))
                 if why == TAKEN_OVER:
                     log.error("id_taken_over client=%s", self._client_id)
-                self._closing.wait(pauses.after(time.monotonic() - began))
+                self._moved_at = time.monotonic()
+                self._closing.wait(pauses.after(self._moved_at - began))
 
     def _connect(self) -> str:
         """Serve one connection until it ends; return why it ended. Never raises."""
@@ -257,7 +269,9 @@ class Link:
             self._subscribed, self._client = False, None
 
     def _connection(self) -> str:
-        connection = _Connection(self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._come.take)
+        connection = _Connection(
+            self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._come.take, self._heard
+        )  # fmt: skip
         client = connection.client
         if self._broker.tls is not None:  # read anew, so that a certificate can be changed while it runs
             client.tls_set_context(client_context(self._broker.tls, "broker.tls"))
@@ -269,6 +283,7 @@ class Link:
         self._client, self._going = client, Going()
         code, opened = MQTTErrorCode.MQTT_ERR_SUCCESS, time.monotonic()
         while code == MQTTErrorCode.MQTT_ERR_SUCCESS and (client.is_connected() or not self._closing.is_set()):
+            self._moved_at = time.monotonic()
             code = client.loop(1.0)
             if not connection.subscribed and time.monotonic() - opened > ANSWER_S:
                 connection.give_up()
@@ -276,6 +291,9 @@ class Link:
         if self._version == "5" and not connection.answered and connection.refused in (None, *VERSION_REFUSED):
             return NO_VERSION_5  # some brokers say it, others close the connection
         return connection.refused or paho.error_string(code)
+
+    def _heard(self) -> None:
+        self._answered_at = time.monotonic()
 
     def _subscribed_now(self, packet_limit: int) -> None:
         self._limit, self._subscribed = packet_limit, True
@@ -315,11 +333,13 @@ class _Connection:
         version: str,
         on_subscribed: Callable[[int], None],
         on_message: Callable[[Received], None],
+        on_answer: Callable[[], None],
     ) -> None:
         self.answered = self.subscribed = False
         self.refused: str | None = None
         self._broker, self._version, self._subscriptions = broker, version, subscriptions
         self._on_subscribed, self._on_message, self._packet_limit = on_subscribed, on_message, int(broker.packet_limit)
+        self._on_answer = on_answer
         five = version == "5"
         self.client = client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id, clean_session=None if five else False,
@@ -335,7 +355,7 @@ class _Connection:
         # With this set, `publish` leaves the socket to the link's thread.
         client.on_socket_register_write = lambda *_: None
         client.on_connect, client.on_subscribe = self._connected, self._granted
-        client.on_disconnect, client.on_message = self._disconnected, self._message
+        client.on_disconnect, client.on_message, client.on_log = self._disconnected, self._message, self._logged
 
     def leave_will(self, birth: Birth) -> None:
         """What the broker publishes when this connection is lost and no other comes in time. To be called before `open`."""
@@ -387,6 +407,10 @@ class _Connection:
     def _disconnected(self, _c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         if reason.is_failure and self.refused is None and self.answered:
             self.refused = str(reason)
+
+    def _logged(self, _c: paho.Client, _u: Any, _level: int, text: str) -> None:
+        if text.startswith(ANSWERS):
+            self._on_answer()
 
     def _message(self, client: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
         try:

@@ -29,8 +29,11 @@ def serve(
     tick: Callable[[float], None],
     drop: Callable[[object], None],
     tick_s: float,
+    turned: Callable[[], None],
 ) -> None:
     """Handle events until END; after each one, and `tick_s` seconds after the last, do what is due by `tick(now)`.
+
+    `turned` is called before each, whatever goes wrong, at least every two seconds: it shows that the loop is not stuck.
 
     Where the disk is full or fails, an event is handled again a second later: `handle` may be called twice with it. Where the database
     is away, so is each, in the order in which they came. Where one fails for a defect of ours, `drop` gets it, so that one message
@@ -39,6 +42,7 @@ def serve(
     """
     held: deque[object] = deque()
     while True:
+        turned()
         event = _next(events, held, tick_s)
         if event is END:
             return

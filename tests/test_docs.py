@@ -351,7 +351,12 @@ COMMANDS = dict(_commands(typer.main.get_command(app), "edge-agent"))
 
 def test_commands_documented_are_those_of_a_fleet() -> None:
     """docs/fleet.md names the commands of a node and of a fleet, and no others."""
-    commands = {f"edge-agent {command.__name__}" for panel, members in PANELS.items() if panel != "On this machine" for command in members}
+    commands = {
+        f"edge-agent {command.__name__.replace('_', '-')}"
+        for panel, members in PANELS.items()
+        if panel != "On this machine"
+        for command in members
+    }
     commands |= {name for name in COMMANDS if name.split()[1] in ("datasets", "enroll", "keys", "rollout", "tokens")}
     assert set(_rows("fleet.md", "Commands", "Command")) == commands
     assert commands < set(COMMANDS)

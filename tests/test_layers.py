@@ -29,6 +29,8 @@ LAYERS = (
         "edge_agent.serving",
         "edge_agent.json_items",
         "edge_agent.backlog",
+        "edge_agent.notify",
+        "edge_agent.watchdog",
     ),
     (
         "profiles",
@@ -49,7 +51,7 @@ LAYERS = (
     ("edge_agent.forecast",),
     ("edge_agent.delivery",),
     ("edge_agent.jobs",),
-    ("edge_agent.training", "edge_agent.agent", "edge_agent.coordinator", "edge_agent.doctor", "edge_agent.visit"),
+    ("edge_agent.training", "edge_agent.agent", "edge_agent.coordinator", "edge_agent.doctor", "edge_agent.visit", "edge_agent.install"),
     ("edge_agent.console", "edge_agent.dataset_view", "edge_agent.tracking"),
     ("edge_agent.demo",),
     ("edge_agent.cli",),

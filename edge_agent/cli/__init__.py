@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import datasets, enroll, fleet, keys, local, rollouts, saliency, tokens, track
+from edge_agent.cli import datasets, enroll, fleet, keys, local, rollouts, saliency, service, tokens, track
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -31,7 +31,7 @@ app.add_typer(rollout_app, name="rollout")
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "On this machine": (local.train, local.plan, local.evaluate, local.compare, saliency.saliency, local.demo),
-    "On a node": (fleet.run, fleet.doctor),
+    "On a node": (fleet.run, fleet.doctor, service.install_service),
     "Across a fleet": (
         fleet.coordinator,
         fleet.nodes,

@@ -23,7 +23,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from weakref import WeakSet
 
 import msgspec
-import uvicorn
 from litestar import Litestar, Request, Response, Router, delete, get, post, put
 from litestar.connection import ASGIConnection
 from litestar.datastructures import State
@@ -40,7 +39,7 @@ from edge_agent.coordinator.access import ANYONE, Caller, Identify, NewToken, Sc
 from edge_agent.coordinator.audience import Happening, ProgressPoint
 from edge_agent.coordinator.client import PROBLEM, SOCKET, VERSION, Problem
 from edge_agent.coordinator.limits import Limits, network
-from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, served, settings_of
+from edge_agent.coordinator.listening import MOST_CONNECTIONS, Certificate, Server, served, settings_of
 from edge_agent.coordinator.pages import PAGES
 from edge_agent.coordinator.ranges import ranged
 from edge_agent.coordinator.rollout import (
@@ -709,7 +708,7 @@ def serve(service: Service, directory: Path) -> None:
         # uvicorn ends on these, and then raises them again for whoever handled them before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        uvicorn.Server(settings_of(make_app(service, Door()))).run(sockets=[listening])
+        Server(settings_of(make_app(service, Door())), service.ready).run(sockets=[listening])
     path.unlink(missing_ok=True)
 
 

@@ -84,6 +84,7 @@ from edge_agent.serving import END, serve
 from edge_agent.signing import read_private_key, seal
 from edge_agent.topics import COORDINATOR, block_number, coordinator_state, coordinator_subscriptions, down, split
 from edge_agent.transfer import FileStore, Place
+from edge_agent.watchdog import Heart
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Service:
 
     def __init__(self, config: CoordinatorConfig) -> None:
         """Open the state. Raises an EdgeAgentError where a coordinator with this configuration can never work."""
-        self._config = config
+        self._config, self._heart = config, Heart()
         self._signing_key = read_private_key(config.signing_key_file) if config.signing_key_file else None
         self._events = Turns()
         self._lock = lock_state(config.state_directory)
@@ -171,8 +172,13 @@ class Service:
         self._thread.start()
         log.info("coordinator_started fleet=%s instance=%s epoch=%d", self._config.fleet, self._config.instance, self._store.epoch)
 
+    def ready(self) -> None:
+        """Requests are answered now."""
+        self._heart.ready()
+
     def stop(self) -> None:
         """End the thread, tell the fleet, and close. Raises StateDamaged or StateUnusable where that has ended the thread."""
+        self._heart.stopping()
         self._events.put(END)
         self._thread.join()
         topic = coordinator_state(self._config.fleet, self._config.instance)
@@ -199,7 +205,7 @@ class Service:
 
     def _serve(self) -> None:
         try:
-            serve(self._events, self._handle, self._tick, self._drop, TICK_S)
+            serve(self._events, self._handle, self._tick, self._drop, TICK_S, lambda: self._heart.beat(self._link))
         except (StateDamaged, StateUnusable) as error:
             self._failed = error
             os.kill(os.getpid(), signal.SIGTERM)  # ends the API, whose end ends this
