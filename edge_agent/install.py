@@ -54,12 +54,11 @@ class Daemon:
     """Of the unit, the user and the state directory."""
     command: str
     config_file: Path
-    config: type[AgentConfig] | type[CoordinatorConfig]
 
 
 DAEMONS: dict[Kind, Daemon] = {
-    "agent": Daemon("edge-agent", "run", AGENT_CONFIG, AgentConfig),
-    "coordinator": Daemon("edge-agent-coordinator", "coordinator", COORDINATOR_CONFIG, CoordinatorConfig),
+    "agent": Daemon("edge-agent", "run", AGENT_CONFIG),
+    "coordinator": Daemon("edge-agent-coordinator", "coordinator", COORDINATOR_CONFIG),
 }
 
 
@@ -103,9 +102,7 @@ def install(kind: Kind, config_file: Path | None, user: str | None, unit_directo
     """
     daemon = DAEMONS[kind]
     file = Path(os.path.abspath(config_file or daemon.config_file))  # noqa: PTH100 - links stay, `..` goes
-    config, user = read_config(file, daemon.config), user or daemon.name
-    if re.search(USER_PATTERN, user) is None or user == "root":
-        raise ServiceUnusable(f"{user!r} can be no user of a service; give --user an ordinary one, or leave it out")
+    config, user = _read(kind, file), user or daemon.name
     steps, unit = Steps(rehearsal), unit_directory / f"{daemon.name}.service"
     before = _read_own(unit)
     _make_user(user, STATES / daemon.name, steps)
@@ -121,6 +118,12 @@ def install(kind: Kind, config_file: Path | None, user: str | None, unit_directo
         steps.done.append(f"{unit} is as it should be")
     verb = "enable --now" if before in (None, text) else "restart"
     return Installed(unit, steps.done, f"systemctl {verb} {daemon.name}", text)
+
+
+def check_user(user: str) -> None:
+    """Raise ServiceUnusable for what should be no user of a service."""
+    if re.search(USER_PATTERN, user) is None or user == "root":
+        raise ServiceUnusable(f"{user!r} can be no user of a service; give --user an ordinary one, or leave it out")
 
 
 def remove(kind: Kind, unit_directory: Path, rehearsal: bool = False) -> Installed:
@@ -152,7 +155,7 @@ def render(kind: Kind, config_file: Path, config: Config, user: str) -> str:
     settings = {
         "RequiresMountsFor": " ".join(map(_quoted, dict.fromkeys((str(state), *map(str, models))))),
         "User": user,
-        "ExecStart": " ".join(map(_quoted, (sys.executable, "-m", "edge_agent", daemon.command, "--config", str(config_file)))),
+        "ExecStart": _command_line(sys.executable, "-m", "edge_agent", daemon.command, "--config", str(config_file)),
         "ReadWritePaths": "" if _within(state, STATES / daemon.name) else _quoted(str(state)),
         "ProtectHome": "read-only" if any(_within(path, home) for path in needed for home in HOMES) else "yes",
         "PrivateTmp": "no" if any(_within(path, place) for path in needed for place in TEMPORARY) else "yes",
@@ -163,18 +166,24 @@ def render(kind: Kind, config_file: Path, config: Config, user: str) -> str:
         settings |= {"CapabilityBoundingSet": "CAP_NET_BIND_SERVICE", "AmbientCapabilities": "CAP_NET_BIND_SERVICE", "PrivateUsers": "no"}
     text = (files("edge_agent") / "systemd" / f"{daemon.name}.service").read_text(encoding="utf-8")
     for name, value in settings.items():
-        text, count = re.subn(rf"^{name}=.*$", lambda _, line=f"{name}={value}": line, text, flags=re.MULTILINE)
+        line = f"{name}={value}".replace("\\", r"\\")
+        text, count = re.subn(rf"^{name}=.*$", line, text, flags=re.MULTILINE)
         if count != 1:
             raise ValueError(f"the unit {daemon.name} has {name} {count} times")
     return text
 
 
 def _quoted(word: str) -> str:
-    """Return a word as it stands in a unit, whatever is in it: systemd.syntax(7), and its specifiers and variables."""
+    """Return a word as it stands in a unit, whatever is in it: systemd.syntax(7), and specifiers."""
     if not word.isprintable():
         raise ServiceUnusable(f"{word!r} cannot stand in a unit; give it another name")
-    plain = word.replace("%", "%%").replace("$", "$$")
+    plain = word.replace("%", "%%")
     return plain if re.fullmatch(r"[\w@%+=:,./$-]+", plain) else '"' + plain.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _command_line(*words: str) -> str:
+    """Likewise for a command, in which systemd also replaces variables."""
+    return " ".join(_quoted(word.replace("$", "$$")) for word in words)
 
 
 def _stamped(text: str) -> str:
@@ -330,6 +339,10 @@ def _check_as(user: str, kind: Kind, config_file: Path, home: Path) -> None:
         raise ServiceUnusable(f"as user {user}: {_said(done.stderr) or f'the check ends with {done.returncode}'}")
 
 
+def _read(kind: Kind, config_file: Path) -> Config:
+    return read_config(config_file, AgentConfig) if kind == "agent" else read_config(config_file, CoordinatorConfig)
+
+
 def check(config: Config) -> None:
     """Read what a daemon reads when it starts. Raises an EdgeAgentError where it would not start."""
     from edge_agent.tls import client_context, server_context
@@ -356,7 +369,7 @@ def check(config: Config) -> None:
 def main(arguments: Sequence[str]) -> int:
     kind: Kind = "agent" if arguments[0] == "agent" else "coordinator"
     try:
-        check(read_config(Path(arguments[1]), DAEMONS[kind].config))
+        check(_read(kind, Path(arguments[1])))
     except EdgeAgentError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -333,7 +333,7 @@ class _Connection:
         version: str,
         on_subscribed: Callable[[int], None],
         on_message: Callable[[Received], None],
-        on_answer: Callable[[], None],
+        on_answer: Callable[[], None] = lambda: None,
     ) -> None:
         self.answered = self.subscribed = False
         self.refused: str | None = None

@@ -19,12 +19,12 @@ class Manager:
         watchdog, whose = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", str(os.getpid()))
         self.watchdog_s = int(watchdog) / USEC if watchdog.isdigit() and whose == str(os.getpid()) else None
         """After so long without `WATCHDOG=1` the process is ended and started anew; None: nobody looks."""
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) if address[:1] in ("/", "@") else None
+        self._address = "\0" + address[1:] if address.startswith("@") else address if address.startswith("/") else None
 
     def tell(self, **said: object) -> None:
         """Such as `tell(READY=1, STATUS="serves")`. A manager that takes nothing now has not heard it."""
-        if self._socket is not None:
-            lines = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in said.items())
-            with suppress(OSError):
-                self._socket.sendto(lines.encode(), self._address)
+        if self._address is None:
+            return
+        lines = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in said.items())
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as way:
+            way.sendto(lines.encode(), self._address)

@@ -107,6 +107,7 @@ CODES_OF_PROCESSES = {
     "profile_unknown",
     "refused",
     "saliency",
+    "service",
     "state",
     "state_damaged",
     "stopped",

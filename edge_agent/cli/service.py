@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from edge_agent.cli.shared import JsonOption, explained, print_json
-from edge_agent.install import UNIT_DIRECTORY, install, remove
+from edge_agent.install import UNIT_DIRECTORY, Kind, check_user, install, remove
 
 CoordinatorFlag = Annotated[bool, typer.Option("--coordinator", help="The coordinator, instead of the agent of a node.")]
 FileOption = Annotated[
@@ -30,7 +30,9 @@ def install_service(
     The configuration is read first, by the user whom the service will run as. To be run as root; nothing is started by it.
     """
     with explained(as_json):
-        kind = "coordinator" if coordinator else "agent"
+        kind: Kind = "coordinator" if coordinator else "agent"
+        if user is not None:
+            check_user(user)
         done = remove(kind, unit_dir, dry_run) if gone else install(kind, config, user, unit_dir, dry_run)
         if as_json:
             print_json(msgspec.to_builtins(done, enc_hook=str))
