@@ -15,7 +15,7 @@ from edge_agent.agent import Agent, main
 from edge_agent.backlog import Come
 from edge_agent.mqtt import Link, Received
 
-KEEPALIVE_S = 5
+KEEPALIVE_S = 10
 """Of the configurations that this is started with."""
 
 
