@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gene
 
 from profiles.device import DeviceProfile
 from profiles.memory import MMAP_THRESHOLD_BYTES
-from quantization.nf4 import BLOCK, SCALES, choose_kernel, use_kernel
+from quantization.nf4 import BLOCK, SCALES, Kernel, choose_kernel, use_kernel
 from quantization.vocabulary import NarrowHead, Nf4Embedding, Nf4Head, Vocabulary
 
 aten = torch.ops.aten
@@ -137,11 +137,12 @@ def takes_trees(config: Any) -> bool:
 
 def ghost_model(
     config: Any, device: DeviceProfile, layers: int | None = None, stored: torch.dtype = torch.bfloat16, *,
-    quantized_head: bool = False, embedding_on_host: bool = False,
+    quantized_head: bool = False, embedding_on_host: bool = False, kernel: Kernel | None = None,
 ) -> Any:  # fmt: skip
     """Return the causal language model of a configuration as the trainer holds it (quantization/load.py), on the meta device.
 
-    With `layers` it has only so many of them. `stored` is the type of the vocabulary's matrices in their file.
+    With `layers` it has only so many of them. `stored` is the type of the vocabulary's matrices in their file. `kernel` is
+    what computes in 4 bits; without it what does on a processor here, and bitsandbytes elsewhere.
     """
     config = _with_layers(config, layers)
     dtype = getattr(torch, device.compute_dtype)
@@ -162,7 +163,7 @@ def ghost_model(
             model.set_input_embeddings(_Elsewhere(embedding.embedding_dim, dtype))
     if isinstance(head, NarrowHead | Nf4Head):
         _cut(head)
-    use_kernel(model, choose_kernel("cpu") if device.kind == "cpu" else "bitsandbytes")
+    use_kernel(model, kernel or (choose_kernel("cpu") if device.kind == "cpu" else "bitsandbytes"))
     model.is_loaded_in_4bit = True
     model.generation_config = GenerationConfig()
     return model.requires_grad_(False).eval()

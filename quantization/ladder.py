@@ -80,17 +80,22 @@ class Rung:
         return "as asked" if self.number == 0 else ", ".join(done)
 
 
-def ladder(job: Job, shape: Shape, rows: Rows, device: DeviceProfile, layout: Layout = "shared") -> list[Rung]:
-    """Return the rungs in the order in which they are tried: those that change no result first, and the fastest of each kind first."""
+def ladder(
+    job: Job, shape: Shape, rows: Rows, device: DeviceProfile, layout: Layout = "shared", has_8bit: bool = True
+) -> list[Rung]:  # fmt: skip
+    """Return the rungs in the order in which they are tried: those that change no result first, and the fastest of each kind first.
+
+    `has_8bit`: there is an optimizer with moments in 8 bits; without it the rungs above do without.
+    """
     found: list[Rung] = []
-    for level in _levels(shape, device):
-        rungs = [_rung(level, job.schedule.batch, shape.tied, *of) for of in _schedules(job.schedule.batch, offloads=level == 7)]
+    for level in _levels(shape, device, has_8bit):
+        rungs = [_rung(level, job.schedule.batch, shape.tied, has_8bit, *of) for of in _schedules(job.schedule.batch, offloads=level == 7)]
         found += sorted(rungs, key=lambda r: (relative_time(shape, rows, r, layout), r.number, -r.micro_batch))
     return found
 
 
-def _levels(shape: Shape, device: DeviceProfile) -> Iterator[int]:
-    yield from (3, 4, 5)
+def _levels(shape: Shape, device: DeviceProfile, has_8bit: bool) -> Iterator[int]:
+    yield from (3, 4, 5) if has_8bit else (3, 5)
     if not shape.tied:  # the output head needs the whole matrix
         yield 6
     if device.kind == "discrete":
@@ -108,11 +113,12 @@ def _schedules(batch: int, offloads: bool) -> Iterator[tuple[int, int, bool]]:
                 yield micro_batch, head_chunk, checkpointing
 
 
-def _rung(level: int, batch: int, tied: bool, micro_batch: int, head_chunk: int, checkpointing: bool) -> Rung:
+def _rung(level: int, batch: int, tied: bool, has_8bit: bool, micro_batch: int, head_chunk: int, checkpointing: bool) -> Rung:
     exact = 3 if checkpointing else 2 if head_chunk < HEAD_CHUNK else 1 if micro_batch < batch else 0
     return Rung(
         exact if level == 3 else level, micro_batch, head_chunk, checkpointing,
-        adam_8bit=level >= 4, quantized_head=level >= 5, embedding_on_host=level >= 6 and not tied, offload_checkpoints=level == 7,
+        adam_8bit=has_8bit and level >= 4, quantized_head=level >= 5, embedding_on_host=level >= 6 and not tied,
+        offload_checkpoints=level == 7,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The services under a systemd that has booted: a Debian of its own in a container, the wheel installed there, a real job, and what systemd
 does with daemons that stand still, are stopped or killed. Beside it what of the watchdog takes long.
 
-Needs root, `debootstrap` and `systemd-nspawn` (Debian's `debootstrap` and `systemd-container`), and a mirror (`EDGE_AGENT_TEST_MIRROR`). The
-container computes with the packages of this environment, so that its Python is of the same version: 3.11 is Debian 12, 3.13 is Debian 13.
+Needs root, `debootstrap` and `systemd-nspawn` (Debian's `debootstrap` and `systemd-container`), and a mirror (`EDGE_AGENT_TEST_MIRROR`).
+The container computes with the packages of this environment, so its Python is of the same version: 3.11 is Debian 12, 3.13 Debian 13.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from test_systemd import Host, host, report, wedged  # noqa: F401 - `host` is a 
 
 SUITE = {(3, 11): "bookworm", (3, 13): "trixie"}.get(sys.version_info[:2])
 MIRROR = os.environ.get("EDGE_AGENT_TEST_MIRROR", "http://deb.debian.org/debian")
+KEPT = os.environ.get("EDGE_AGENT_TEST_DEBIAN")
+"""A directory where the Debian is kept between runs."""
+PACKAGES_OF_DEBIAN = ("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "mosquitto", "procps")
 PROGRAMS = ("debootstrap", "systemd-nspawn", "nsenter")
 LACKS = (
     [name for name in PROGRAMS if shutil.which(name) is None]
@@ -52,6 +56,7 @@ QUICK = (
     "sampling.outputs=2",
 )
 WATCHDOG_S = 5
+pytestmark = pytest.mark.timeout(1800)  # the first one makes a Debian
 
 
 def test_watchdog_starves_for_a_link_that_is_stuck(host: Host) -> None:  # noqa: F811
@@ -88,8 +93,13 @@ class Machine:
                 ],
                 env=os.environ | {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        self._init = wait_for("its first process", self._find_init, 60)
-        wait_for("the end of its boot", lambda: self.try_("systemctl", "is-active", "multi-user.target") == "active\n", 120)
+        try:
+            self._init = wait_for("its first process", self._find_init, 60)
+            wait_for("the end of its boot", lambda: self.try_("systemctl", "is-active", "multi-user.target") == "active\n", 240)
+        except BaseException:
+            sys.stderr.write((root / "nspawn.log").read_text(errors="replace")[-4000:])
+            self.end()
+            raise
 
     def _find_init(self) -> int | None:
         return next((child.pid for child in psutil.Process(self._process.pid).children()), None)
@@ -119,7 +129,7 @@ class Machine:
         self.run("systemctl", "kill", "--kill-who=main", f"--signal={number.name}", unit)
 
     def end(self) -> None:
-        self.try_("systemctl", "poweroff")
+        self._process.send_signal(signal.SIGTERM)  # powers it off
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
@@ -127,11 +137,20 @@ class Machine:
             self._process.wait()
 
 
+def _make_debian(root: Path) -> None:
+    """Make one with systemd, a broker and Python, or copy the one that is kept for this."""
+    made = root if KEPT is None else Path(KEPT)
+    if KEPT is None or not made.exists():
+        command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES_OF_DEBIAN)}", str(SUITE), str(made), MIRROR]
+        subprocess.run(command, check=True, timeout=1200)
+    if made != root:
+        subprocess.run(["cp", "-a", "--reflink=auto", f"{made}/.", str(root)], check=True, timeout=600)
+    (root / "etc" / "machine-id").write_text(f"{uuid.uuid4().hex}\n")  # it is no first boot, which may ask for things
+
+
 def _build(root: Path) -> None:
-    """Make a Debian with a broker, and this package installed in it from its wheel."""
-    packages = "systemd,systemd-sysv,dbus,python3,python3-venv,mosquitto,procps"
-    subprocess.run(["debootstrap", "--variant=minbase", f"--include={packages}", str(SUITE), str(root), MIRROR], check=True, timeout=1200)
-    (root / "etc" / "machine-id").write_text("")
+    """Make a Debian with this package installed in it from its wheel."""
+    _make_debian(root)
     subprocess.run(["chroot", str(root), "python3", "-m", "venv", "--without-pip", INSTALLED], check=True, timeout=120)
     with tempfile.TemporaryDirectory() as wheels:
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -157,7 +176,7 @@ def machine() -> Iterator[Machine]:
     """It is built and booted once, and the services are installed by the command."""
     if LACKS:
         pytest.skip(f"NOT BOOTED: there is no {', no '.join(LACKS)}, so the services were not tried under a systemd that runs")
-    with tempfile.TemporaryDirectory(prefix="ea-machine-") as directory:
+    with tempfile.TemporaryDirectory(prefix="ea-machine-", ignore_cleanup_errors=True) as directory:
         Path(directory).chmod(0o755)
         _build(Path(directory))
         machine = Machine(Path(directory))

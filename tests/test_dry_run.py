@@ -26,6 +26,7 @@ from quantization.estimate import MARGIN, Lengths
 from quantization.ladder import Rows, Rung
 from quantization.load import load_model
 from quantization.model_files import find_model
+from quantization.nf4 import KERNEL_VARIABLE
 from quantization.plan import Plan, Survey
 from quantization.shape import read_shape
 from tests.tiny_training import judged_records
@@ -281,6 +282,16 @@ def test_plan_shows_what_a_run_would_do(tiny_model: Path, budget_bytes: int) -> 
     plan = work.survey().plan
     assert plan == work.plan()
     assert plan.keeps_freed == (plan.roomy_bytes <= budget_bytes)
+
+
+def test_plan_for_plain_torch_has_no_moments_in_8_bits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their optimizer is of bitsandbytes: where its kernels do not run, as from a wheel on a Jetson, a run must not choose it."""
+    job = Job(model=str(tiny_model), dataset=Dataset("0" * 64), budget_bytes=2**30, method=SFT, evaluation=Evaluation(questions=2))
+    for kernel, has_8bit in (("bitsandbytes", True), ("torch", False)):
+        monkeypatch.setenv(KERNEL_VARIABLE, kernel)
+        work = prepare_files(job, judged_records(6), None, CPU)
+        assert work.kernel == kernel
+        assert any(rung.adam_8bit for rung in work.rehearsal().rungs) == has_8bit
 
 
 def test_plan_names_the_fastest_rung_that_fits(tiny_model: Path) -> None:

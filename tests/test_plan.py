@@ -143,6 +143,14 @@ def test_rungs_that_quantise_come_last_and_within_a_kind_the_fastest_first() -> 
     assert {rung.number for rung in on_cpu} == set(range(6))
 
 
+def test_rungs_do_without_an_optimizer_that_is_not_there() -> None:
+    """Where bitsandbytes' kernels do not run there are no moments in 8 bits: the rungs above are there, in the same order, without them."""
+    shape, device = _shape(LLAMA_8B), device_profile("jetson-orin-nano-8gb")
+    with_8bit, without = (ladder(_job(GIB), shape, LENGTHS.train, device, has_8bit=has) for has in (True, False))
+    assert {rung.number for rung in without} == {0, 1, 2, 3, 5, 6}
+    assert without == [replace(rung, adam_8bit=False) for rung in with_8bit if rung.number != 4]
+
+
 def test_an_evaluation_that_does_not_fit_leaves_the_training_alone() -> None:
     """Where only generation is too large, fewer prompts are generated at once, and the rung stays."""
     shape, device = _shape(LLAMA_8B), device_profile("cuda")

@@ -34,6 +34,7 @@ from quantization.estimate import MARGIN, Lengths
 from quantization.ladder import Rows
 from quantization.load import load_tokenizer
 from quantization.model_files import ModelFiles, find_model
+from quantization.nf4 import Kernel, choose_kernel
 from quantization.plan import NONE_MISSED, Missed, Plan, Survey
 from quantization.shape import Shape, adapter_elements, read_shape
 
@@ -93,6 +94,8 @@ class Prepared:
     training: list[Record]
     development: list[Record]
     held_out: list[Record]
+    kernel: Kernel
+    """What computes in 4 bits there."""
 
     @property
     def key(self) -> str:
@@ -250,7 +253,7 @@ class Prepared:
 
     def rehearsal(self, padded: bool = False, on_run: Callable[[], None] = lambda: None) -> Rehearsal:
         """Return the dry runs of the job; `padded` where the model turned out not to share the beginnings of rows."""
-        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded, on_run)
+        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded, on_run, self.kernel)
 
     def plan(self, padded: bool = False, missed: Missed = NONE_MISSED, on_run: Callable[[], None] = lambda: None) -> Plan:
         """Return the plan of the job by dry runs; one that lacked memory before has no room to keep what it frees. Raises DoesNotFit."""
@@ -292,8 +295,9 @@ def prepare_files(
     """Split the records of a job and find its model, to plan it alone also without `weights`; without `device` for this machine."""
     parts = split(records, evaluation, job)
     files = find_model(job.model, weights=weights)
-    device = calibrated(device or detect_profile(job.device))
-    prepared = Prepared(job, files, load_tokenizer(files), device, parts.training, parts.development, parts.held_out)
+    here, device = device is None, calibrated(device or detect_profile(job.device))
+    kernel = choose_kernel(device.torch_device) if here or device.kind == "cpu" else "bitsandbytes"
+    prepared = Prepared(job, files, load_tokenizer(files), device, parts.training, parts.development, parts.held_out, kernel)
     if job.schedule.patience and not prepared.development_targets:
         raise JobSchema("schedule.patience", "there is no development question to measure on; set evaluation.development, such as 0.1")
     if job.evaluation.development and job.schedule.patience is None:

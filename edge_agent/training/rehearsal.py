@@ -44,6 +44,7 @@ from quantization.estimate import (
 from quantization.ladder import Layout, Rows, Rung, ladder, relative_time
 from quantization.load import explained
 from quantization.model_files import ModelFiles
+from quantization.nf4 import Kernel
 from quantization.plan import NONE_MISSED, Missed, Plan, RungCost, StagePlan, Survey, make_plan, smallest
 from quantization.shape import Shape, adapter_elements
 
@@ -67,6 +68,8 @@ class Rehearsal:
     """Rows are padded although the architecture says that it could share their beginnings."""
     on_run: Callable[[], None] = lambda: None
     """Called before each of the dry runs, of which there may be dozens; what it raises ends the planning."""
+    kernel: Kernel | None = None
+    """What computes in 4 bits; None: what does on a processor here, and bitsandbytes elsewhere."""
     rows: Layout = field(init=False)
     rungs: list[Rung] = field(init=False)
     _config: Any = field(init=False)
@@ -76,7 +79,8 @@ class Rehearsal:
         with explained(self.files, "its config.json cannot be used"):
             self._config = AutoConfig.from_pretrained(self.files.path, trust_remote_code=False, local_files_only=True)
             self.rows = "shared" if takes_trees(self._config) and not self.padded else "padded"
-        self.rungs = ladder(self.job, self.shape, self.lengths.train, self.device, self.rows)
+        has_8bit = self.kernel != "torch"  # that optimizer is of bitsandbytes, and has no other form
+        self.rungs = ladder(self.job, self.shape, self.lengths.train, self.device, self.rows, has_8bit)
         self._guess_of = estimates(self.shape, self.job, self.lengths, self.device, self.rows)
 
     def plan(self, missed: Missed = NONE_MISSED) -> Plan:
@@ -177,7 +181,7 @@ class Rehearsal:
         with explained(self.files, "a pass of what its config.json says fails"):
             model = ghost_model(
                 self._config, self.device, layers, _stored_type(self.files),
-                quantized_head=rung.quantized_head, embedding_on_host=rung.embedding_on_host,
+                quantized_head=rung.quantized_head, embedding_on_host=rung.embedding_on_host, kernel=self.kernel,
             )  # fmt: skip
             if self.rows == "shared":
                 model.set_attn_implementation(TREE)
