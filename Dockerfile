@@ -1,31 +1,114 @@
-# The agent in a container, as an ordinary user. CPU by default:
-#   docker build -t edge-agent .
-# On an NVIDIA GPU, with PyTorch from the CUDA index of its makers and a CUDA base image:
-#   docker build -t edge-agent:cuda --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 \
-#     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
-ARG BASE=python:3.12-slim-bookworm
-FROM ${BASE}
+# Images of the agent and of the coordinator. How to build and run them, and which steps have been executed how: docs/docker.md.
+#   docker build --target agent-cpu --tag edge-agent:cpu .            any machine
+#   docker build --target agent-cuda --tag edge-agent:cuda .          x86-64 with an NVIDIA GPU
+#   docker build --target agent-jetson --tag edge-agent:jetson .      Jetson Orin with JetPack 6
+#   docker build --target coordinator --tag edge-agent:coordinator .
+ARG DEBIAN=debian:bookworm-20260518-slim
+ARG JETPACK=nvcr.io/nvidia/l4t-jetpack:r36.4.0
+ARG BITSANDBYTES=source
 
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-
-RUN if ! command -v python3 >/dev/null || ! python3 -m venv --help >/dev/null 2>&1; then \
-        apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*; \
-    fi \
+# What all images on Debian begin with: Python, the user, its state, and what is started.
+FROM ${DEBIAN} AS base
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --user-group --no-log-init --uid 10001 --home-dir /var/lib/edge-agent edge-agent \
+    && install --directory --mode=700 --owner=edge-agent --group=edge-agent /var/lib/edge-agent \
     && python3 -m venv /opt/edge-agent
-
-ENV PATH=/opt/edge-agent/bin:$PATH PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 HOME=/var/lib/edge-agent
-
-# PyTorch first and alone: the largest layer, and the one that changes least.
-RUN pip install --no-cache-dir torch --index-url "${TORCH_INDEX}"
-
-COPY pyproject.toml README.md LICENSE /src/
-COPY edge_agent /src/edge_agent
-COPY quantization /src/quantization
-COPY profiles /src/profiles
-RUN pip install --no-cache-dir /src
-
-RUN useradd --system --create-home --home-dir /var/lib/edge-agent edge-agent
-USER edge-agent
+ENV PATH=/opt/edge-agent/bin:$PATH HOME=/var/lib/edge-agent HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+VOLUME /var/lib/edge-agent
 WORKDIR /var/lib/edge-agent
 ENTRYPOINT ["edge-agent"]
-CMD ["--help"]
+CMD ["run"]
+HEALTHCHECK --interval=60s --timeout=20s --start-period=120s CMD ["edge-agent", "health", "node"]
+
+# What is installed: names of packages, which seldom change, and the wheel of the project, which changes with every line of it.
+FROM base AS requirements
+WORKDIR /requirements
+COPY deploy/requirements.py deploy/constraints-debian.txt deploy/constraints-jetson.txt pyproject.toml ./
+RUN python3 requirements.py judge >agent.txt \
+    && python3 requirements.py coordinator postgresql s3 --without torch transformers peft bitsandbytes accelerate >coordinator.txt
+
+FROM base AS wheel
+WORKDIR /src
+RUN --mount=type=bind,from=requirements,source=/requirements,target=/requirements \
+    pip install --constraint /requirements/constraints-debian.txt hatchling
+COPY pyproject.toml README.md LICENSE ./
+COPY edge_agent edge_agent
+COPY quantization quantization
+COPY profiles profiles
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+
+# Without PyTorch: a coordinator imports none.
+FROM base AS coordinator
+RUN --mount=type=bind,from=requirements,source=/requirements,target=/requirements \
+    pip install --requirement /requirements/coordinator.txt --constraint /requirements/constraints-debian.txt
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
+USER 10001:10001
+CMD ["coordinator"]
+HEALTHCHECK --interval=60s --timeout=20s --start-period=60s CMD ["edge-agent", "health", "coordinator"]
+
+# The wheels of bitsandbytes hold no kernels for sm_87, the GPU of Orin: they are compiled. --build-arg BITSANDBYTES=wheel leaves that out;
+# the agent then finds that they do not run, and computes NF4 in plain PyTorch.
+FROM ${JETPACK} AS bitsandbytes-source
+ARG BITSANDBYTES_TAG=0.50.2
+ARG COMPUTE_CAPABILITY=87
+ENV PATH=/usr/local/cuda/bin:$PATH
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends build-essential ca-certificates cmake git python3-dev python3-pip \
+    && rm -rf /var/lib/apt/lists/* \
+    && git clone --depth 1 --branch "${BITSANDBYTES_TAG}" https://github.com/bitsandbytes-foundation/bitsandbytes.git /src
+WORKDIR /src
+RUN cmake -S . -B . -DCOMPUTE_BACKEND=cuda "-DCOMPUTE_CAPABILITY=${COMPUTE_CAPABILITY}" \
+    && cmake --build . --parallel \
+    && python3 -m pip wheel --no-deps --wheel-dir /wheels .
+
+FROM base AS bitsandbytes-wheel
+ARG BITSANDBYTES_TAG=0.50.2
+RUN pip download --no-deps --dest /wheels "bitsandbytes==${BITSANDBYTES_TAG}"
+
+# hadolint ignore=DL3006
+FROM bitsandbytes-${BITSANDBYTES} AS bitsandbytes
+
+FROM ${JETPACK} AS agent-jetson
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates libopenblas0 python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --user-group --no-log-init --uid 10001 --groups video --home-dir /var/lib/edge-agent edge-agent \
+    && install --directory --mode=700 --owner=edge-agent --group=edge-agent /var/lib/edge-agent \
+    && python3 -m venv /opt/edge-agent
+ENV PATH=/opt/edge-agent/bin:/usr/local/cuda/bin:$PATH HOME=/var/lib/edge-agent HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+ENV LD_LIBRARY_PATH=/opt/edge-agent/lib/python3.10/site-packages/nvidia/cu12/lib:/usr/local/cuda/lib64
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=all
+ARG TORCH_INDEX=https://pypi.jetson-ai-lab.io/jp6/cu126
+RUN pip install --no-deps --index-url "${TORCH_INDEX}" torch==2.8.0
+RUN --mount=type=bind,from=bitsandbytes,source=/wheels,target=/wheels \
+    --mount=type=bind,from=requirements,source=/requirements,target=/requirements \
+    pip install --no-deps /wheels/*.whl \
+    && pip install --no-deps --constraint /requirements/constraints-jetson.txt nvidia-cudss-cu12 \
+    && pip install --requirement /requirements/agent.txt --constraint /requirements/constraints-jetson.txt
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
+VOLUME /var/lib/edge-agent
+WORKDIR /var/lib/edge-agent
+USER 10001:10001
+ENTRYPOINT ["edge-agent"]
+CMD ["run"]
+HEALTHCHECK --interval=60s --timeout=20s --start-period=120s CMD ["edge-agent", "health", "node"]
+
+# PyTorch first and alone in each agent: the largest layer, and the one that changes least. The project last: a few megabytes.
+FROM base AS agent-cuda
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+RUN --mount=type=bind,from=requirements,source=/requirements,target=/requirements \
+    pip install --constraint /requirements/constraints-debian.txt torch==2.13.0
+RUN --mount=type=bind,from=requirements,source=/requirements,target=/requirements \
+    pip install --requirement /requirements/agent.txt --constraint /requirements/constraints-debian.txt
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
+USER 10001:10001
+
+FROM base AS agent-cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-deps --index-url "${TORCH_INDEX}" torch==2.13.0+cpu
+RUN --mount=type=bind,from=requirements,source=/requirements,target=/requirements \
+    pip install --requirement /requirements/agent.txt --constraint /requirements/constraints-debian.txt
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
+USER 10001:10001

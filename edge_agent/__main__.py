@@ -1,4 +1,7 @@
-"""The command `edge-agent`. The daemon comes up without the command line's libraries, which would cost memory for as long as it runs."""
+"""The command `edge-agent`. The daemon comes up without the command line's libraries, which would cost memory for as long as it runs.
+
+So does who looks every minute whether it lives: there they would cost time.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,15 @@ import sys
 
 def main() -> None:
     """Entry point of the console script."""
-    if sys.argv[1:2] == ["run"] and not {"--help", "-h"} & set(sys.argv):
+    wants_help = {"--help", "-h"} & set(sys.argv)
+    if sys.argv[1:2] == ["run"] and not wants_help:
         from edge_agent.agent import main as run
 
         sys.exit(run(sys.argv[2:]))
+    if sys.argv[1:3] == ["health", "node"] and not wants_help:
+        from edge_agent.alive import main as look
+
+        sys.exit(look(sys.argv[3:]))
     from edge_agent.cli import app
 
     try:

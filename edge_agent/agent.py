@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from edge_agent import logs
 from edge_agent.admission import Rejected, open_envelope
+from edge_agent.alive import Signs
 from edge_agent.config import AGENT_CONFIG, AgentConfig, read_config
 from edge_agent.delivery import Outbox, Uplink
 from edge_agent.errors import ConfigInvalid, EdgeAgentError, MessageInvalid
@@ -91,6 +92,7 @@ class Agent:
         check_files(config)
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._lock = lock_state(config.state_directory)
+        self._signs = Signs(config.state_directory)
         self._store = Store(config.state_directory / "agent.sqlite", config.fleet, config.node)
         self._device = detect_profile(config.device)
         self._sensors = Sensors(self._device, int(config.budget), config.state_directory)
@@ -125,11 +127,14 @@ class Agent:
             self._jobs.shut_down()
             self._link.close((self._uplink.topic("state"), self._uplink.message(self._state("offline"))))
             self._store.close()
+            self._signs.take_away()
             log.info("agent_stopped node=%s", self._config.node)
 
     def _turned(self) -> None:
         trainer = self._jobs.trainer
         self._heart.beat(self._link, f"job {trainer.job}" if trainer else "no job")
+        if self._heart.is_well:
+            self._signs.leave(self._link.connected)
 
     def _drop(self, event: object) -> None:
         if isinstance(event, Received):

@@ -473,6 +473,15 @@ class TooManyRequests(EdgeAgentError):
         self.wait_s = wait_s
 
 
+class NotAlive(EdgeAgentError):
+    """No agent works in a state directory, or its loop does not turn."""
+
+    code = "not_alive"
+
+    def __init__(self, directory: Path, problem: str) -> None:
+        super().__init__(f"state directory {directory}: {problem}; start the agent anew, and look into its log")
+
+
 class TrackerAway(EdgeAgentError):
     """A tracking server does not answer, or does not take what is to be recorded."""
 

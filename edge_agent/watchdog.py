@@ -102,6 +102,11 @@ class Heart:
         status = f"{verdict.status}; {doing}" if doing else verdict.status
         self._manager.tell(STATUS=status, **{"WATCHDOG": 1} if verdict.feed else {})
 
+    @property
+    def is_well(self) -> bool:
+        """Whether the last look found the link to be what it says."""
+        return self._told.feed
+
     def stopping(self, patience_s: float = 0.0) -> None:
         """The daemon is about to end, in so many seconds and some."""
         self._manager.tell(STOPPING=1, STATUS="ends", EXTEND_TIMEOUT_USEC=int((patience_s + STOP_S) * USEC))

@@ -357,7 +357,7 @@ def test_commands_documented_are_those_of_a_fleet() -> None:
         if panel != "On this machine"
         for command in members
     }
-    commands |= {name for name in COMMANDS if name.split()[1] in ("datasets", "enroll", "keys", "rollout", "tokens")}
+    commands |= {name for name in COMMANDS if name.split()[1] in ("datasets", "enroll", "health", "keys", "rollout", "tokens")}
     assert set(_rows("fleet.md", "Commands", "Command")) == commands
     assert commands < set(COMMANDS)
 

@@ -46,7 +46,7 @@ LAYERS = (
     ("edge_agent.web",),
     ("edge_agent.job_directory", "edge_agent.job_building", "edge_agent.saliency_page"),
     ("edge_agent.messages", "edge_agent.supervised"),
-    ("edge_agent.signing", "edge_agent.rest", "edge_agent.enrolment", "edge_agent.https", "edge_agent.home_assistant"),
+    ("edge_agent.alive", "edge_agent.signing", "edge_agent.rest", "edge_agent.enrolment", "edge_agent.https", "edge_agent.home_assistant"),
     ("edge_agent.store", "edge_agent.mqtt", "edge_agent.transfer", "edge_agent.admission", "edge_agent.runner", "edge_agent.asyncapi"),
     ("edge_agent.forecast",),
     ("edge_agent.delivery",),
@@ -122,6 +122,13 @@ def test_the_daemon_imports_little() -> None:
     libraries = ("torch", "transformers", "numpy", "rich", "typer", "click", "litestar", "httpx", "openai", "sqlalchemy")
     names = (*libraries, "edge_agent.cli", "edge_agent.training")
     code = f"import sys, edge_agent.__main__, edge_agent.agent\nprint([m for m in {names!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_who_asks_whether_the_daemon_lives_imports_little() -> None:
+    """`edge-agent health node`, which is asked every minute, starts without the command line's libraries."""
+    code = "import sys, edge_agent.__main__, edge_agent.alive\nprint([m for m in ('rich', 'typer', 'edge_agent.cli') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -104,6 +104,7 @@ CODES_OF_PROCESSES = {
     "package_missing",
     "config",
     "coordinator",
+    "not_alive",
     "profile_unknown",
     "refused",
     "saliency",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import datasets, enroll, fleet, keys, local, rollouts, saliency, service, tokens, track
+from edge_agent.cli import datasets, enroll, fleet, health, keys, local, rollouts, saliency, service, tokens, track
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -22,6 +22,8 @@ datasets_app = typer.Typer(no_args_is_help=True, help="List and remove the datas
 app.add_typer(datasets_app, name="datasets")
 enroll_app = typer.Typer(no_args_is_help=True, help="Make the certificates by which a broker, a coordinator and nodes know each other.")
 app.add_typer(enroll_app, name="enroll")
+health_app = typer.Typer(no_args_is_help=True, help="Say whether a daemon of this machine lives.")
+app.add_typer(health_app, name="health")
 keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys that sign orders.")
 app.add_typer(keys_app, name="keys")
 tokens_app = typer.Typer(no_args_is_help=True, help="Make, list and end the tokens by which a coordinator knows who asks.")
@@ -56,6 +58,8 @@ dataset_app.command("check", epilog=EXIT_CODES)(local.dataset_check)
 dataset_app.command("build", epilog=EXIT_CODES)(local.dataset_build)
 for command in (enroll.node, enroll.coordinator, enroll.broker):
     enroll_app.command(epilog=EXIT_CODES)(command)
+for command in (health.node, health.coordinator):
+    health_app.command(epilog=EXIT_CODES)(command)
 keys_app.command("new", epilog=EXIT_CODES)(keys.new)
 keys_app.command("show", epilog=EXIT_CODES)(keys.show)
 datasets_app.command("list", epilog=EXIT_CODES)(datasets.list_)

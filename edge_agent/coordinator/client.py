@@ -136,6 +136,10 @@ class Client:
             nodes += page.items
         return nodes
 
+    def answers(self) -> None:
+        """Have the coordinator's loop and its database answer something small."""
+        self._ask(NodePage, "GET", "/nodes", params={"limit": "1"})
+
     def drain(self, node: str, drain: bool) -> NodeView:
         return self._ask(NodeView, "POST", f"/nodes/{quote(node, safe='')}/{'drain' if drain else 'resume'}")
 
