@@ -12,7 +12,8 @@ FROM ${DEBIAN} AS base
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --user-group --no-log-init --uid 10001 --home-dir /var/lib/edge-agent edge-agent \
+    && groupadd --system --gid 10001 edge-agent \
+    && useradd --system --no-log-init --uid 10001 --gid 10001 --home-dir /var/lib/edge-agent edge-agent \
     && install --directory --mode=700 --owner=edge-agent --group=edge-agent /var/lib/edge-agent \
     && python3 -m venv /opt/edge-agent
 ENV PATH=/opt/edge-agent/bin:$PATH HOME=/var/lib/edge-agent HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
@@ -74,7 +75,8 @@ FROM ${JETPACK} AS agent-jetson
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates libopenblas0 python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --user-group --no-log-init --uid 10001 --groups video --home-dir /var/lib/edge-agent edge-agent \
+    && groupadd --system --gid 10001 edge-agent \
+    && useradd --system --no-log-init --uid 10001 --gid 10001 --groups video --home-dir /var/lib/edge-agent edge-agent \
     && install --directory --mode=700 --owner=edge-agent --group=edge-agent /var/lib/edge-agent \
     && python3 -m venv /opt/edge-agent
 ENV PATH=/opt/edge-agent/bin:/usr/local/cuda/bin:$PATH HOME=/var/lib/edge-agent HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1

@@ -10,9 +10,12 @@ say() { echo "# Everything in the images on $1. Made by deploy/constraints.sh.";
   { own coordinator postgresql s3 judge; echo hatchling; } |
       pins --constraint constraints.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28
 } >deploy/constraints-debian.txt.part
-# JetPack's PyTorch is built by others; its packages are those of the oldest supported Python, for which constraints.txt names nothing.
+# JetPack's PyTorch is built by others, and three packages have older versions for the oldest supported Python.
+others=$(mktemp)
+trap 'rm "$others"' EXIT
+grep -Ev '^(torch|transformers|typer)==' constraints.txt >"$others"
 { say "JetPack 6, with Python 3.10 and its own PyTorch"
   { own judge; echo torch==2.8.0; echo 'nvidia-cudss-cu12<0.8'; } |
-      pins --only-binary :all: --python-version 3.10 --python-platform aarch64-manylinux_2_35
+      pins --constraint "$others" --only-binary :all: --python-version 3.10 --python-platform aarch64-manylinux_2_35
 } >deploy/constraints-jetson.txt.part
 for file in deploy/constraints-*.txt.part; do mv "$file" "${file%.part}"; done

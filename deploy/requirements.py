@@ -1,17 +1,18 @@
 """Prints what pyproject.toml asks for, one requirement a line: of the project and of the extras that are named, without some packages.
 
-`python3 deploy/requirements.py coordinator s3 --without torch peft`, where pyproject.toml is. So an image installs packages in a layer that a
-change of the project's code leaves alone, and a coordinator those that it imports. Needs Python 3.11, and no package.
+`python3 deploy/requirements.py coordinator s3 --without torch peft`, where pyproject.toml is. So an image installs packages in a layer that
+a change of the project's code leaves alone, and a coordinator those that it imports. Needs Python 3.11, and no package.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 
 def requirements(project: dict[str, Any], extras: list[str]) -> Iterator[str]:

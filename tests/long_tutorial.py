@@ -1,6 +1,6 @@
-"""docs/tutorial.md, word for word, on a Debian that has nothing else and boots its own systemd, for `make test-all`: `pytest tests/long_tutorial.py`.
+"""docs/tutorial.md, word for word, on a Debian that has nothing else and boots its own systemd: `pytest tests/long_tutorial.py`.
 
-Takes root, debootstrap and systemd-nspawn.
+For `make test-all`. Takes root, debootstrap and systemd-nspawn.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Machine:
             self._nspawn = subprocess.Popen([*command, f"--directory={root}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def wait_until_it_is_up(self) -> None:
-        wait_for("the machine", lambda: self._leader is not None and self.said("systemctl is-system-running").strip() in ("running", "degraded"))
+        wait_for("the machine", lambda: self._leader and self.said("systemctl is-system-running").strip() in ("running", "degraded"))
 
     @property
     def _leader(self) -> int | None:
@@ -46,13 +46,14 @@ class Machine:
         return found[0] if found else None
 
     def run(self, script: str) -> subprocess.CompletedProcess[str]:
-        """Run a script as a shell of root does, in the checkout; it ends with the first command that fails."""
+        """Run a script as a shell of root does, in the checkout; what it says is in `said.log` meanwhile. It ends with what fails."""
         enter = ["nsenter", f"--target={self._leader}", "--mount", "--uts", "--ipc", "--pid", "--root", f"--wd={self._root}{HOME}"]
         shell = ["env", "--ignore-environment", *ENVIRONMENT, "bash", "-euo", "pipefail", "-c", f"cd {HOME}\n{script}"]
-        return subprocess.run(
-            [*enter, *shell], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LONGEST_S,
-            check=False,
-        )  # fmt: skip
+        with self.log.with_name("said.log").open("w+") as said:
+            command, inputs = [*enter, *shell], subprocess.DEVNULL
+            done = subprocess.run(command, stdin=inputs, stdout=said, stderr=subprocess.STDOUT, timeout=LONGEST_S, check=False)
+            said.seek(0)
+            return subprocess.CompletedProcess(command, done.returncode, said.read())
 
     def said(self, script: str) -> str:
         return self.run(script).stdout

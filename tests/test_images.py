@@ -1,0 +1,199 @@
+"""Dockerfile and compose files, as far as they can be read without an engine: by a linter, by the published schema, and against each other.
+
+That the images can be built and do their work is for tests/long_images.py.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from dockerfile_parse import DockerfileParser
+
+from edge_agent.config import AgentConfig, CoordinatorConfig, read_config
+
+DEPLOY = ROOT / "deploy"
+TARGETS = ("agent-cpu", "agent-cuda", "agent-jetson", "coordinator")
+COMPOSE = sorted(DEPLOY.glob("compose*.yaml"))
+OURS = {"setup", "coordinator", "agent"}
+WRITABLE = {"emqx": "its image writes its configuration at the start"}
+"""Services whose root cannot be read-only, and why."""
+
+
+@cache
+def stages() -> dict[str, list[dict[str, Any]]]:
+    """The steps of each stage of the Dockerfile, those of the stages that it begins with included."""
+    parser = DockerfileParser(path=str(ROOT / "Dockerfile"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for step in parser.structure:
+        if step["instruction"] == "FROM":
+            begins, _, name = step["value"].split()
+            found[name] = [*found.get(begins, [])]
+        if found:
+            found[name].append(step)
+    return found
+
+
+def _last(target: str, instruction: str) -> str:
+    values: list[str] = [step["value"] for step in stages()[target] if step["instruction"] == instruction]
+    return values[-1]
+
+
+def test_linter_finds_nothing() -> None:
+    """Hadolint, with ShellCheck in it, finds nothing but what .hadolint.yaml says why to leave out."""
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, "--config", ROOT / ".hadolint.yaml", ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_runs_as_nobody_and_tells_its_health(target: str) -> None:
+    """Each image ends as an ordinary user, known by number, with an entry point, a health check and its state in a volume."""
+    assert _last(target, "USER") == "10001:10001"
+    assert _last(target, "ENTRYPOINT") == '["edge-agent"]'
+    kind = "coordinator" if target == "coordinator" else "node"
+    assert f'CMD ["edge-agent", "health", "{kind}"]' in _last(target, "HEALTHCHECK")
+    assert _last(target, "VOLUME") == "/var/lib/edge-agent"
+    assert any("--uid 10001" in step["value"] for step in stages()[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_holds_no_source(target: str) -> None:
+    """What is built elsewhere comes in as a wheel that is seen while it is installed, last; nothing is copied in."""
+    steps = [step for step in stages()[target] if step["instruction"] in ("RUN", "COPY", "ADD")]
+    assert [step["value"] for step in steps if step["instruction"] != "RUN"] == []
+    assert steps[-1]["value"].endswith("pip install --no-deps /wheels/*.whl")
+
+
+def test_everything_that_is_installed_is_pinned() -> None:
+    """Base images have a tag that is no moving one; every step that installs packages names a version, or the file that pins them all."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert set(re.findall(r"^ARG (?:DEBIAN|JETPACK)=(.*)$", text, re.MULTILINE)) == {
+        "debian:bookworm-20260518-slim", "nvcr.io/nvidia/l4t-jetpack:r36.4.0",
+    }  # fmt: skip
+    runs = {step["value"] for steps in stages().values() for step in steps if step["instruction"] == "RUN"}
+    installs = [part for run in runs for part in re.findall(r"pip (?:install|download)(?:(?! && ).)*", run)]
+    assert len(installs) > 8
+    assert [part for part in installs if "--constraint" not in part and "==" not in part and "/wheels/*.whl" not in part] == []
+
+
+@pytest.mark.parametrize("name", ["debian", "jetson"])
+def test_pins_of_images_are_those_of_the_project(name: str) -> None:
+    """Where constraints.txt pins a package too, it is to the same version, but for three on the older Python of JetPack."""
+    pattern = r"^([\w.-]+)==([^\s;]+)\s*(?:;.*)?$"
+    project = dict(re.findall(pattern, (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    images = dict(re.findall(pattern, (DEPLOY / f"constraints-{name}.txt").read_text(), re.MULTILINE))
+    differ = {package for package in project.keys() & images if project[package] != images[package]}
+    assert differ <= ({"torch", "transformers", "typer"} if name == "jetson" else set())
+    assert {"torch", "transformers", "peft", "bitsandbytes", "msgspec"} <= images.keys()
+    torch = re.findall(r"torch==([\d.]+)", (ROOT / "Dockerfile").read_text())
+    assert images["torch"] in torch
+
+
+def test_requirements_are_those_of_the_project() -> None:
+    """An image of a coordinator has its extras and no PyTorch; packages of an extra that an extra names come with it."""
+    script = [sys.executable, str(DEPLOY / "requirements.py"), "coordinator", "s3", "--without", "torch", "peft"]
+    lines = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    names = {re.match(r"[\w.-]+", line)[0] for line in lines}  # type: ignore[index]
+    assert {"msgspec", "litestar", "s3fs", "fsspec"} <= names
+    assert not {"torch", "peft", "edge-agent"} & names
+
+
+@cache
+def compose(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return found
+
+
+SERVICES = compose(DEPLOY / "compose.yaml")["services"]
+
+
+def test_compose_files_follow_the_specification() -> None:
+    """Each is valid by the schema that the Compose specification publishes."""
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", *map(str, COMPOSE)]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(COMPOSE) == 3
+
+
+@pytest.mark.parametrize("file", COMPOSE, ids=lambda file: file.name)
+def test_compose_file_names_what_there_is(file: Path) -> None:
+    """Every target that is built, every file that is mounted, every network, volume and secret that a service names exists."""
+    whole = compose(file)
+    for service in whole["services"].values():
+        if "build" in service:
+            assert service["build"]["target"] in TARGETS
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source == "./secrets" or ((DEPLOY / source).exists() if source.startswith(".") else source in whole["volumes"]), source
+        assert set(service.get("networks", [])) <= set(whole.get("networks", {}))
+        assert {s if isinstance(s, str) else s["source"] for s in service.get("secrets", [])} <= set(whole.get("secrets", {}))
+        assert set(service.get("depends_on", {})) <= set(whole["services"])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_service_is_confined(name: str) -> None:
+    """None is privileged, has or can gain a capability that it does not need, or writes to its root; no port is open to other machines."""
+    service = SERVICES[name]
+    assert not {"privileged", "devices", "pid", "ipc", "userns_mode"} & service.keys()
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service or name == "setup"
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is (name not in WRITABLE)
+    assert "docker.sock" not in str(service)
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert "healthcheck" in service or name in OURS
+    if name not in OURS:
+        assert re.search(r":\d+\.\d+\.\d+|:\d+\.\d+-", service["image"])
+
+
+def test_secrets_are_files_that_one_script_makes() -> None:
+    """Each secret of the compose file is made by deploy/secrets.sh, in a directory that Git does not know; none is in the environment."""
+    script = (DEPLOY / "secrets.sh").read_text()
+    for secret in compose(DEPLOY / "compose.yaml")["secrets"].values():
+        assert Path(secret["file"]).parts[0] == "secrets"
+        directory, name = Path(secret["file"]).parent.name, Path(secret["file"]).stem
+        assert directory in script
+        assert name.removeprefix("coordinator.") in script
+    assert "/deploy/secrets/" in (ROOT / ".gitignore").read_text()
+    values = [str(value) for service in SERVICES.values() for value in service.get("environment", {}).values()]
+    assert not [value for value in values if "secret" in value.lower() and not value.startswith("/run/secrets/")]
+
+
+def test_configurations_of_the_services_are_valid() -> None:
+    """Both daemons read theirs, and what they name is where the compose file mounts it."""
+    agent = read_config(DEPLOY / "compose" / "agent.toml", AgentConfig)
+    coordinator = read_config(DEPLOY / "compose" / "coordinator.toml", CoordinatorConfig)
+    assert agent.fleet == coordinator.fleet == "lab"
+    for name, config in (("agent", agent), ("coordinator", coordinator)):
+        text = (DEPLOY / "compose" / f"{name}.toml").read_text()
+        assert set(re.findall(r"/run/secrets/(\w+)", text)) == set(SERVICES[name]["secrets"])
+        assert str(config.state_directory) == "/var/lib/edge-agent"
+    assert f"{agent.models['tiny']}:ro" in " ".join(SERVICES["agent"]["volumes"])
+
+
+def test_broker_in_a_container_has_the_rules_of_any() -> None:
+    """Its configuration is the sample that the tests of the rules drive, but for where files are, and that its log is the container's."""
+    places = {
+        "/etc/mosquitto/edge-agent/ca.pem": "/run/secrets/authority",
+        "/etc/mosquitto/edge-agent/broker.example.org.pem": "/run/secrets/broker_certificate",
+        "/etc/mosquitto/edge-agent/broker.example.org.key": "/run/secrets/broker_key",
+        "/etc/mosquitto/edge-agent/acl": "/mosquitto/config/acl",
+        "/var/lib/mosquitto/": "/mosquitto/data/",
+    }
+    sample, own = (_settings(DEPLOY / "mosquitto" / f"{name}.conf") for name in ("mosquitto", "container"))
+    assert own == [" ".join(places.get(word, word) for word in line.split()) for line in sample] + ["log_dest stdout"]
+    mounted = {volume.split(":")[1] for volume in SERVICES["mosquitto"]["volumes"]}
+    mounted |= {f"/run/secrets/{secret}" for secret in SERVICES["mosquitto"]["secrets"]}
+    assert {place.rstrip("/") for place in places.values()} <= mounted
+
+
+def _settings(file: Path) -> list[str]:
+    return [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
