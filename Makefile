@@ -45,7 +45,7 @@ test-torch-kernel: venv
 	EDGE_AGENT_NF4_KERNEL=torch $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRAINING_TESTS)
 
 test-all: test test-torch-kernel
-	$(BIN)/python -m pytest --timeout 3600 tests/long_killed.py tests/long_interruptions.py tests/long_https.py tests/long_disks.py tests/long_fleet.py tests/long_chaos.py tests/long_mechanism.py tests/long_systemd.py
+	$(BIN)/python -m pytest --timeout 3600 tests/long_killed.py tests/long_interruptions.py tests/long_https.py tests/long_disks.py tests/long_models.py tests/long_fleet.py tests/long_chaos.py tests/long_mechanism.py tests/long_systemd.py
 	EDGE_AGENT_TEST_PROTOCOL=3.1.1 $(BIN)/python -m pytest --timeout 3600 tests/test_interruptions.py tests/long_interruptions.py tests/test_killed.py
 	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	$(BIN)/python benchmarks/week.py --jobs 1000 --out build/week.json

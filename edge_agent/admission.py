@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from edge_agent.config import AgentConfig, Trust
 from edge_agent.errors import JudgeMissing, human_bytes
 from edge_agent.job import Job
 from edge_agent.messages import LONGEST_ORDER_S, MAX_INLINE_BYTES, PAYLOAD_TYPES, A, Envelope, Offer, Order, Reason, read_payload
+from edge_agent.models import offered
 from profiles.calibration import calibrated
 from profiles.device import DeviceProfile
 from quantization.estimate import Lengths, make_estimate
@@ -80,9 +82,7 @@ def check_job(job: Job, config: AgentConfig, device: DeviceProfile) -> None:
     if job.budget_bytes > config.budget:
         asked, lent = human_bytes(job.budget_bytes), human_bytes(config.budget)
         raise Rejected("oom_predicted", f"the job's budget is {asked}, this node lends {lent}; submit it with a smaller --budget")
-    if job.model not in config.models:
-        known = ", ".join(sorted(config.models)) or "none"
-        raise Rejected("model_missing", f"model {job.model!r} is not among those of this node ({known})")
+    _model_place(job.model, config)
     alias = job.judging.endpoint
     if alias is not None and alias not in config.judges:
         raise Rejected("judge_missing", str(JudgeMissing(alias, config.judges)))
@@ -113,12 +113,20 @@ def _check_files(order: Order, config: AgentConfig) -> None:
 
 
 def read_model(name: str, config: AgentConfig) -> tuple[ModelFiles, Shape]:
-    """Return the files and sizes of a model that the configuration names. Raises Rejected, or an EdgeAgentError."""
+    """Return the files and sizes of a model that jobs may use. Raises Rejected, or an EdgeAgentError."""
     try:
-        files = find_model(str(config.models[name]))
+        files = find_model(str(_model_place(name, config)))
         return files, read_shape(files)
     except OSError as error:
         raise Rejected("model_missing", f"model {name!r} cannot be read on this node: {error.strerror}") from None
+
+
+def _model_place(name: str, config: AgentConfig) -> Path:
+    models = offered(config)
+    if name not in models:
+        known = ", ".join(sorted(models)) or "none"
+        raise Rejected("model_missing", f"model {name!r} is not among those of this node ({known})")
+    return models[name]
 
 
 def _check_model(order: Order, config: AgentConfig, device: DeviceProfile) -> None:

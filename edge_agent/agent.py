@@ -61,6 +61,7 @@ from edge_agent.messages import (
     is_ulid,
     new_id,
 )
+from edge_agent.models import changed_ns, offered
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.rest import Rest
 from edge_agent.runner import TrainerEnded, TrainerEvent, known_reason
@@ -106,6 +107,7 @@ class Agent:
         self._behind_s = 0.0
         self._heartbeat_at = self._hello_at = self._progress_at = self._watched_until = 0.0
         self._told: object = None
+        self._models_ns: int | None = None
 
     def run(self) -> None:
         """Start up, serve until SIGTERM or SIGINT, shut down."""
@@ -172,6 +174,9 @@ class Agent:
     def _speak(self, now: float) -> None:
         self._outbox.tick()
         self._tell_progress(now)
+        if changed_ns(self._config) != self._models_ns:
+            log.info("models_changed names=%r", ", ".join(sorted(offered(self._config))))
+            self._tell_info()
         if now >= self._heartbeat_at:
             self._heartbeat(now)
         if now >= self._hello_at:
@@ -288,7 +293,7 @@ class Agent:
         """A new connection: ask for the time, which offers need, say who is here, and send again what nobody has acknowledged."""
         self._greet(time.monotonic())
         self._uplink.keep(self._present(), "state")
-        self._uplink.keep(info := self._info, "info")
+        info = self._tell_info()
         if (prefix := self._config.home_assistant) is not None:
             node = self._config.node
             self._link.publish(discovery_topic(prefix, node), discovery(self._config.fleet, node, info), qos=1, retain=True)
@@ -296,6 +301,12 @@ class Agent:
         self._told = None
         self._outbox.send_again()
         self._jobs.link_is_new()
+
+    def _tell_info(self) -> NodeInfo:
+        """Say what this node can do, with the models that are there now."""
+        self._models_ns = changed_ns(self._config)
+        self._uplink.keep(info := self._info, "info")
+        return info
 
     def _greet(self, now: float) -> None:
         """Ask the coordinator whether it is there, for its time, and which start of this node it knows."""
@@ -325,7 +336,7 @@ class Agent:
         versions = {package: found for package in PACKAGES if (found := _version(package))}
         return NodeInfo(
             _version("edge-agent") or "", platform.python_version(), device_name(kind), kind, None if total is None else int(total),
-            {name: _fingerprint(path) for name, path in sorted(config.models.items())}, limits, versions, config.labels,
+            {name: _fingerprint(path) for name, path in sorted(offered(config).items())}, limits, versions, config.labels,
         )  # fmt: skip
 
     def _heartbeat(self, now: float) -> None:

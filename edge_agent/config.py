@@ -23,6 +23,7 @@ from edge_agent.topics import COORDINATOR
 
 NAME_PATTERN = r"^[a-z0-9-]{1,64}\Z"
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+ModelName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
 Labels = Annotated[dict[Name, Annotated[str, Meta(min_length=1, max_length=64)]], Meta(max_length=16)]
 """What an operator says of a node, such as where it is: names and short texts."""
 AGENT_CONFIG = Path("/etc/edge-agent/agent.toml")
@@ -333,8 +334,8 @@ class AgentConfig(Strict, frozen=True):
     state_directory: Path
     budget: Size
     """Memory that a job may take at most, such as `6GiB`."""
-    models: dict[str, Path]
-    """Models that jobs may use: their names in jobs, and their directories here."""
+    models: dict[ModelName, Path] = msgspec.field(default_factory=dict)
+    """Models that jobs may use besides those that were added: their names in jobs, and their directories here."""
     fleet: Name = "default"
     labels: Labels = msgspec.field(default_factory=dict)
     """What selectors of jobs and rollouts may ask for."""
@@ -356,6 +357,10 @@ class AgentConfig(Strict, frozen=True):
     """Largest file of a job."""
     store_limit: Size = Size(4 * 2**30)
     """Files kept for jobs that have ended, the least recently used go first."""
+    models_directory: Path | None = None
+    """Where `edge-agent models add` puts models, which jobs may then use; null: `models` in the state directory."""
+    models_limit: Size = Size(64 * 2**30)
+    """Of all models that were added, together."""
     cache_limit: Limit = CACHE_LIMIT
     """Quantised models kept for the next job with the same model, the least recently used go first; 0 keeps none."""
     retention_s: Annotated[float, Meta(ge=0)] = 7 * 24 * 3600.0
@@ -368,6 +373,11 @@ class AgentConfig(Strict, frozen=True):
     def __post_init__(self) -> None:
         if self.node == COORDINATOR:
             raise ValueError(f"`node` may not be {COORDINATOR!r}")
+
+    @property
+    def cache_directory(self) -> Path:
+        """Where trainers keep quantised models and temporary files."""
+        return self.state_directory / "cache"
 
 
 class CoordinatorConfig(Strict, frozen=True):

@@ -20,6 +20,7 @@ from edge_agent.errors import EdgeAgentError, human_bytes
 from edge_agent.https import open_client
 from edge_agent.lockdown import describe, judge_ports
 from edge_agent.messages import new_id
+from edge_agent.models import offered
 from edge_agent.proxy import with_way
 from edge_agent.signing import read_trusted
 from edge_agent.visit import Visit, visit
@@ -123,11 +124,12 @@ def _four_bits(config: AgentConfig) -> str:
 
 
 def _models(config: AgentConfig) -> str:
-    if not config.models:
-        raise _Wrong("no model is named in [models]; jobs can use none")
-    for path in config.models.values():
+    models = offered(config)
+    if not models:
+        raise _Wrong("there is none; `edge-agent models add` fetches one, or name a directory in [models]")
+    for path in models.values():
         find_model(str(path))
-    return ", ".join(f"{name} ({path})" for name, path in config.models.items())
+    return ", ".join(f"{name} ({path})" for name, path in models.items())
 
 
 def _judges(config: AgentConfig) -> str:

@@ -154,6 +154,62 @@ class ModelMissing(EdgeAgentError):
         super().__init__(f"model {model!r}: {why}; give a directory with config.json and *.safetensors, or the id of a cached model")
 
 
+class ModelUnknown(EdgeAgentError):
+    """No model of this name was added to this node."""
+
+    code = "model_missing"
+    exit_code = 5
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        names = ", ".join(sorted(known)) or "none"
+        super().__init__(f"no model {name!r} was added to this node ({names}); `edge-agent models list` shows what there is")
+
+
+class ModelConflict(EdgeAgentError):
+    """The name of a model is taken."""
+
+    code = "conflict"
+    exit_code = 4
+
+
+class ModelNeeded(EdgeAgentError):
+    """A model cannot go: jobs that have not ended need it."""
+
+    code = "model_needed"
+    exit_code = 4
+
+    def __init__(self, name: str, jobs: list[str]) -> None:
+        more = f" and {len(jobs) - 3:,} more" if len(jobs) > 3 else ""
+        super().__init__(f"model {name!r} is needed by {', '.join(jobs[:3])}{more}; wait until they have ended, or cancel them")
+
+
+class ModelSource(EdgeAgentError):
+    """A model cannot be fetched from where it is."""
+
+    code = "model_source"
+    exit_code = 5
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}; see docs/models.md")
+
+
+class ModelCorrupt(ModelSource):
+    """What a source has is no model, or not what it has listed; nothing of it is kept."""
+
+
+class ModelsFull(EdgeAgentError):
+    """A model would take more than the configuration gives to all that are added."""
+
+    code = "models_limit"
+    exit_code = 8
+
+    def __init__(self, name: str, needs_bytes: int, held_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"model {name!r} has {human_bytes(needs_bytes)}, those that were added {human_bytes(held_bytes)}, and `models_limit` is "
+            f"{human_bytes(limit_bytes)}; remove one with `edge-agent models remove`, or raise the limit"
+        )
+
+
 class ModelUnsafe(EdgeAgentError):
     """The model would run code when loaded: pickled weights, or code of its own."""
 

@@ -42,6 +42,7 @@ from edge_agent.messages import (
     decode,
     read_order,
 )
+from edge_agent.models import offered
 from edge_agent.new_options import NewOptions, check_change
 from edge_agent.report import Event, EventKind
 from edge_agent.rest import Rest, Rests
@@ -350,9 +351,9 @@ class Jobs:
 
     def _lay_down(self, job: str, document: Job) -> None:
         """Write the job's directory. The name of the model becomes its place on this node, and `auto` this node's device."""
-        model = self._config.models.get(document.model)
+        model = offered(self._config).get(document.model)
         if model is None:
-            raise ModelMissing(document.model, "it was taken out of this node's configuration")
+            raise ModelMissing(document.model, "it was taken from this node")
         device = self._config.device if document.device == "auto" else document.device
         local = msgspec.structs.replace(document, model=str(model), device=device)
         evaluation = document.dataset.evaluation_sha256
@@ -379,7 +380,7 @@ class Jobs:
         try:
             job, judges = read_order(row.payload).job, self._config.judges
             asked = {alias: judge for alias, judge in judges.items() if alias == job.judging.endpoint}
-            cache = {CACHE_VARIABLE: str(self._config.state_directory / "cache"), CACHE_LIMIT_VARIABLE: str(int(self._config.cache_limit))}
+            cache = {CACHE_VARIABLE: str(self._config.cache_directory), CACHE_LIMIT_VARIABLE: str(int(self._config.cache_limit))}
             self.trainer = Trainer(
                 row.id, self._directory(row.id), lock, job.max_run_s, self._config.threads, self._events, asked, cache,
                 row.ran_s, row.cooled_s,

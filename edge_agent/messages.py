@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
-from edge_agent.config import Labels, Name
+from edge_agent.config import Labels, ModelName, Name
 from edge_agent.errors import MessageInvalid
 from edge_agent.job import Job, NlftOptions, Sha256, Strict
 from edge_agent.new_options import MOST_CHANGES, Number
@@ -99,7 +99,7 @@ class NodeInfo(Strict, frozen=True):
     device_kind: Literal["cpu", "cuda"]
     memory_bytes: Count | None
     """Of the device; null where it does not tell."""
-    models: dict[Name, Sha256 | None]
+    models: dict[ModelName, Sha256 | None]
     """Names that jobs may use, each with the fingerprint of its files; null where they are not there."""
     limits: NodeLimits
     versions: dict[str, str]

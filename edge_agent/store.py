@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import msgspec
 
 from edge_agent.clocks import RunningTime
 from edge_agent.database import open_database, transaction
-from edge_agent.messages import LONGEST_ORDER_S, JobResult, JobStatus, OptionsState, Outcome, Phase, Reason, encode, new_id
+from edge_agent.messages import LONGEST_ORDER_S, JobResult, JobStatus, OptionsState, Outcome, Phase, Reason, encode, new_id, read_order
 from edge_agent.new_options import NewOptions
 from edge_agent.topics import up
 
@@ -96,6 +96,7 @@ GET_FLAG = "SELECT value FROM meta WHERE name = ?"
 INSERT_JOB = "INSERT OR IGNORE INTO jobs (id, digest, payload, priority, arrived, phase) VALUES (?, ?, ?, ?, ?, 'accepted')"
 GET_JOB = "SELECT * FROM jobs WHERE id = ?"
 OPEN_JOBS = "SELECT * FROM jobs WHERE phase != 'ended' ORDER BY priority DESC, arrived, id"
+OPEN_PAYLOADS = "SELECT id, payload FROM jobs WHERE phase != 'ended' ORDER BY arrived, id"
 UNACKNOWLEDGED_JOBS = "SELECT * FROM jobs WHERE phase != 'ended' OR id IN (SELECT job FROM outbox) ORDER BY arrived, id"
 MOVE_JOB = "UPDATE jobs SET phase = ? WHERE id = ?"
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, result = ? WHERE id = ?"
@@ -350,3 +351,11 @@ class Store:
         message, kind = new_id(), "result" if isinstance(data, JobResult) else "status"
         payload = encode(data, self._source, boot=self.boot, attempt=attempt, seq=seq, message_id=message)
         self._db.execute(INSERT_MESSAGE, (message, job, up(self._fleet, self._node, "job", job, kind), payload))
+
+
+def jobs_of_model(path: Path, model: str) -> list[str]:
+    """Return the jobs in the file of an agent, which may be running, that have not ended and name a model. Raises sqlite3.Error."""
+    if not path.exists():
+        return []
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as db:  # SQLite reads a log beside it with `rw` only
+        return [job for job, payload in db.execute(OPEN_PAYLOADS) if read_order(payload).job.model == model]

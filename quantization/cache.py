@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 
 from edge_agent.config import CACHE_LIMIT, CACHE_LIMIT_VARIABLE, CACHE_VARIABLE
 from edge_agent.sizes import parse_size
-from quantization.model_files import ModelFiles, weight_files
+from quantization.entries import PART, entry_bytes, models_of, stem
+from quantization.model_files import ModelFiles
 from quantization.stored import DIGESTS, StoredTensor, digest, stored_tensors
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ FILE_BYTES = 256 * 2**20
 """Weights of one file, so that on a GPU as much is copied to the host at once."""
 SPARE_DISK_BYTES = 2**30
 """What writing an entry leaves free."""
-PART, ABANDONED_S = ".part-", 24 * 3600.0
+ABANDONED_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,8 @@ class ModelCache:
 
     def key(self, files: ModelFiles, **settings: object) -> str:
         """Return the name of the entry for a model as its files are now, for settings, and for the libraries in use."""
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(files.path)]
         versions = FORMAT, str(torch.__version__), transformers.__version__, bitsandbytes.__version__
-        return hashlib.sha256(msgspec.json.encode([files.fingerprint, stats, versions, sorted(settings.items())])).hexdigest()
+        return f"{stem(files)}-{hashlib.sha256(msgspec.json.encode([versions, sorted(settings.items())])).hexdigest()[:32]}"
 
     def read(self, key: str) -> dict[str, StoredTensor] | None:
         """Return the weights of an entry; None where there is none that can be read."""
@@ -105,7 +105,7 @@ class ModelCache:
             with suppress(OSError):
                 used = place.stat().st_mtime
                 if not place.name.startswith(PART):
-                    entries.append((used, sum(file.stat().st_size for file in place.iterdir()), place))
+                    entries.append((used, entry_bytes(place), place))
                 elif used < time.time() - ABANDONED_S:
                     shutil.rmtree(place, ignore_errors=True)
         held = sum(held for _, held, _ in entries)
@@ -123,7 +123,7 @@ def find_cache() -> ModelCache | None:
     named = os.environ.get(CACHE_VARIABLE)
     of_user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     directory = Path(named) if named else Path(of_user).expanduser() / "edge-agent"
-    return ModelCache(directory / "models", limit_bytes) if limit_bytes > 0 else None
+    return ModelCache(models_of(directory), limit_bytes) if limit_bytes > 0 else None
 
 
 def own_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -18,8 +18,10 @@ from safetensors import safe_open
 from test_loading import CPU, PLACES
 from transformers.utils import logging as transformers_logging
 
-from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE
+from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig, Size
 from edge_agent.errors import JobSchema
+from edge_agent.model_adding import add
+from edge_agent.models import list_models, remove
 from quantization import cache as caching
 from quantization.cache import ModelCache, find_cache, own_weights
 from quantization.load import load_model
@@ -213,3 +215,20 @@ def test_command_keeps_the_model_it_has_quantised(tiny_model: Path, tmp_path: Pa
     assert (first.code, second.code) == (0, 0), (first.err, second.err)
     assert first.json["answers"] == second.json["answers"]
     assert entry.stat().st_mtime >= max(file.stat().st_mtime for file in entry.iterdir())
+
+
+def test_model_that_is_added_is_in_the_cache_before_its_first_job(tiny_model: Path, tmp_path: Path) -> None:
+    """What a trainer would load is what it reads, in the place where the agent's trainers look; `remove` takes it away."""
+    config = AgentConfig("node-1", tmp_path / "node", Size(2**30), device="cpu")
+    added = add(config, str(tiny_model), "tiny", None, True, lambda *_: lambda _: None)
+    assert (added.quantised, added.note) == (True, None)
+    cache = ModelCache(config.cache_directory / "models", 2**30)
+    (entry,) = _entries(cache)
+    before = {file: file.stat().st_mtime_ns for file in entry.iterdir()}
+    found = own_weights(load_model(find_model(added.path), CPU, cache=cache))
+    assert _entries(cache) == [entry]
+    assert {file: file.stat().st_mtime_ns for file in entry.iterdir()} == before
+    assert _same(found, _load(tiny_model, None))
+    assert [view.quantised_bytes for view in list_models(config)] == [sum(file.stat().st_size for file in before)]
+    remove(config, "tiny")
+    assert _entries(cache) == []

@@ -118,9 +118,9 @@ def test_line_that_is_wrong(line: str, says: str, tmp_path: Path) -> None:
     assert says in _refused(_write(tmp_path, f"{MINIMAL}{line}\n"))
 
 
-@pytest.mark.parametrize("key", ["node", "state_directory", "budget", "models"])
+@pytest.mark.parametrize("key", ["node", "state_directory", "budget"])
 def test_key_that_is_missing(key: str, tmp_path: Path) -> None:
-    """Without one of the four keys that have no default there is no agent."""
+    """Without one of the three keys that have no default there is no agent."""
     text = "".join(line for line in MINIMAL.splitlines(keepends=True) if not line.startswith(key))
     assert f"missing required field `{key}`" in _refused(_write(tmp_path, text))
 

@@ -47,6 +47,8 @@ from edge_agent.errors import EdgeAgentError
 from edge_agent.job import Job, NlftOptions
 from edge_agent.json_items import MAX_FILE_BYTES, MAX_RECORD_BYTES, MAX_RECORDS
 from edge_agent.messages import Reason, Report, decode
+from edge_agent.model_adding import Added
+from edge_agent.models import ModelView, Verified
 from edge_agent.report import Accuracy, Built, Event, Example, FreeText, Measured, Paired, PassAtK, Result
 from edge_agent.saliency import Saliency
 from edge_agent.sizes import parse_size
@@ -117,7 +119,7 @@ def _words(kind: inspect.Type) -> str:
             return {Path: "path", Size: "size", Limit: "size or 0"}[cls]
     names: dict[type, str] = {
         inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object",
-        inspect.BytesType: "base64",
+        inspect.BytesType: "base64", inspect.DateTimeType: "time",
     }  # fmt: skip
     return names[type(kind)]
 
@@ -192,6 +194,9 @@ OUTPUTS = [
         "report.md", "`edge-agent evaluate --json`", _fields(Measurement, (Accuracy, PassAtK, FreeText, Answer)), id="measurement"
     ),
     pytest.param("report.md", "`edge-agent compare --json`", _fields(Comparison, (Measured, Example)), id="comparison"),
+    pytest.param("models.md", "`edge-agent models add`", _fields(Added), id="model-added"),
+    pytest.param("models.md", "`edge-agent models list`", _fields(ModelView), id="model-listed"),
+    pytest.param("models.md", "`edge-agent models verify`", _fields(Verified), id="model-verified"),
     pytest.param("report.md", "`report.json` of the demo", _fields(DemoReport, (Accuracy, Paired, Result)), id="demo"),
 ]
 
@@ -357,7 +362,7 @@ def test_commands_documented_are_those_of_a_fleet() -> None:
         if panel != "On this machine"
         for command in members
     }
-    commands |= {name for name in COMMANDS if name.split()[1] in ("datasets", "enroll", "health", "keys", "rollout", "tokens")}
+    commands |= {name for name in COMMANDS if name.split()[1] in ("datasets", "enroll", "health", "keys", "models", "rollout", "tokens")}
     assert set(_rows("fleet.md", "Commands", "Command")) == commands
     assert commands < set(COMMANDS)
 

@@ -47,9 +47,16 @@ class TlsServer:
         self._thread = Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
+    def contents(self, path: str) -> bytes | None:
+        """Return what is at a path; None where nothing is."""
+        return self.data
+
     def _answer(self, handler: BaseHTTPRequestHandler, fault: str) -> None:
         start, end = (int(part) for part in handler.headers["Range"].removeprefix("bytes=").split("-"))
-        body, size = self.data[start : end + 1], len(self.data)
+        data = self.contents(handler.path)
+        if data is None:
+            fault, data = "404", b""
+        body, size = data[start : end + 1], len(data)
         place, half = {"Content-Range": f"bytes {start}-{end}/{size}"}, len(body) // 2
         if fault == "silence":
             self._free.wait(30)
@@ -61,7 +68,7 @@ class TlsServer:
         status, headers, body, length = {
             "401": (401, {}, b"{}", 2), "404": (404, {}, b"{}", 2), "503": (503, {}, b"{}", 2),
             "redirect": (302, {"Location": f"{self.url}/elsewhere"}, b"", 0),
-            "range ignored": (200, {}, self.data, size),
+            "range ignored": (200, {}, data, size),
             "another range": (206, {"Content-Range": f"bytes {start + 1}-{end + 1}/{size}"}, body, len(body)),
             "another size": (206, {"Content-Range": f"bytes {start}-{end}/{size + 1}"}, body, len(body)),
             "wrong bytes": (206, place, bytes(byte ^ 1 for byte in body), len(body)),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import datasets, enroll, fleet, health, keys, local, rollouts, saliency, service, tokens, track
+from edge_agent.cli import datasets, enroll, fleet, health, keys, local, models, rollouts, saliency, service, tokens, track
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -28,6 +28,8 @@ keys_app = typer.Typer(no_args_is_help=True, help="Make and show the keys that s
 app.add_typer(keys_app, name="keys")
 tokens_app = typer.Typer(no_args_is_help=True, help="Make, list and end the tokens by which a coordinator knows who asks.")
 app.add_typer(tokens_app, name="tokens")
+models_app = typer.Typer(no_args_is_help=True, help="Bring models to this node, list, check and remove them.")
+app.add_typer(models_app, name="models")
 rollout_app = typer.Typer(no_args_is_help=True, help="Give one job to many nodes, at a rate, until too many fail.")
 app.add_typer(rollout_app, name="rollout")
 
@@ -64,6 +66,10 @@ keys_app.command("new", epilog=EXIT_CODES)(keys.new)
 keys_app.command("show", epilog=EXIT_CODES)(keys.show)
 datasets_app.command("list", epilog=EXIT_CODES)(datasets.list_)
 datasets_app.command("remove", epilog=EXIT_CODES)(datasets.remove)
+models_app.command("add", epilog=EXIT_CODES)(models.add)
+models_app.command("list", epilog=EXIT_CODES)(models.list_)
+models_app.command("remove", epilog=EXIT_CODES)(models.remove)
+models_app.command("verify", epilog=EXIT_CODES)(models.verify)
 rollout_app.command("submit", epilog=EXIT_CODES)(rollouts.submit)
 rollout_app.command("list", epilog=EXIT_CODES)(rollouts.list_)
 rollout_app.command("show", epilog=EXIT_CODES)(rollouts.show)
@@ -74,10 +80,14 @@ tokens_app.command("revoke", epilog=EXIT_CODES)(tokens.revoke)
 
 
 @app.callback()
-def _environment() -> None:
-    """Nothing is fetched while a job runs: no weights, no kernels. And memory is counted."""
+def _environment(context: typer.Context) -> None:
+    """Nothing is fetched but by `models`, least of all while a job runs: no weights, no kernels. Nobody is told of anything. And memory is
+    counted.
+    """
     one_arena()
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    if context.invoked_subcommand != "models":
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # Memory that PyTorch takes from the system anew for every large tensor (profiles/memory.py) comes in huge pages.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
