@@ -77,6 +77,7 @@ def machine() -> Iterator[Machine]:
     root.mkdir(parents=True)
     run("tar", "--extract", "--file", debian(), "--directory", root)
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost ip6-localhost\n")  # as the installer of Debian does
     install = f"apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends {BOOT}"
     run("chroot", root, "sh", "-c", install)
     copy_checkout(root / HOME.lstrip("/"))
