@@ -3,7 +3,8 @@
 # make check     lint and types
 # make test-all  the tests, and what takes longer: training on plain PyTorch, a hundred plugs pulled, files
 #                that go by HTTPS meanwhile, full disks, plugs pulled with MQTT 3.1.1, what repairs gain, a million damaged messages, a thousand
-#                jobs through one node, services under a systemd of their own, the second Python
+#                jobs through one node, services under a systemd of their own, the wheel alone, images and the tutorial on a clean
+#                Debian (as root, with debootstrap, systemd-container, buildah, podman, crun and catatonit), the second Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 
 PYTHON ?= python3
@@ -45,7 +46,8 @@ test-torch-kernel: venv
 	EDGE_AGENT_NF4_KERNEL=torch $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRAINING_TESTS)
 
 test-all: test test-torch-kernel
-	$(BIN)/python -m pytest --timeout 3600 tests/long_killed.py tests/long_interruptions.py tests/long_https.py tests/long_disks.py tests/long_models.py tests/long_fleet.py tests/long_chaos.py tests/long_mechanism.py tests/long_systemd.py
+	$(BIN)/python -m pytest --timeout 3600 tests/long_killed.py tests/long_interruptions.py tests/long_https.py tests/long_disks.py tests/long_models.py tests/long_fleet.py tests/long_chaos.py tests/long_mechanism.py tests/long_systemd.py tests/long_wheel.py
+	$(BIN)/python -m pytest --timeout 7200 tests/long_tutorial.py tests/long_images.py
 	EDGE_AGENT_TEST_PROTOCOL=3.1.1 $(BIN)/python -m pytest --timeout 3600 tests/test_interruptions.py tests/long_interruptions.py tests/test_killed.py
 	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	$(BIN)/python benchmarks/week.py --jobs 1000 --out build/week.json

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import yaml
 from clean_root import give_pip, run
+from fleet import wait_for
 
 LIMITS = ("--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
 BUILD_S = 3600.0
@@ -60,6 +61,8 @@ class Engine:
         if self._network is None:  # crun refuses to see control groups of both versions, and needs none here
             script = "ip link set lo up && (umount /sys/fs/cgroup/unified 2>/dev/null; exec sleep infinity)"
             self._network = subprocess.Popen(["unshare", "--net", "--mount", "--propagation=private", "sh", "-c", script])
+            place = psutil.Process(self._network.pid)
+            wait_for("a network", lambda: place.name() == "sleep")
         enter = ["nsenter", f"--target={self._network.pid}", "--net", "--mount"]
         command = [*enter, "podman", *self._store, "--cgroup-manager=cgroupfs", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S, check=False)

@@ -114,7 +114,7 @@ def test_services_of_the_compose_file_do_a_job(engine: Engine, checkout: Path) -
     assert {name for name, file in secrets.items() if not file.is_file()} == set()
     for name in ("database", "mosquitto", "coordinator", "agent"):
         engine.start(name, services[name], deploy, addresses, secrets)
-        wait_for(f"{name} to be healthy", lambda name=name: engine.podman("healthcheck", "run", name).returncode == 0)  # type: ignore[misc]
+        wait_for(f"{name} to be healthy", lambda name=name: engine.podman("healthcheck", "run", name).returncode == 0, 600)  # type: ignore[misc]
     wait_for("the node", lambda: [node for node in _asked(engine, "nodes") if node["state"] == "ready"])
     job = _submit(engine, checkout)
     watched = engine.podman("exec", "coordinator", "edge-agent", "watch", job)

@@ -21,7 +21,13 @@ from fleet import wait_for
 BOOT = "systemd-sysv dbus"
 """What every installed Debian has, and a minimal root does not."""
 HOME = "/root/edge-agent"
-ENVIRONMENT = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8", "COLUMNS=140")
+ENVIRONMENT = (
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME=/root",
+    "LANG=C.UTF-8",
+    "COLUMNS=140",
+    "OMP_NUM_THREADS=1",
+)
 HARDENED = {"NoNewPrivs": "1", "CapEff": "0000000000000000", "CapBnd": "0000000000000000", "Seccomp": "2"}
 LONGEST_S = 3600
 
