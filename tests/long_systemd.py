@@ -102,7 +102,8 @@ class Machine:
             raise
 
     def _find_init(self) -> int | None:
-        return next((child.pid for child in psutil.Process(self._process.pid).children()), None)
+        children = psutil.Process(self._process.pid).children()  # its own helpers come first, and go
+        return next((child.pid for child in children if child.name() == "systemd"), None)
 
     def try_(self, *command: str) -> str:
         """Run a command inside as root, and return what it says."""
