@@ -7,7 +7,6 @@ import json
 import pkgutil
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +15,8 @@ import pytest
 import typer
 from conftest import ROOT
 from msgspec import NODEFAULT, inspect
+from shell_blocks import DOCUMENTS, blocks_of
+from structs import Field, fields_of
 
 import edge_agent
 from edge_agent.answers import Answer, Comparison
@@ -31,7 +32,6 @@ from edge_agent.config import (
     Files,
     FileServer,
     Https,
-    Limit,
     RestLimits,
     Size,
     Timers,
@@ -157,47 +157,50 @@ def _method_options() -> tuple[type, ...]:
 
 
 METHODS = {options.__struct_config__.tag: options for options in _method_options()}
-JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
+JOB_FIELDS = fields_of(Job, tuple(METHODS.values()))
 CONFIG_FIELDS = {
-    "Agent": _fields(AgentConfig, (Broker, Endpoint, FileServer, RestLimits, Timers, Trust)),
-    "Coordinator": _fields(CoordinatorConfig, (Api, Broker, Database, Files, Https)),
-    "Broker": _fields(Broker, (), "broker."),
-    "Judges": _fields(Endpoint, (), "judges.*."),
-    "File servers": _fields(FileServer, (), "file_servers.*."),
-    "HTTPS": _fields(Https, (), "https."),
-    "API": _fields(Api, (), "api."),
-    "Database": _fields(Database, (), "database."),
-    "Files": _fields(Files, (), "files."),
-    "Trust": _fields(Trust, (), "trust."),
-    "Timers": _fields(Timers, (), "timers."),
-    "Rest": _fields(RestLimits, (), "rest."),
+    "Agent": fields_of(AgentConfig, (Broker, Endpoint, FileServer, RestLimits, Timers, Trust)),
+    "Coordinator": fields_of(CoordinatorConfig, (Api, Broker, Database, Files, Https)),
+    "Broker": fields_of(Broker, (), "broker."),
+    "Judges": fields_of(Endpoint, (), "judges.*."),
+    "File servers": fields_of(FileServer, (), "file_servers.*."),
+    "HTTPS": fields_of(Https, (), "https."),
+    "API": fields_of(Api, (), "api."),
+    "Database": fields_of(Database, (), "database."),
+    "Files": fields_of(Files, (), "files."),
+    "Trust": fields_of(Trust, (), "trust."),
+    "Timers": fields_of(Timers, (), "timers."),
+    "Rest": fields_of(RestLimits, (), "rest."),
 }
 """The tables of docs/config.md; that of the broker belongs to both files."""
 INPUTS = [
     pytest.param("job.md", "Fields", JOB_FIELDS, id="job"),
-    *(pytest.param("job.md", f"Method `{tag}`", _fields(options, (), "method."), id=f"job-{tag}") for tag, options in METHODS.items()),
-    pytest.param("dataset.md", "Record", _fields(Record), id="record"),
+    *(pytest.param("job.md", f"Method `{tag}`", fields_of(options, (), "method."), id=f"job-{tag}") for tag, options in METHODS.items()),
+    pytest.param("dataset.md", "Record", fields_of(Record), id="record"),
     *(pytest.param("config.md", section, fields, id=f"config-{section}") for section, fields in CONFIG_FIELDS.items()),
 ]
 OUTPUTS = [
-    pytest.param("dataset.md", "`edge-agent dataset check`", _fields(Check, (Finding, Spread)), id="dataset-check"),
+    pytest.param("dataset.md", "`edge-agent dataset check`", fields_of(Check, (Finding, Spread)), id="dataset-check"),
     pytest.param(
-        "dataset.md", "Findings and spreads", _fields(Finding, (), "finding.") | _fields(Spread, (), "spread."), id="dataset-check-parts"
+        "dataset.md",
+        "Findings and spreads",
+        fields_of(Finding, (), "finding.") | fields_of(Spread, (), "spread."),
+        id="dataset-check-parts",
     ),
-    pytest.param("dataset.md", "Building", _fields(Built), id="dataset-build"),
-    pytest.param("report.md", "`result.json`", _fields(Result, (NlftOptions,)), id="result"),
-    pytest.param("report.md", "`events.jsonl`", _fields(Event), id="event"),
-    pytest.param("report.md", "`profile.jsonl`", _fields(Sample), id="sample"),
-    pytest.param("report.md", "`before.jsonl`, `after.jsonl`", _fields(Answer), id="answer"),
-    pytest.param("report.md", "`saliency.json`", _fields(Saliency, (NlftOptions,)), id="saliency"),
+    pytest.param("dataset.md", "Building", fields_of(Built), id="dataset-build"),
+    pytest.param("report.md", "`result.json`", fields_of(Result, (NlftOptions,)), id="result"),
+    pytest.param("report.md", "`events.jsonl`", fields_of(Event), id="event"),
+    pytest.param("report.md", "`profile.jsonl`", fields_of(Sample), id="sample"),
+    pytest.param("report.md", "`before.jsonl`, `after.jsonl`", fields_of(Answer), id="answer"),
+    pytest.param("report.md", "`saliency.json`", fields_of(Saliency, (NlftOptions,)), id="saliency"),
     pytest.param(
-        "report.md", "`edge-agent evaluate --json`", _fields(Measurement, (Accuracy, PassAtK, FreeText, Answer)), id="measurement"
+        "report.md", "`edge-agent evaluate --json`", fields_of(Measurement, (Accuracy, PassAtK, FreeText, Answer)), id="measurement"
     ),
-    pytest.param("report.md", "`edge-agent compare --json`", _fields(Comparison, (Measured, Example)), id="comparison"),
+    pytest.param("report.md", "`edge-agent compare --json`", fields_of(Comparison, (Measured, Example)), id="comparison"),
     pytest.param("models.md", "`edge-agent models add`", _fields(Added), id="model-added"),
     pytest.param("models.md", "`edge-agent models list`", _fields(ModelView), id="model-listed"),
     pytest.param("models.md", "`edge-agent models verify`", _fields(Verified), id="model-verified"),
-    pytest.param("report.md", "`report.json` of the demo", _fields(DemoReport, (Accuracy, Paired, Result)), id="demo"),
+    pytest.param("report.md", "`report.json` of the demo", fields_of(DemoReport, (Accuracy, Paired, Result)), id="demo"),
 ]
 
 
@@ -277,7 +280,7 @@ def _shown(value: Any) -> str:
 def test_device_profiles_documented_have_the_values_of_their_files() -> None:
     """Every device profile has a row in docs/devices.md with its values, and one with where its figures are from."""
     profiles = {name: msgspec.structs.asdict(device_profile(name)) for name in profile_names()}
-    assert set(_rows("devices.md", "Fields")) == set(_fields(DeviceProfile))
+    assert set(_rows("devices.md", "Fields")) == set(fields_of(DeviceProfile))
     tables = _sections("devices.md")["Profiles"]
     values = {row["Profile"].strip("`"): row for row in tables if "`kind`" in row}
     assert list(values) == list(profiles)
@@ -333,6 +336,12 @@ def test_errors_documented_are_those_of_the_code() -> None:
     assert documented == {(error.code, error.__name__, error.exit_code) for error in {*_error_classes()} - passing_on}
     assert {row["Class"].strip("`") for row in _sections("errors.md")["Errors of others"]} == {error.__name__ for error in passing_on}
     assert all(row["Meaning"] and row["What to do"] for row in rows)
+
+
+def test_troubleshooting_speaks_of_every_code() -> None:
+    """docs/troubleshooting.md says of every code, of errors and of jobs on nodes, how to find the cause."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    assert {code for code in {error.code for error in _error_classes()} | set(get_args(Reason)) if f"`{code}`" not in text} == set()
 
 
 def test_exit_codes_documented_are_those_of_the_help() -> None:
@@ -456,12 +465,11 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors, f"{target}#{anchor}"
 
 
-def test_readme_commands_have_only_real_options() -> None:
-    """Every `edge-agent` line of the README names an existing command and options that it takes."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"^ {4}(?:\.venv/bin/)?(edge-agent .*)$", text, flags=re.M)
-    assert len(lines) >= 5
-    for line in lines:
-        name = next(n for n in sorted(COMMANDS, key=len, reverse=True) if line.startswith(n))
-        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", line)) <= known, line
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_documents_have_only_real_options(document: Path) -> None:
+    """Every `edge-agent` command of a shell block, run by a test or not, exists and takes the options that it is given."""
+    for block in blocks_of(document)[0]:
+        for line in re.findall(r"^(?:\$ |.*=\$\()?(edge-agent [a-z].*)$", block.text.replace("\\\n", " "), flags=re.M):
+            name = next(n for n in sorted(COMMANDS, key=len, reverse=True) if re.match(rf"{n}\b", line))
+            known = {option for parameter in COMMANDS[name].params for option in parameter.opts} | {"--help"}
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", line)) <= known, f"{block.place}: {line}"
