@@ -42,7 +42,7 @@ def words(kind: inspect.Type) -> str:
             return {Path: "path", Size: "size", Limit: "size or 0"}[cls]
     names: dict[type, str] = {
         inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object",
-        inspect.BytesType: "base64",
+        inspect.BytesType: "base64", inspect.DateTimeType: "time",
     }  # fmt: skip
     return names[type(kind)]
 

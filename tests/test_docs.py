@@ -89,66 +89,6 @@ def _rows(document: str, section: str, column: str = "Field") -> dict[str, Row]:
     return named
 
 
-@dataclass(frozen=True)
-class Field:
-    """A field as the documents name it, its type in their words, and its default (NODEFAULT: required)."""
-
-    words: str
-    type: Any
-    default: Any
-
-
-def _words(kind: inspect.Type) -> str:
-    """Return a type in the words of the documents, with its bounds or its values."""
-    match kind:
-        case inspect.UnionType(types=types):
-            return " or ".join(dict.fromkeys(map(_words, types)))
-        case inspect.LiteralType(values=values):
-            return ", ".join(f"`{value}`" for value in sorted(values))
-        case inspect.ListType(item_type=item) | inspect.VarTupleType(item_type=item):
-            return f"list of {_words(item)}s"
-        case inspect.StrType(pattern=str(pattern)):
-            return f"text like `{pattern}`"
-        case inspect.StrType(min_length=low, max_length=high):
-            bounds = _bounds((("≥", low), ("≤", high)))
-            return f"text of {bounds} characters" if bounds else "text"
-        case inspect.IntType() | inspect.FloatType():
-            name = "integer" if isinstance(kind, inspect.IntType) else "number"
-            return f"{name} {_bounds((('>', kind.gt), ('≥', kind.ge), ('<', kind.lt), ('≤', kind.le)))}".strip()
-        case inspect.CustomType(cls=cls):
-            return {Path: "path", Size: "size", Limit: "size or 0"}[cls]
-    names: dict[type, str] = {
-        inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object",
-        inspect.BytesType: "base64", inspect.DateTimeType: "time",
-    }  # fmt: skip
-    return names[type(kind)]
-
-
-def _bounds(bounds: tuple[tuple[str, float | None], ...]) -> str:
-    return " and ".join(f"{sign} {bound:.16g}" for sign, bound in bounds if bound is not None)
-
-
-def _fields(struct: type, leaves: tuple[type, ...] = (), prefix: str = "") -> dict[str, Field]:
-    """Return all fields of a struct by their dotted names, those of the structs in it included, but for those of `leaves`."""
-    found: dict[str, Field] = {}
-    config = struct.__struct_config__
-    if config.tag_field:
-        found[prefix + config.tag_field] = Field(f"`{config.tag}`", str, NODEFAULT)
-    for field in msgspec.structs.fields(struct):
-        default = field.default if field.default_factory is NODEFAULT else field.default_factory()
-        name, kind = prefix + field.encode_name, inspect.type_info(field.type)
-        if isinstance(kind, inspect.DictType):
-            name, kind = f"{name}.*", kind.value_type
-        parts = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
-        items = [part.item_type for part in parts if isinstance(part, inspect.ListType | inspect.VarTupleType)]
-        name = f"{name}[]" if items else name
-        found[name] = Field(_words(kind), field.type, default)
-        for part in (*parts, *items):
-            if isinstance(part, inspect.StructType) and part.cls not in leaves:
-                found |= _fields(part.cls, leaves, f"{name}.")
-    return found
-
-
 def _method_options() -> tuple[type, ...]:
     """The options of all methods, as the job has them."""
     kind = next(inspect.type_info(f.type) for f in msgspec.structs.fields(Job) if f.name == "method")
@@ -197,9 +137,9 @@ OUTPUTS = [
         "report.md", "`edge-agent evaluate --json`", fields_of(Measurement, (Accuracy, PassAtK, FreeText, Answer)), id="measurement"
     ),
     pytest.param("report.md", "`edge-agent compare --json`", fields_of(Comparison, (Measured, Example)), id="comparison"),
-    pytest.param("models.md", "`edge-agent models add`", _fields(Added), id="model-added"),
-    pytest.param("models.md", "`edge-agent models list`", _fields(ModelView), id="model-listed"),
-    pytest.param("models.md", "`edge-agent models verify`", _fields(Verified), id="model-verified"),
+    pytest.param("models.md", "`edge-agent models add`", fields_of(Added), id="model-added"),
+    pytest.param("models.md", "`edge-agent models list`", fields_of(ModelView), id="model-listed"),
+    pytest.param("models.md", "`edge-agent models verify`", fields_of(Verified), id="model-verified"),
     pytest.param("report.md", "`report.json` of the demo", fields_of(DemoReport, (Accuracy, Paired, Result)), id="demo"),
 ]
 
