@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,27 +89,29 @@ class Ran:
 Cli = Callable[..., Ran]
 
 
-def _environment(state: Path | None) -> dict[str, str]:
+def _environment(state: Path | None, own: Mapping[str, str] = os.environ) -> dict[str, str]:
     nowhere = tempfile.mkdtemp(dir=os.environ["XDG_STATE_HOME"])
-    return os.environ | {"COLUMNS": "120", "XDG_STATE_HOME": str(state or nowhere)}
+    return {**own, "COLUMNS": "120", "XDG_STATE_HOME": str(state or nowhere)}
 
 
 @pytest.fixture(scope="session")
 def cli() -> Iterator[Cli]:
     """Run `edge-agent` with arguments, as its own process; `state` is where it finds what other runs have taught it, if not nowhere.
 
+    `own` is its environment, if not that of the tests.
+
     The process has its libraries from one that has imported them already (warm.py).
     """
     warm: list[subprocess.Popen[str]] = []
 
-    def run(*arguments: object, cwd: Path | None = None, state: Path | None = None) -> Ran:
+    def run(*arguments: object, cwd: Path | None = None, state: Path | None = None, own: Mapping[str, str] = os.environ) -> Ran:
         if not warm:
             command = [sys.executable, str(ROOT / "tests" / "warm.py")]
             warm.append(subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True))
         process = warm[0]
         assert process.stdin is not None
         assert process.stdout is not None
-        environment = _environment(state)
+        environment = _environment(state, own)
         out, err = (Path(environment["XDG_STATE_HOME"]) / name for name in ("out", "err"))
         for file in (out, err):
             file.touch()

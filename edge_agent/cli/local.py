@@ -388,6 +388,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Where datasets, adapters, logs and report.json go.")] = Path("build/demo"),
     seeds: Annotated[int, typer.Option("--seeds", min=1, max=20, help="How many seeds to run, one after the other.")] = 1,
     domains: Annotated[list[str] | None, typer.Option("--domain", help="chain (default) or distractor; repeatable.")] = None,
+    data_only: Annotated[bool, typer.Option("--data-only", help="Only write the datasets and a copy of the model; run nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send the shipped tiny model's node domains that it has not seen, over a real broker, and compare base, SFT and NLFT.
@@ -395,11 +396,18 @@ def demo(
     Starts broker, coordinator and node on loopback and stops them at the end, whatever happens.
     """
     with explained(as_json):
-        from edge_agent.demo.tour import DOMAINS, run_demo
+        from edge_agent.demo.tour import DOMAINS, run_demo, write_files
 
         chosen = list(dict.fromkeys(domains or ["chain"]))
         if unknown := [d for d in chosen if d not in DOMAINS]:
             raise typer.BadParameter(f"there is no domain {unknown[0]!r}; choose of {', '.join(DOMAINS)}")
+        if data_only:
+            written = write_files(out, seeds, chosen)
+            if as_json:
+                print_json([str(path) for path in written])
+            else:
+                typer.echo("\n".join(map(str, written)))
+            return
         report = run_demo(out, seeds, chosen, Console(stderr=as_json))
         if as_json:
             print_json(report)

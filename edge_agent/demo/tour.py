@@ -6,6 +6,7 @@ report are fetched into a directory of its own under the output directory.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -112,6 +113,13 @@ def run_demo(out: Path, seeds: int, domains: Sequence[str], console: Console) ->
     write_file(out / "report.json", msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     _print(report, out, console)
     return report
+
+
+def write_files(out: Path, seeds: int, domains: Sequence[str]) -> list[Path]:
+    """Write a copy of the shipped model, and the datasets of the demo; return where they are. Nothing runs."""
+    shutil.copytree(TINY, out / TINY.name, dirs_exist_ok=True)
+    numbers = range(1, seeds + 1)
+    return [out / TINY.name, *(file for domain in domains for seed in numbers for file in _write_domain(out, domain, seed))]
 
 
 def _write_domain(out: Path, domain: str, seed: int) -> tuple[Path, Path]:
