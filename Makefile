@@ -1,5 +1,6 @@
 # make test      install what is missing into .venv and run the tests (at most 15 minutes on 2 cores)
 # make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
+# make docs      the documentation as a site that needs no network: build/site/index.html
 # make check     lint and types
 # make test-all  the tests, and what takes longer: training on plain PyTorch, a hundred plugs pulled, files
 #                that go by HTTPS meanwhile, full disks, plugs pulled with MQTT 3.1.1, what repairs gain, a million damaged messages, a thousand
@@ -16,7 +17,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRAINING_TESTS := $(addprefix tests/test_,$(addsuffix .py,train resume loop packing methods nlft reft evaluation build repair \
     interruptions loading nf4 cache fused trees rungs enforce generate dry_run supervised runner))
 
-.PHONY: test test-torch-kernel test-all check demo venv clean
+.PHONY: test test-torch-kernel test-all check demo docs venv clean
 
 venv: $(VENV)/.installed-$(TORCH)
 
@@ -47,12 +48,17 @@ test-torch-kernel: venv
 test-all: test test-torch-kernel
 	$(BIN)/python -m pytest --timeout 3600 tests/long_killed.py tests/long_interruptions.py tests/long_https.py tests/long_disks.py tests/long_fleet.py tests/long_chaos.py tests/long_mechanism.py
 	EDGE_AGENT_TEST_PROTOCOL=3.1.1 $(BIN)/python -m pytest --timeout 3600 tests/test_interruptions.py tests/long_interruptions.py tests/test_killed.py
+	$(BIN)/python -m pytest --timeout 3600 tests/long_docs.py
 	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	$(BIN)/python benchmarks/week.py --jobs 1000 --out build/week.json
 	tests/second_python.sh
 
 demo: venv
 	$(BIN)/edge-agent demo --out build/demo
+
+docs: venv
+	$(BIN)/python docs/generate.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) build dist

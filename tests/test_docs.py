@@ -7,7 +7,6 @@ import json
 import pkgutil
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +15,8 @@ import pytest
 import typer
 from conftest import ROOT
 from msgspec import NODEFAULT, inspect
+from shell_blocks import DOCUMENTS, blocks_of
+from structs import Field, fields_of
 
 import edge_agent
 from edge_agent.answers import Answer, Comparison
@@ -31,7 +32,6 @@ from edge_agent.config import (
     Files,
     FileServer,
     Https,
-    Limit,
     RestLimits,
     Size,
     Timers,
@@ -87,66 +87,6 @@ def _rows(document: str, section: str, column: str = "Field") -> dict[str, Row]:
     return named
 
 
-@dataclass(frozen=True)
-class Field:
-    """A field as the documents name it, its type in their words, and its default (NODEFAULT: required)."""
-
-    words: str
-    type: Any
-    default: Any
-
-
-def _words(kind: inspect.Type) -> str:
-    """Return a type in the words of the documents, with its bounds or its values."""
-    match kind:
-        case inspect.UnionType(types=types):
-            return " or ".join(dict.fromkeys(map(_words, types)))
-        case inspect.LiteralType(values=values):
-            return ", ".join(f"`{value}`" for value in sorted(values))
-        case inspect.ListType(item_type=item) | inspect.VarTupleType(item_type=item):
-            return f"list of {_words(item)}s"
-        case inspect.StrType(pattern=str(pattern)):
-            return f"text like `{pattern}`"
-        case inspect.StrType(min_length=low, max_length=high):
-            bounds = _bounds((("≥", low), ("≤", high)))
-            return f"text of {bounds} characters" if bounds else "text"
-        case inspect.IntType() | inspect.FloatType():
-            name = "integer" if isinstance(kind, inspect.IntType) else "number"
-            return f"{name} {_bounds((('>', kind.gt), ('≥', kind.ge), ('<', kind.lt), ('≤', kind.le)))}".strip()
-        case inspect.CustomType(cls=cls):
-            return {Path: "path", Size: "size", Limit: "size or 0"}[cls]
-    names: dict[type, str] = {
-        inspect.BoolType: "boolean", inspect.NoneType: "null", inspect.StructType: "object", inspect.DictType: "object",
-        inspect.BytesType: "base64",
-    }  # fmt: skip
-    return names[type(kind)]
-
-
-def _bounds(bounds: tuple[tuple[str, float | None], ...]) -> str:
-    return " and ".join(f"{sign} {bound:.16g}" for sign, bound in bounds if bound is not None)
-
-
-def _fields(struct: type, leaves: tuple[type, ...] = (), prefix: str = "") -> dict[str, Field]:
-    """Return all fields of a struct by their dotted names, those of the structs in it included, but for those of `leaves`."""
-    found: dict[str, Field] = {}
-    config = struct.__struct_config__
-    if config.tag_field:
-        found[prefix + config.tag_field] = Field(f"`{config.tag}`", str, NODEFAULT)
-    for field in msgspec.structs.fields(struct):
-        default = field.default if field.default_factory is NODEFAULT else field.default_factory()
-        name, kind = prefix + field.encode_name, inspect.type_info(field.type)
-        if isinstance(kind, inspect.DictType):
-            name, kind = f"{name}.*", kind.value_type
-        parts = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
-        items = [part.item_type for part in parts if isinstance(part, inspect.ListType | inspect.VarTupleType)]
-        name = f"{name}[]" if items else name
-        found[name] = Field(_words(kind), field.type, default)
-        for part in (*parts, *items):
-            if isinstance(part, inspect.StructType) and part.cls not in leaves:
-                found |= _fields(part.cls, leaves, f"{name}.")
-    return found
-
-
 def _method_options() -> tuple[type, ...]:
     """The options of all methods, as the job has them."""
     kind = next(inspect.type_info(f.type) for f in msgspec.structs.fields(Job) if f.name == "method")
@@ -155,44 +95,47 @@ def _method_options() -> tuple[type, ...]:
 
 
 METHODS = {options.__struct_config__.tag: options for options in _method_options()}
-JOB_FIELDS = _fields(Job, tuple(METHODS.values()))
+JOB_FIELDS = fields_of(Job, tuple(METHODS.values()))
 CONFIG_FIELDS = {
-    "Agent": _fields(AgentConfig, (Broker, Endpoint, FileServer, RestLimits, Timers, Trust)),
-    "Coordinator": _fields(CoordinatorConfig, (Api, Broker, Database, Files, Https)),
-    "Broker": _fields(Broker, (), "broker."),
-    "Judges": _fields(Endpoint, (), "judges.*."),
-    "File servers": _fields(FileServer, (), "file_servers.*."),
-    "HTTPS": _fields(Https, (), "https."),
-    "API": _fields(Api, (), "api."),
-    "Database": _fields(Database, (), "database."),
-    "Files": _fields(Files, (), "files."),
-    "Trust": _fields(Trust, (), "trust."),
-    "Timers": _fields(Timers, (), "timers."),
-    "Rest": _fields(RestLimits, (), "rest."),
+    "Agent": fields_of(AgentConfig, (Broker, Endpoint, FileServer, RestLimits, Timers, Trust)),
+    "Coordinator": fields_of(CoordinatorConfig, (Api, Broker, Database, Files, Https)),
+    "Broker": fields_of(Broker, (), "broker."),
+    "Judges": fields_of(Endpoint, (), "judges.*."),
+    "File servers": fields_of(FileServer, (), "file_servers.*."),
+    "HTTPS": fields_of(Https, (), "https."),
+    "API": fields_of(Api, (), "api."),
+    "Database": fields_of(Database, (), "database."),
+    "Files": fields_of(Files, (), "files."),
+    "Trust": fields_of(Trust, (), "trust."),
+    "Timers": fields_of(Timers, (), "timers."),
+    "Rest": fields_of(RestLimits, (), "rest."),
 }
 """The tables of docs/config.md; that of the broker belongs to both files."""
 INPUTS = [
     pytest.param("job.md", "Fields", JOB_FIELDS, id="job"),
-    *(pytest.param("job.md", f"Method `{tag}`", _fields(options, (), "method."), id=f"job-{tag}") for tag, options in METHODS.items()),
-    pytest.param("dataset.md", "Record", _fields(Record), id="record"),
+    *(pytest.param("job.md", f"Method `{tag}`", fields_of(options, (), "method."), id=f"job-{tag}") for tag, options in METHODS.items()),
+    pytest.param("dataset.md", "Record", fields_of(Record), id="record"),
     *(pytest.param("config.md", section, fields, id=f"config-{section}") for section, fields in CONFIG_FIELDS.items()),
 ]
 OUTPUTS = [
-    pytest.param("dataset.md", "`edge-agent dataset check`", _fields(Check, (Finding, Spread)), id="dataset-check"),
+    pytest.param("dataset.md", "`edge-agent dataset check`", fields_of(Check, (Finding, Spread)), id="dataset-check"),
     pytest.param(
-        "dataset.md", "Findings and spreads", _fields(Finding, (), "finding.") | _fields(Spread, (), "spread."), id="dataset-check-parts"
+        "dataset.md",
+        "Findings and spreads",
+        fields_of(Finding, (), "finding.") | fields_of(Spread, (), "spread."),
+        id="dataset-check-parts",
     ),
-    pytest.param("dataset.md", "Building", _fields(Built), id="dataset-build"),
-    pytest.param("report.md", "`result.json`", _fields(Result, (NlftOptions,)), id="result"),
-    pytest.param("report.md", "`events.jsonl`", _fields(Event), id="event"),
-    pytest.param("report.md", "`profile.jsonl`", _fields(Sample), id="sample"),
-    pytest.param("report.md", "`before.jsonl`, `after.jsonl`", _fields(Answer), id="answer"),
-    pytest.param("report.md", "`saliency.json`", _fields(Saliency, (NlftOptions,)), id="saliency"),
+    pytest.param("dataset.md", "Building", fields_of(Built), id="dataset-build"),
+    pytest.param("report.md", "`result.json`", fields_of(Result, (NlftOptions,)), id="result"),
+    pytest.param("report.md", "`events.jsonl`", fields_of(Event), id="event"),
+    pytest.param("report.md", "`profile.jsonl`", fields_of(Sample), id="sample"),
+    pytest.param("report.md", "`before.jsonl`, `after.jsonl`", fields_of(Answer), id="answer"),
+    pytest.param("report.md", "`saliency.json`", fields_of(Saliency, (NlftOptions,)), id="saliency"),
     pytest.param(
-        "report.md", "`edge-agent evaluate --json`", _fields(Measurement, (Accuracy, PassAtK, FreeText, Answer)), id="measurement"
+        "report.md", "`edge-agent evaluate --json`", fields_of(Measurement, (Accuracy, PassAtK, FreeText, Answer)), id="measurement"
     ),
-    pytest.param("report.md", "`edge-agent compare --json`", _fields(Comparison, (Measured, Example)), id="comparison"),
-    pytest.param("report.md", "`report.json` of the demo", _fields(DemoReport, (Accuracy, Paired, Result)), id="demo"),
+    pytest.param("report.md", "`edge-agent compare --json`", fields_of(Comparison, (Measured, Example)), id="comparison"),
+    pytest.param("report.md", "`report.json` of the demo", fields_of(DemoReport, (Accuracy, Paired, Result)), id="demo"),
 ]
 
 
@@ -272,7 +215,7 @@ def _shown(value: Any) -> str:
 def test_device_profiles_documented_have_the_values_of_their_files() -> None:
     """Every device profile has a row in docs/devices.md with its values, and one with where its figures are from."""
     profiles = {name: msgspec.structs.asdict(device_profile(name)) for name in profile_names()}
-    assert set(_rows("devices.md", "Fields")) == set(_fields(DeviceProfile))
+    assert set(_rows("devices.md", "Fields")) == set(fields_of(DeviceProfile))
     tables = _sections("devices.md")["Profiles"]
     values = {row["Profile"].strip("`"): row for row in tables if "`kind`" in row}
     assert list(values) == list(profiles)
@@ -446,12 +389,11 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors, f"{target}#{anchor}"
 
 
-def test_readme_commands_have_only_real_options() -> None:
-    """Every `edge-agent` line of the README names an existing command and options that it takes."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"^ {4}(?:\.venv/bin/)?(edge-agent .*)$", text, flags=re.M)
-    assert len(lines) >= 5
-    for line in lines:
-        name = next(n for n in sorted(COMMANDS, key=len, reverse=True) if line.startswith(n))
-        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", line)) <= known, line
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_documents_have_only_real_options(document: Path) -> None:
+    """Every `edge-agent` command of a shell block, run by a test or not, exists and takes the options that it is given."""
+    for block in blocks_of(document)[0]:
+        for line in re.findall(r"^(?:\$ |.*=\$\()?(edge-agent [a-z].*)$", block.text.replace("\\\n", " "), flags=re.M):
+            name = next(n for n in sorted(COMMANDS, key=len, reverse=True) if re.match(rf"{n}\b", line))
+            known = {option for parameter in COMMANDS[name].params for option in parameter.opts} | {"--help"}
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", line)) <= known, f"{block.place}: {line}"
