@@ -25,7 +25,7 @@ def main(out: Path) -> None:
         text = page.read_text(encoding="utf-8")
         linked |= set(re.findall(r"\]\(\.\./([^)#]+)", text))
         # What comments say to the tests is not for readers.
-        text = re.sub(r"<!-- (?:not )?run.*?-->\n", "", text.replace("](../", "](repository/"), flags=re.DOTALL)
+        text = re.sub(r"<!-- (?:not |all )?run.*?-->\n", "", text.replace("](../", "](repository/"), flags=re.DOTALL)
         page.write_text(text, encoding="utf-8")
     for path in linked:
         copy = out / "repository" / path

@@ -208,18 +208,31 @@ def codes() -> str:
     classes: list[type[EdgeAgentError]] = [EdgeAgentError]
     for kind in classes:
         classes += kind.__subclasses__()
-    here, there = anchors("errors.md", "[a-z_]+"), anchors("fleet.md", "[a-z_]+")
+    here, there, causes = anchors("errors.md", "[a-z_]+"), anchors("fleet.md", "[a-z_]+"), _causes()
     rows = []
     for name in sorted({kind.code for kind in classes} | set(get_args(Reason))):
         told = [kind for kind in classes if kind.code == name and "code" not in getattr(kind.__init__, "__annotations__", ())]
         exits = ", ".join(sorted({str(kind.exit_code) for kind in told}))
-        more = [f"[errors]({here[name]})" if name in here else "", f"[reasons]({there[name]})" if name in get_args(Reason) else ""]
+        more = [f"[cause]({causes[name]})", f"[errors]({here[name]})" if name in here else ""]
+        more.append(f"[reasons]({there[name]})" if name in get_args(Reason) else "")
         says = " ".join(dict.fromkeys((kind.__doc__ or "").partition("\n")[0] for kind in told))
         rows.append([code(name), exits or "1", "yes" if name in get_args(Reason) else "no", says, " ".join(filter(None, more))])
     return "\n\n".join([
         "# Codes", "Every stable code: the exit code of a command that ends with it, and whether a job on a node can end or wait with it. "
         "What to do about each: [troubleshooting](../troubleshooting.md).", table("Code, Exit code, Of a job, Says, More", rows),
     ])  # fmt: skip
+
+
+def _causes() -> dict[str, str]:
+    """Return where troubleshooting.md speaks of each code: below the heading that names it, else where it comes first."""
+    heading, found = "", {}
+    lines = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        heading = slug(line.removeprefix("## ")) if line.startswith("## ") else heading
+        for name in re.findall(r"`([a-z_]+)`", line):
+            if line.startswith("## ") or name not in found:
+                found[name] = f"../troubleshooting.md#{heading}"
+    return found
 
 
 PAGES = {

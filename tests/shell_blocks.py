@@ -5,6 +5,8 @@
     <!-- run: service -->    likewise, in the background until the end of the document, as in a terminal of its own
     <!-- not run: WHY -->
 
+A document of which another test runs all blocks says so once: `<!-- all run by: tests/long_tutorial.py -->`; that file names the document.
+
 The blocks of a document share a directory and what they export. What `edge-agent demo --data-only --out demo` writes is there, and in
 tests/long_docs.py `deploy/`. A block of `sh` must succeed. In one of `console` stands below a command what it says, where `…` is anything;
 a command that fails says `error CODE: …`, or `✗`.
@@ -26,10 +28,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import DEADLINE_S, ROOT, Cli
+from conftest import ROOT, Cli
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONGEST_S = 3600.0
+"""Of a block, on a machine that is busy."""
 FENCED = re.compile(r"^(?P<above>[^\n]*)\n```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+ALL = re.compile(r"^<!-- all run by: (tests/\w+\.\w+) -->$", re.MULTILINE)
 SAID = re.compile(r"<!-- (?:run(?:: (?P<when>minutes|service))?|not run: (?P<why>\S.*)) -->")
 COMMAND = re.compile(
     r"(?:\$ |sudo |\S*bin/)?(?:edge-agent|pip|python3?|make|docker|podman|systemctl|mosquitto\w*|openssl|curl|apt|apt-get|git|export) \S"
@@ -54,6 +59,10 @@ class Block:
 def blocks_of(document: Path) -> tuple[list[Block], list[str]]:
     """Return the blocks of a document, and where it has shell commands without saying how they are tried."""
     text = document.read_text(encoding="utf-8")
+    if elsewhere := ALL.search(text):
+        test = ROOT / elsewhere[1]
+        named = test.is_file() and document.name in test.read_text(encoding="utf-8")
+        return [], [] if named else [f"{document.name}: {elsewhere[1]} does not run it"]
     blocks, wrong = [], []
     for match in FENCED.finditer(text):
         line = text.count("\n", 0, match.start("text"))
@@ -105,7 +114,7 @@ class Shell:
         script = f"trap 'code=$?; env -0 > {kept}; exit $code' EXIT\n{text}"
         done = subprocess.run(
             ["bash", "-c", script], cwd=self.directory, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=DEADLINE_S * 3, check=False,
+            stderr=subprocess.STDOUT, text=True, timeout=LONGEST_S, check=False,
         )  # fmt: skip
         self.environment = dict(item.split("=", 1) for item in kept.read_text().split("\0") if item)
         kept.unlink()

@@ -273,6 +273,12 @@ def test_errors_documented_are_those_of_the_code() -> None:
     assert all(row["Meaning"] and row["What to do"] for row in rows)
 
 
+def test_troubleshooting_speaks_of_every_code() -> None:
+    """docs/troubleshooting.md says of every code, of errors and of jobs on nodes, how to find the cause."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    assert {code for code in {error.code for error in _error_classes()} | set(get_args(Reason)) if f"`{code}`" not in text} == set()
+
+
 def test_exit_codes_documented_are_those_of_the_help() -> None:
     """docs/errors.md and the help of the command line name the same exit codes."""
     rows = [*_sections("errors.md")["Codes"], *_sections("errors.md")["Other exit codes"]]

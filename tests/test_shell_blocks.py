@@ -72,6 +72,10 @@ def test_documents_are_read_as_they_are_shown(tmp_path: Path) -> None:
     blocks, wrong = blocks_of(page)
     assert [(b.line, b.when, b.console) for b in blocks] == [(2, "now", False), (7, None, True), (23, "service", False)]
     assert [place.split(":")[1] for place in wrong] == ["11", "15", "27", "19"]
+    page.write_text("<!-- all run by: tests/test_shell_blocks.py -->\n```sh\nls\n```\n", encoding="utf-8")
+    assert blocks_of(page) == ([], [])  # this test names page.md
+    page.write_text("<!-- all run by: tests/test_nothing.py -->\n```sh\nls\n```\n", encoding="utf-8")
+    assert blocks_of(page) == ([], ["page.md: tests/test_nothing.py does not run it"])
     assert transcript("$ a \\\n  b\nc\n$ d\n") == [("a \\\n  b", "c\n"), ("d", "")]
     assert matches("a … c\n", "a b\nb c  \n")
     assert not matches("a … c", "a b")

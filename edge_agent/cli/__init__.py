@@ -14,7 +14,8 @@ from profiles.memory import one_arena
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    help="Fine-tunes a language model in 4 bits under a memory budget, by Natural Language Fine-Tuning.", epilog=EXIT_CODES,
+    epilog=EXIT_CODES,
+    help="Fine-tunes a language model in 4 bits under a memory budget, by Natural Language Fine-Tuning. To see it work: edge-agent demo.",
 )  # fmt: skip
 dataset_app = typer.Typer(no_args_is_help=True, help="Look at datasets, and build them.")
 app.add_typer(dataset_app, name="dataset")
