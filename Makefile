@@ -2,8 +2,8 @@
 # make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
 # make check     lint and types
 # make test-all  the tests, and what takes longer: training on plain PyTorch, a hundred plugs pulled, files
-#                that go by HTTPS meanwhile, full disks, plugs pulled with MQTT 3.1.1, what repairs gain, a million damaged messages, a thousand
-#                jobs through one node, the second Python
+#                that go by HTTPS meanwhile, full disks, plugs pulled with MQTT 3.1.1, what repairs gain, adapters in
+#                llama.cpp, a million damaged messages, a thousand jobs through one node, the second Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 
 PYTHON ?= python3
@@ -47,6 +47,7 @@ test-torch-kernel: venv
 test-all: test test-torch-kernel
 	$(BIN)/python -m pytest --timeout 3600 tests/long_killed.py tests/long_interruptions.py tests/long_https.py tests/long_disks.py tests/long_fleet.py tests/long_chaos.py tests/long_mechanism.py
 	EDGE_AGENT_TEST_PROTOCOL=3.1.1 $(BIN)/python -m pytest --timeout 3600 tests/test_interruptions.py tests/long_interruptions.py tests/test_killed.py
+	$(BIN)/python -m pytest --timeout 3600 tests/long_llama_cpp.py
 	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	$(BIN)/python benchmarks/week.py --jobs 1000 --out build/week.json
 	tests/second_python.sh
