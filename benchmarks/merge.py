@@ -7,11 +7,11 @@ Three nodes train on ten questions each, as ordinary jobs of the default method 
 adapters are merged by every method. Beside them stands one job on all thirty questions, which a node could train on only if the data came
 to it. Parts of the benchmark:
 
-    split      ten questions of one domain for each node, with a seed of its own, so that its A begins as its own
+    split      ten questions of one domain ("reversed", "chain") for each node, with a seed of its own, so that its A begins as its own
     one seed   the same with one seed for all nodes, so that A begins as one (domain "reversed" only)
     domains    a domain for each node; the merge is measured on all three
 
-Every model answers the same 300 held-out questions of a seed and domain. A run that was ended goes on where it was.
+Every model answers the same 200 held-out questions of a seed and domain. A run that was ended goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import date
@@ -33,6 +34,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import msgspec
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from page import write_parts
 
 from edge_agent.adapters import merge as merging
 from edge_agent.adapters.report import Method
@@ -51,9 +55,12 @@ from edge_agent.training.run import run_job
 from quantization.load import load_tokenizer
 
 TINY = Path(__file__).parent.parent / "edge_agent" / "demo" / "tiny"
+DOCS = Path(__file__).parent.parent / "docs" / "adapters.md"
 RESULTS = Path(__file__).parent / "results" / "merge.json"
 DOMAINS = ("chain", "distractor", "reversed")
-NODES, EACH, QUESTIONS = 3, 10, 300
+NODES, EACH, QUESTIONS = 3, 10, 200
+DRAWN = 300
+"""Questions of a seed and domain that no node trains on; the first of them are asked."""
 HELD_OUT_SEED = 70_000
 """Added to a seed for its held-out questions."""
 FIELDS = {
@@ -82,7 +89,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def held_out(domain: str, seed: int) -> list[Record]:
-    return [Record(p.question, p.answer) for p in islice(problems(domain, HELD_OUT_SEED + seed), QUESTIONS)]
+    return [Record(p.question, p.answer) for p in islice(problems(domain, HELD_OUT_SEED + seed), DRAWN)]
 
 
 def training(domain: str, seed: int) -> list[Record]:
@@ -109,7 +116,7 @@ def train(records: list[Record], domain: str, job_seed: int, seed: int, place: P
 def groups(seeds: int) -> Iterator[tuple[str, int, str]]:
     """Yield (part, seed, home) of every merge."""
     for seed in range(1, seeds + 1):
-        for domain in ("reversed", "chain", "distractor"):
+        for domain in ("reversed", "chain"):
             yield "split", seed, domain
         yield "one seed", seed, "reversed"
         yield "domains", seed, "all"
@@ -122,6 +129,10 @@ def sources(part: str, seed: int, home: str, out: Path) -> dict[str, Source]:
     for node in range(NODES):
         domain = DOMAINS[node] if home == "all" else home
         records = training(domain, seed)[:EACH] if home == "all" else training(home, seed)[node * EACH :][:EACH]
+        if part == "one seed" and node == 0:
+            folder = out / "jobs" / f"split-{seed}-{home}"  # it is the same job
+        elif part == "one seed":
+            folder = out / "jobs" / f"one-seed-{seed}-{home}"
         job_seed = 1000 * seed if part == "one seed" else 1000 * seed + node
         found[f"node {node + 1}"] = train(records, domain, job_seed, seed, folder / f"node-{node + 1}")
     if part != "one seed":
@@ -142,7 +153,7 @@ def measure(part: str, seed: int, home: str, out: Path) -> Iterator[Row]:
     def answer(model: Any, name: str, seconds: float | None = None) -> Iterator[Row]:
         for domain in domains:
             answers = evaluate(
-                model, tokenizer, held_out(domain, seed), PROMPTS["worked"], EVALUATION, batch=EVALUATION.batch,
+                model, tokenizer, held_out(domain, seed)[:QUESTIONS], PROMPTS["worked"], EVALUATION, batch=EVALUATION.batch,
                 context_tokens=files.context_tokens, progress=lambda *_: None,
             )  # fmt: skip
             correct = "".join("1" if a.share == 1 else "0" for a in answers)
@@ -189,25 +200,51 @@ def interval(values: list[float]) -> list[float]:
     return [mean(values), student_quantile(len(values) - 1) * stdev(values) / len(values) ** 0.5]
 
 
-def table(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """Return of every part and domain: accuracy of each model, and how far it is ahead of the mean of the nodes and of the best method."""
-    shares: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+COLUMNS = {
+    "split/reversed": "reversed, split", "split/chain": "chain, split", "one seed/reversed": "reversed, split, one seed",
+    "domains/all": "a domain for each node",
+}  # fmt: skip
+MEAN, BEST = "mean of the nodes", "best of the nodes"
+
+
+def table(rows: list[Row]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Return of every column and model the accuracy, and how far it is ahead of the mean of the nodes, each with its half interval.
+
+    A seed counts as one: of a domain for each node its mean over the domains.
+    """
+    by_domain: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for r in rows:
-        shares[f"{r.part}/{r.home}/{r.domain}"][r.model][r.seed] = r.correct.count("1") / len(r.correct)
-    found: dict[str, dict[str, Any]] = {}
-    for name, models in shares.items():
-        nodes = {seed: mean(models[f"node {n + 1}"][seed] for n in range(NODES)) for seed in models["base"]}
-        best = {seed: max(models[f"node {n + 1}"][seed] for n in range(NODES)) for seed in models["base"]}
-        models["mean of the nodes"], models["best node of each seed"] = nodes, best
-        found[name] = {
+        by_domain[f"{r.part}/{r.home}", r.model, r.seed].append(r.correct.count("1") / len(r.correct))
+    shares: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for (column, model, seed), values in by_domain.items():
+        shares[column][model][seed] = mean(values)
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for column in (c for c in COLUMNS if c in shares):
+        models = shares[column]
+        nodes = {seed: [models[f"node {n + 1}"][seed] for n in range(NODES)] for seed in models["base"]}
+        models[MEAN], models[BEST] = ({seed: of(values) for seed, values in nodes.items()} for of in (mean, max))
+        found[column] = {
             model: {
                 "accuracy": interval([*by_seed.values()]),
-                "ahead_of_mean_node": interval([by_seed[s] - nodes[s] for s in by_seed]),
-                "ahead_of_cat": interval([by_seed[s] - models["cat"][s] for s in by_seed]),
+                "ahead": interval([share - models[MEAN][seed] for seed, share in by_seed.items()]),
             }
             for model, by_seed in models.items()
         }
     return found
+
+
+def lines(tables: dict[str, dict[str, dict[str, list[float]]]]) -> list[str]:
+    """Return the table of docs/adapters.md."""
+    models = ["base", MEAN, BEST, *get_args(Method), *RANKS, "all data"]
+    head = [f"| | {' | '.join(COLUMNS[c] for c in tables)} |", "|---" * (1 + len(tables)) + "|"]
+
+    def cell(figures: dict[str, list[float]] | None, model: str) -> str:
+        if figures is None:
+            return "-"
+        ahead = "" if model in ("base", MEAN) else " ({:+.1f} ± {:.1f})".format(*(100 * x for x in figures["ahead"]))
+        return "{:.1f} ± {:.1f}".format(*(100 * x for x in figures["accuracy"])) + ahead
+
+    return head + [f"| {model} | {' | '.join(cell(tables[c].get(model), model) for c in tables)} |" for model in models]
 
 
 def main() -> None:
@@ -215,7 +252,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="run the groups that are not done yet")
     runs.add_argument("--seeds", type=int, default=3)
-    renders = commands.add_parser("render", help="print the tables, and write the results file")
+    renders = commands.add_parser("render", help="write the results file and the table of docs/adapters.md")
     for command in (runs, renders):
         command.add_argument("--out", type=Path, default=Path("build/merge"), help="jobs and answers")
     args = parser.parse_args()
@@ -224,11 +261,8 @@ def main() -> None:
         return
     rows = read_rows(args.out)
     tables = table(rows)
-    for name, models in tables.items():
-        print(f"\n{name}")
-        for model, figures in sorted(models.items(), key=lambda item: -item[1]["accuracy"][0]):
-            print(f"  {model:24}", *(f"{key} {100 * value:+.1f} ± {100 * half:.1f}" for key, (value, half) in figures.items()))
-    about = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), "versions": versions()}
+    write_parts({"merge": lines(tables)}, DOCS)
+    about = {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions()}
     document = about | {"nodes": NODES, "questions_each": EACH, "held_out": QUESTIONS, "tables": tables, "rows": rows}
     write_file(RESULTS, msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
 

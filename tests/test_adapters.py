@@ -138,15 +138,19 @@ def test_merged_model_answers_as_base_and_adapter(job: Path, tiny_model: Path, t
     assert 0 < report["difference"] < 0.02
 
 
-def test_merged_into_nf4_is_what_was_measured(job: Path, loaded: Callable[[], Any], tmp_path: Path) -> None:
-    """Merged into the rounded weights a model is nearer to what the job measured than merged into the stored ones."""
+def test_merged_into_nf4_is_what_was_measured(
+    job: Path, loaded: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged into the rounded weights a model is nearer to what the job measured than merged into the stored ones; in several files too."""
+    monkeypatch.setattr("edge_agent.adapters.export.SHARD", "1MB")
     model = load_adapter(loaded(), job / "adapter")
     ids = torch.arange(5, 60)[None]
     with torch.no_grad():
         wanted = model(ids).logits.float()
         apart = {}
         for kind in ("stored", "nf4"):
-            assert _json("export", job, "--out", tmp_path / kind, "--base", kind)["base"] == kind
+            report = _json("export", job, "--out", tmp_path / kind, "--base", kind)
+            assert (report["base"], "model.safetensors.index.json" in report["files"]) == (kind, True)
             found = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)(ids).logits
             apart[kind] = float((found - wanted).norm() / wanted.norm())
     assert apart["nf4"] < 0.2 * apart["stored"], apart

@@ -18,6 +18,7 @@ from conftest import ROOT
 from msgspec import NODEFAULT, inspect
 
 import edge_agent
+from edge_agent.adapters.report import Export, Merge, Replies
 from edge_agent.answers import Answer, Comparison
 from edge_agent.asyncapi import CHANNELS, channel_of
 from edge_agent.cli import EXIT_CODES, PANELS, app
@@ -192,6 +193,9 @@ OUTPUTS = [
         "report.md", "`edge-agent evaluate --json`", _fields(Measurement, (Accuracy, PassAtK, FreeText, Answer)), id="measurement"
     ),
     pytest.param("report.md", "`edge-agent compare --json`", _fields(Comparison, (Measured, Example)), id="comparison"),
+    pytest.param("adapters.md", "Trying one", _fields(Replies), id="replies"),
+    pytest.param("adapters.md", "Handing one on", _fields(Export), id="export"),
+    pytest.param("adapters.md", "Merging those of many nodes", _fields(Merge, (Accuracy, FreeText, Measured)), id="merge"),
     pytest.param("report.md", "`report.json` of the demo", _fields(DemoReport, (Accuracy, Paired, Result)), id="demo"),
 ]
 
