@@ -3,8 +3,8 @@
 # make docs      the documentation as a site that needs no network: build/site/index.html
 # make check     lint and types
 # make test-all  the tests, and what takes longer: training on plain PyTorch, a hundred plugs pulled, files
-#                that go by HTTPS meanwhile, full disks, plugs pulled with MQTT 3.1.1, what repairs gain, a million damaged messages, a thousand
-#                jobs through one node, services under a systemd of their own, the wheel alone, images and the tutorial on a clean
+#                that go by HTTPS meanwhile, full disks, plugs pulled with MQTT 3.1.1, what repairs gain, adapters in
+#                llama.cpp, a million damaged messages, a thousand jobs through one node, services under a systemd of their own, the wheel alone, images and the tutorial on a clean
 #                Debian (as root, with debootstrap, systemd-container, buildah, podman, crun and catatonit), the second Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 
@@ -50,6 +50,7 @@ test-all: test test-torch-kernel
 	$(BIN)/python -m pytest --timeout 3600 tests/long_killed.py tests/long_interruptions.py tests/long_https.py tests/long_disks.py tests/long_models.py tests/long_fleet.py tests/long_chaos.py tests/long_mechanism.py tests/long_systemd.py tests/long_wheel.py tests/long_docs.py
 	$(BIN)/python -m pytest --timeout 7200 tests/long_tutorial.py tests/long_images.py
 	EDGE_AGENT_TEST_PROTOCOL=3.1.1 $(BIN)/python -m pytest --timeout 3600 tests/test_interruptions.py tests/long_interruptions.py tests/test_killed.py
+	$(PIP) 'xllamacpp>=2026.10' && $(BIN)/python -m pytest --timeout 3600 tests/long_llama_cpp.py
 	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	$(BIN)/python benchmarks/week.py --jobs 1000 --out build/week.json
 	tests/second_python.sh

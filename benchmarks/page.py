@@ -28,16 +28,16 @@ def shown(name: str) -> list[str]:
     return PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0].strip().split("\n")
 
 
-def write_parts(parts: Mapping[str, list[str]]) -> None:
-    """Put lines between the marks of their names on the page."""
-    text = PAGE.read_text(encoding="utf-8")
+def write_parts(parts: Mapping[str, list[str]], page: Path = PAGE) -> None:
+    """Put lines between the marks of their names on a page."""
+    text = page.read_text(encoding="utf-8")
     for name, lines in parts.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         head, _, rest = text.partition(start)
         if not rest:
-            raise SystemExit(f"{PAGE} has no place for {name!r}")
+            raise SystemExit(f"{page} has no place for {name!r}")
         text = head + start + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2]
-    write_file(PAGE, text.encode())
+    write_file(page, text.encode())
 
 
 @contextmanager

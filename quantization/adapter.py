@@ -47,16 +47,28 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def load_adapter(model: Any, directory: Path) -> Any:
+def load_adapter(model: Any, directory: Path, name: str = "default") -> Any:
     """Return the model with a saved adapter, for evaluation. Raises AdapterMismatch."""
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
         raise AdapterMismatch(directory, f"there is no {CONFIG} with {WEIGHTS} in it; give the adapter/ of a finished job")
+    with _mismatch(directory), _old_name_allowed():
+        adapted = PeftModel.from_pretrained(model, directory, adapter_name=name).eval()
+    return _ready(adapted)
+
+
+def add_adapter(adapted: Any, directory: Path, name: str) -> None:
+    """Put one more saved adapter in beside those that are there; it is not active yet. Raises AdapterMismatch."""
+    with _mismatch(directory):
+        adapted.load_adapter(directory, name)
+
+
+@contextmanager
+def _mismatch(directory: Path) -> Iterator[None]:
+    """Raise AdapterMismatch for what PEFT raises on files that do not go with the model."""
     try:
-        with _old_name_allowed():
-            adapted = PeftModel.from_pretrained(model, directory).eval()
+        yield
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterMismatch(directory, f"it does not belong to this model ({str(error).splitlines()[0][:200]})") from error
-    return _ready(adapted)
 
 
 def _ready(adapted: Any) -> Any:
@@ -74,14 +86,20 @@ def _old_name_allowed() -> Iterator[None]:
         yield
 
 
-def save_adapter(model: Any, directory: Path, model_name: str) -> str:
-    """Write the adapter as PEFT's two files, whole or not at all; return the sha256 of the weights."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+def save_adapter(model: Any, directory: Path, model_name: str, adapter: str = "default") -> str:
+    """Write the adapter of a name as PEFT's two files, whole or not at all; return the sha256 of the weights."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model, adapter).items()}
     weights = save(state, metadata={"format": "pt"})
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True, "base_model_name_or_path": model_name}
+    config = model.peft_config[adapter].to_dict() | {"inference_mode": True, "base_model_name_or_path": model_name}
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
     write_directory(directory, {WEIGHTS: weights, CONFIG: text.encode()})
     return hashlib.sha256(weights).hexdigest()
+
+
+def adapter_state(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter by the names that they have on disk."""
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return state
 
 
 def _plain(value: Any) -> Any:

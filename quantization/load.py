@@ -83,6 +83,20 @@ def load_model(
     return model
 
 
+def load_plain(files: ModelFiles) -> Any:
+    """Return the model as its files have it, on the processor, to be merged with an adapter. Raises ModelUnsupported."""
+    transformers_logging.disable_progress_bar()
+    with explained(files, "it cannot be loaded"):
+        config = AutoConfig.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
+        kind, config = _architecture(config)
+        model, report = kind.from_pretrained(
+            files.path, config=config, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise Damaged(f"its files lack {', '.join(missing[:3])}; fetch the model again")
+    return model.requires_grad_(False).eval()
+
+
 def _load(files: ModelFiles, device: DeviceProfile, quantized_head: bool, embedding_on_host: bool, cache: ModelCache | None) -> Any:
     dtype, kernel = getattr(torch, device.compute_dtype), choose_kernel(device.torch_device)
     config = AutoConfig.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)

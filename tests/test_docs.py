@@ -19,6 +19,7 @@ from shell_blocks import DOCUMENTS, blocks_of
 from structs import Field, fields_of
 
 import edge_agent
+from edge_agent.adapters.report import Export, Merge, Replies
 from edge_agent.answers import Answer, Comparison
 from edge_agent.asyncapi import CHANNELS, channel_of
 from edge_agent.cli import EXIT_CODES, PANELS, app
@@ -140,6 +141,9 @@ OUTPUTS = [
     pytest.param("models.md", "`edge-agent models add`", fields_of(Added), id="model-added"),
     pytest.param("models.md", "`edge-agent models list`", fields_of(ModelView), id="model-listed"),
     pytest.param("models.md", "`edge-agent models verify`", fields_of(Verified), id="model-verified"),
+    pytest.param("adapters.md", "Trying one", fields_of(Replies), id="replies"),
+    pytest.param("adapters.md", "Handing one on", fields_of(Export), id="export"),
+    pytest.param("adapters.md", "Merging those of many nodes", fields_of(Merge, (Accuracy, FreeText, Measured)), id="merge"),
     pytest.param("report.md", "`report.json` of the demo", fields_of(DemoReport, (Accuracy, Paired, Result)), id="demo"),
 ]
 

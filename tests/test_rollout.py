@@ -662,8 +662,8 @@ def test_commands_of_a_rollout(stage: Stage, cli: Cli) -> None:
         ["cli-2", "no"],
     ]
     before = cli("rollout", "list", "--json", *at).json
-    made = cli("rollout", "submit", *job, *only, "--per-minute", "600", "--abort-above", "0.5", "--json").json["rollout"]
-    assert made["plan"]["abort"] == {"minimum_ended": 10, "threshold": 0.5}
+    made = cli("rollout", "submit", *job, *only, "--per-minute", "600", "--abort-above", "0.5", "--each-seed", "--json").json["rollout"]
+    assert (made["plan"]["abort"], made["plan"]["seeds"]) == ({"minimum_ended": 10, "threshold": 0.5}, "each")
     assert [view["id"] for view in cli("rollout", "list", "--json", *at).json] == [made["id"], *(view["id"] for view in before)]
     stage.ended(made["id"], "completed")
     shown = cli("rollout", "show", made["id"], *at)

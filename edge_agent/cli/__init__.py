@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from edge_agent.cli import datasets, enroll, fleet, health, keys, local, models, rollouts, saliency, service, tokens, track
+from edge_agent.cli import adapters, datasets, enroll, fleet, health, keys, local, models, rollouts, saliency, service, tokens, track
 from edge_agent.cli.shared import EXIT_CODES
 from profiles.memory import one_arena
 
@@ -35,7 +35,17 @@ rollout_app = typer.Typer(no_args_is_help=True, help="Give one job to many nodes
 app.add_typer(rollout_app, name="rollout")
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "On this machine": (local.train, local.plan, local.evaluate, local.compare, saliency.saliency, local.demo),
+    "On this machine": (
+        local.train,
+        local.plan,
+        local.evaluate,
+        local.compare,
+        saliency.saliency,
+        adapters.chat,
+        adapters.merge,
+        adapters.export,
+        local.demo,
+    ),
     "On a node": (fleet.run, fleet.doctor, service.install_service),
     "Across a fleet": (
         fleet.coordinator,
@@ -75,6 +85,7 @@ rollout_app.command("submit", epilog=EXIT_CODES)(rollouts.submit)
 rollout_app.command("list", epilog=EXIT_CODES)(rollouts.list_)
 rollout_app.command("show", epilog=EXIT_CODES)(rollouts.show)
 rollout_app.command("cancel", epilog=EXIT_CODES)(rollouts.cancel)
+rollout_app.command("merge", epilog=EXIT_CODES)(adapters.rollout_merge)
 tokens_app.command("new", epilog=EXIT_CODES)(tokens.new)
 tokens_app.command("list", epilog=EXIT_CODES)(tokens.list_)
 tokens_app.command("revoke", epilog=EXIT_CODES)(tokens.revoke)

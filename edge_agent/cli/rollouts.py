@@ -62,6 +62,10 @@ def submit(
     abort_after: Annotated[
         int, typer.Option("--abort-after", min=1, max=1_000_000, help="Do not abort before so many jobs have ended.")
     ] = 10,
+    each_seed: Annotated[
+        bool,
+        typer.Option("--each-seed", help="Each node draws with a seed of its own: the job's, and one more for every node before it."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which nodes it would have, and why not the others.")] = False,
     data: DataOption = None,
     budget: BudgetOption = None,
@@ -93,7 +97,7 @@ def submit(
         exponential = None if base_per_minute is None else Exponential(base_per_minute=base_per_minute, **grown)  # type: ignore[arg-type]
         plan = RolloutPlan(
             job=job, selector=selector_of(labels, nodes or (), fingerprint), priority=priority, expires_s=expires_s,
-            rate=Rate(maximum_per_minute=per_minute, exponential=exponential),
+            seeds="each" if each_seed else "same", rate=Rate(maximum_per_minute=per_minute, exponential=exponential),
             abort=None if abort_above is None else Abort(minimum_ended=abort_after, threshold=abort_above),
         )  # fmt: skip
         made = client.roll_out(plan, files, dry_run)

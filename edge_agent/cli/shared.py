@@ -25,7 +25,8 @@ budget or the free memory, 7 out of memory, 8 disk full, 9 loss not finite, 10 t
 17 tracking server away or unwilling, 130 interrupted (run again to go on).
 """
 
-EXTRAS = dict.fromkeys(("litestar", "uvicorn", "sqlalchemy", "amqtt"), "coordinator") | {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+EXTRAS = dict.fromkeys(("litestar", "uvicorn", "sqlalchemy", "amqtt"), "coordinator")
+EXTRAS |= {name: name for name in ("tensorboard", "mlflow", "gguf")}
 """The extra that a package is of which a node does without."""
 
 ModelOption = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
@@ -256,8 +256,8 @@ class Client:
                 return self._ask(Result, "GET", f"{_path(view.id)}/artifacts/{artifact.name}")
         return None
 
-    def fetch(self, job: str, directory: Path) -> list[Path]:
-        """Write the artifacts of an ended job into a directory as a local run would, and return their paths.
+    def fetch(self, job: str, directory: Path, only: Collection[str] | None = None) -> list[Path]:
+        """Write the artifacts of an ended job, all or `only` some, into a directory as a local run would, and return their paths.
 
         Raises DirectoryUnusable, DatasetChecksum where a file did not come whole, Answered where the job has not ended.
         """
@@ -268,6 +268,8 @@ class Client:
         try:
             (directory / "adapter").mkdir(parents=True, exist_ok=True)
             for artifact in view.artifacts:
+                if only is not None and artifact.name not in only:
+                    continue
                 path = directory / "adapter" / artifact.name if artifact.name.startswith("adapter") else directory / artifact.name
                 self._save(f"{_path(job)}/artifacts/{artifact.name}", artifact.sha256, path)
                 written.append(path)

@@ -93,9 +93,16 @@ class RolloutPlan(Strict, frozen=True, kw_only=True):
     rate: Rate = Rate()
     abort: Abort | None = None
     """null: it goes on whatever fails."""
+    seeds: Literal["same", "each"] = "same"
+    """`each`: the job of the n-th node has the plan's seed plus n - 1, so that every node draws questions, outputs and adapter anew."""
     priority: Priority = 4
     expires_s: Expiry = ORDER_S
     """Of each job, from when it is made until its node has answered."""
+
+    def job_of(self, place: int) -> Job:
+        """Return the job of a node, whose places are counted from 0."""
+        seed = (self.job.seed + place) % 2**32 if self.seeds == "each" else self.job.seed
+        return msgspec.structs.replace(self.job, seed=seed)
 
     @property
     def files(self) -> set[str]:

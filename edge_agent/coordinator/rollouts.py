@@ -115,13 +115,13 @@ class Rollouts:
             self._end(rollout, "completed", None)
         elif counts.waiting:
             count, self._last[rollout] = due(plan.rate, counts.succeeded, self._last.setdefault(rollout, now), now)
-            for node in self._store.waiting_nodes(rollout, count):
-                self._make(rollout, plan, node)
+            for place, node in self._store.waiting_nodes(rollout, count):
+                self._make(rollout, plan, place, node)
 
-    def _make(self, rollout: str, plan: RolloutPlan, node: str) -> None:
+    def _make(self, rollout: str, plan: RolloutPlan, place: int, node: str) -> None:
         """Make the job of a node; one that cannot have it any more has failed."""
         try:
-            self._submit(node, plan, rollout)
+            self._submit(node, msgspec.structs.replace(plan, job=plan.job_of(place)), rollout)
         except Refused as error:
             log.warning("rollout_node_left_out rollout=%s node=%s error=%s", rollout, node, error)
             self._store.leave_out(rollout, node, str(error))

@@ -112,7 +112,7 @@ WHICH_ROLLOUTS = {"before": "number < :before", "state": "state = :state"}
 RUNNING_ROLLOUTS = "SELECT * FROM rollouts WHERE state = 'running' ORDER BY number"
 COUNT_ROLLOUTS = "SELECT state, count(*) AS count FROM rollouts GROUP BY state"
 END_ROLLOUT = "UPDATE rollouts SET state = :state, text = :text, changed = :now WHERE id = :id AND state = 'running'"
-WAITING_NODES = """SELECT node FROM rollout_nodes WHERE rollout = :rollout AND job IS NULL AND outcome IS NULL
+WAITING_NODES = """SELECT place, node FROM rollout_nodes WHERE rollout = :rollout AND job IS NULL AND outcome IS NULL
 ORDER BY place LIMIT :limit"""
 SET_NODE_JOB = "UPDATE rollout_nodes SET job = :job WHERE rollout = :rollout AND node = :node"
 SET_NODE_OUTCOME = "UPDATE rollout_nodes SET outcome = :outcome, text = :text WHERE rollout = :rollout AND node = :node"
@@ -614,9 +614,9 @@ class CoordinatorStore:
         items = [msgspec.convert(row, RolloutNode) for row in rows[:limit]]
         return RolloutNodePage(items=items, next=str(rows[limit - 1]["place"]) if len(rows) > limit else None)
 
-    def waiting_nodes(self, rollout: str, limit: int) -> list[str]:
-        """Nodes for which no job was made yet, in their order."""
-        return [row["node"] for row in self._db.execute(WAITING_NODES, rollout=rollout, limit=limit)]
+    def waiting_nodes(self, rollout: str, limit: int) -> list[tuple[int, str]]:
+        """Nodes for which no job was made yet with their places, in their order."""
+        return [(row["place"], row["node"]) for row in self._db.execute(WAITING_NODES, rollout=rollout, limit=limit)]
 
     def leave_out(self, rollout: str, node: str, text: str) -> None:
         """Keep why no job can be made for a node of a rollout."""
