@@ -138,8 +138,14 @@ class Audience:
         self._tracks[job] = track = self._tracks.pop(job, None) or Track()
         track.add(_point(progress))
         if len(self._tracks) > MOST_TRACKS:
-            self._tracks.popitem(last=False)
+            gone, _ = self._tracks.popitem(last=False)
+            self._last.pop(gone, None)
         self._last[job] = self._tell(self._happening("progress", job, progress))
+
+    def skip(self) -> None:
+        """Something has happened that is not known here, while nobody listened: who comes back has to look anew."""
+        self._number += 1
+        self._kept.clear()
 
     def saliency(self, job: str, artifact: Artifact) -> None:
         """The Saliency Map of a job that runs has come."""
