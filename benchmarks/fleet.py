@@ -425,7 +425,9 @@ class BigFleet:
         yield
         seconds, after = time.monotonic() - began, self.parts.look()
         use = {
-            part: Use(round(cpu := after[part] - before.get(part, 0.0), 2), round(cpu / seconds, 4), round(self.parts.peaks.get(part, 0.0), 1))
+            part: Use(
+                round(cpu := after[part] - before.get(part, 0.0), 2), round(cpu / seconds, 4), round(self.parts.peaks.get(part, 0.0), 1)
+            )
             for part in sorted(after)
         }
         messages = {kind: round((n - counts[kind]) / seconds, 2) for kind, n in sorted(self.ear.counts.items()) if n > counts[kind]}
@@ -571,7 +573,10 @@ def run(options: Any, ends: ExitStack) -> Report:
         ready = "SELECT count(*) FROM nodes WHERE state = 'ready' AND info IS NOT NULL"
         known = fleet.until("the coordinators to know all nodes", lambda: fleet.ask(ready) == [(options.nodes,)], 300)
     known_s = time.time() - (time.monotonic() - known) - max(fleet.started.values())
-    owner = {name: fleet.started[0 if number == 0 else 1 + (number - 1) // NODES_OF_PROCESS * NODES_OF_PROCESS] for number, name in enumerate(fleet.names)}
+    owner = {
+        name: fleet.started[0 if number == 0 else 1 + (number - 1) // NODES_OF_PROCESS * NODES_OF_PROCESS]
+        for number, name in enumerate(fleet.names)
+    }
     connect = times([fleet.ups[name][0][0] - owner[name] for name in fleet.names])
     time.sleep(10)
     with fleet.span(spans, "idle"):
@@ -580,7 +585,9 @@ def run(options: Any, ends: ExitStack) -> Report:
     with fleet.span(spans, "jobs"):
         work.submit()
         work.wait()
-    made = {kind: round((n - before[kind]) / options.jobs, 2) for kind, n in sorted(fleet.ear.counts.items()) if "job" in kind or "ack" in kind}
+    made = {
+        kind: round((n - before[kind]) / options.jobs, 2) for kind, n in sorted(fleet.ear.counts.items()) if "job" in kind or "ack" in kind
+    }
     time.sleep(5)
     ended, lost, double, late = work.count()
     ear = fleet.ear

@@ -321,7 +321,7 @@ class _Connection:
         on_subscribed: Callable[[int], None],
         on_message: Callable[[Received], None],
         *,
-        keeps: bool,
+        keeps: bool = True,
     ) -> None:
         self.answered = self.subscribed = False
         self.refused: str | None = None

@@ -100,6 +100,8 @@ from edge_agent.transfer import FileStore, Place
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
+FILES_S = 0.2
+"""Between two looks at all files that are awaited; what comes is looked at when it comes."""
 REFRESH_S = 1.0
 """Between two looks of one of several coordinators at the tokens that others have made and revoked."""
 TIDY_S = 600.0
@@ -172,7 +174,8 @@ class Service:
             # What would wait for one that is gone the others do not get; nodes say it again, to them.
             keeps=not config.shared,
         )
-        self._leads, self._tidy_at, self._refresh_at = not config.shared, 0.0, 0.0
+        self._leads = not config.shared
+        self._look_at_files = self._tidy_at = self._refresh_at = 0.0
         self._audience = Audience(self._ask_progress, self._store.epoch)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._maps = LiveMaps(
@@ -319,12 +322,10 @@ class Service:
                 changed = decode(payload, Changed).data
             case _:
                 return
-        if not self._audience.size:
-            self._audience.skip()
-        elif changed.kind == "node":
+        if changed.kind == "node":
             self._heard_of(changed.subject)
-        elif (view := self._store.job(changed.subject)) is not None:
-            self._audience.changed(view)
+        else:
+            self._look_at(changed.subject)
 
     def _tell_others(self, kind: Literal["job", "node"], subject: str) -> None:
         """Tell other coordinators that something is stored which they have not heard of themselves."""
@@ -377,10 +378,10 @@ class Service:
                 self.metrics.gaps.inc()
                 if not self._config.shared:  # several are seldom in step; what is missing is on its way to another one, or comes again
                     self._commands.report(node)
-            view = self._changed(job) or view
             # It took an offer that had been given up, or was lost. An end that was told in its name stops nothing: anyone may have told it.
             if view.phase == "ended" and told.phase != "ended" and (view.cancel or view.outcome == "expired"):
                 self._commands.cancel(view)
+            self._changed(job)
         self._acknowledge(node, message.id)
 
     def _progress(self, node: str, job: str, progress: JobProgress) -> None:
@@ -396,7 +397,8 @@ class Service:
         if view is None:
             return
         self._store.apply_result(view, message)
-        self._exchange.collect(self._changed(job) or view, message.id)
+        self._changed(job)
+        self._exchange.collect(self._store.job(job) or view, message.id)
 
     def _collected(self, view: JobView, message: str) -> None:
         """All artifacts of a job are here: it has ended, and its node may know."""
@@ -416,9 +418,11 @@ class Service:
         if self._leads:
             self._rollouts.tick(now)
         self._commands.tick(now, self._leads)
-        self._exchange.tick()
         self._audience.tick(now)
-        self._maps.tick()
+        if now >= self._look_at_files:
+            self._look_at_files = now + FILES_S
+            self._exchange.tick()
+            self._maps.tick()
 
     def _lead(self, now: float) -> None:
         """Take what only one of several coordinators is to do, or leave it to those that the broker hears."""
@@ -766,15 +770,19 @@ class Service:
         if view is not None and view.phase != "ended":
             self._send(view.node, watch, "job", job, "watch", qos=0, life_s=watch.ttl_s)
 
-    def _changed(self, job: str) -> JobView | None:
-        """Tell who looks where a job stands now, and return that."""
-        view = self._store.job(job)
-        if view is not None:
+    def _changed(self, job: str) -> None:
+        """Tell who looks, here and elsewhere, where a job stands now."""
+        self._look_at(job)
+        self._tell_others("job", job)
+
+    def _look_at(self, job: str) -> None:
+        if self._audience.alone:
+            self._audience.skip()
+        elif (view := self._store.job(job)) is not None:
             self._audience.changed(view)
-            self._tell_others("job", job)
-        return view
 
     def _heard_of(self, node: str) -> None:
-        view = self._store.node(node)
-        if view is not None:
+        if self._audience.alone:
+            self._audience.skip()
+        elif (view := self._store.node(node)) is not None:
             self._audience.node(view)

@@ -43,7 +43,9 @@ Row = dict[str, Any]
 MANY = 2**31
 """As a limit: all."""
 MOST_HISTORY = 1000
-"""Messages of a job that are kept; the oldest go first, so that no node can fill the disk with them."""
+"""Messages of a job that are kept, and up to a twentieth more; the oldest go first, so that no node can fill the disk with them."""
+MOST_COUNTED = 100_000
+"""Jobs of which it is counted how much was said of them, since some time."""
 MOST_MEASURED = 3
 """Jobs of a node whose speed counts."""
 MOST_AUDITED = 100_000
@@ -62,6 +64,7 @@ VALUES (:id, :node, :model, :digest, :envelope, :now, :now, 'created', :retry_of
 JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND coalesce(heard, 0) < :silent AS lost
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
 GET_JOB = f"{JOBS} WHERE jobs.id = :id"
+HELD = " FOR UPDATE OF jobs"
 LIST_JOBS = f"{JOBS} WHERE {{which}} ORDER BY jobs.number DESC LIMIT :limit"
 WHICH_JOBS = {
     "before": "jobs.number < :before", "phase": "phase = :phase", "outcome": "outcome = :outcome", "node": "node = :node",
@@ -396,6 +399,8 @@ class CoordinatorStore:
 
         self._db, self._lease_s = open_file(path) if server is None else open_server(server, path, instance), lease_s
         self.clock = Ran(self._ran_s(), lambda ran_s: self._db.execute(SET_RAN, ran_s=ran_s), clock)
+        self._said: Counter[str] = Counter()
+        self._boots: dict[str, int] = {}
         self.late = 0
         """Messages that came after newer ones, since the start."""
         self.epoch = int(self._db.execute(COUNT_EPOCH, now=int(time.time()))[0]["value"])
@@ -471,6 +476,11 @@ class CoordinatorStore:
         found = self._jobs(GET_JOB, id=job)
         return found[0] if found else None
 
+    def _held(self, view: JobView) -> JobView:
+        """Return a job as it is now; until the end of the transaction no other coordinator changes it."""
+        found = self._jobs(f"{GET_JOB}{HELD if self.shared else ''}", id=view.id)
+        return found[0] if found else view
+
     def envelope(self, job: str) -> Envelope:
         """That around the order of a job which is there."""
         return msgspec.json.decode(self._db.execute(GET_ENVELOPE, id=job)[0]["envelope"], type=Envelope)
@@ -538,8 +548,8 @@ class CoordinatorStore:
 
     def send_options(self, view: JobView, method: NlftOptions) -> NewOptions | None:
         """Keep options for a job under a number above all that were told; None where there is none left."""
-        with self._db.transaction(view.id):
-            view = self.job(view.id) or view
+        with self._db.transaction():
+            view = self._held(view)
             sent, known = (state.number if state else 0 for state in (view.options, view.options_state))
             if max(sent, known) >= MOST_CHANGES:
                 return None
@@ -582,8 +592,8 @@ class CoordinatorStore:
     def apply_status(self, view: JobView, message: Message[JobStatus]) -> bool:
         """Keep a status; it changes the job if it is newer than what is known and the job has not ended. False where one is missing."""
         status = message.data
-        with self._db.transaction(view.id):
-            view = self.job(view.id) or view
+        with self._db.transaction():
+            view = self._held(view)
             place = _place(message, view)
             # A rejection of a job that the node has taken answers an offer that came again, unless it has lost its disk or deleted the job.
             again = status.outcome == "rejected" and view.phase not in ("created", "offered")
@@ -604,8 +614,8 @@ class CoordinatorStore:
 
     def apply_result(self, view: JobView, message: Message[JobResult]) -> None:
         """Keep the end of a job; it becomes the job's own when every artifact is here."""
-        with self._db.transaction(view.id):
-            view = self.job(view.id) or view
+        with self._db.transaction():
+            view = self._held(view)
             late = view.result is not None or view.phase == "ended"
             boot, seq = _place(message, view)
             if not self._keep(view.id, message, "ended", late):
@@ -625,7 +635,11 @@ class CoordinatorStore:
             phase=phase, outcome=data.outcome, reason=data.reason, text=data.text, late=int(late),
         )  # fmt: skip
         if new:
-            self._db.execute(CUT_HISTORY, job=job, most=MOST_HISTORY)
+            self._said[job] += 1
+            if self._said[job] % max(1, MOST_HISTORY // 20) == 0:
+                self._db.execute(CUT_HISTORY, job=job, most=MOST_HISTORY)
+            if len(self._said) > MOST_COUNTED:
+                self._said.clear()
         return bool(new)
 
     def result_message(self, job: str) -> str | None:
@@ -644,8 +658,12 @@ class CoordinatorStore:
 
     def boot(self, node: str) -> int:
         """The newest start of a node that is known; 0: none."""
-        rows = self._db.execute(GET_BOOT, id=node)
-        return int(rows[0]["boot"]) if rows else 0
+        if node not in self._boots:
+            rows = self._db.execute(GET_BOOT, id=node)
+            if not rows:
+                return 0
+            self._boots[node] = int(rows[0]["boot"])
+        return self._boots[node]
 
     def due_nodes(self) -> dict[str, NodeView]:
         """The nodes that may have to be told something of a job, by their names."""
@@ -671,6 +689,7 @@ class CoordinatorStore:
             self._db.execute(SET_STATE, id=node, seen=seen, heard=heard, **told)
             if not retained and state.state != "lost":
                 self._db.execute(SET_SEEN, seen=seen, heard=heard, id=node)
+        self._boots[node] = state.boot  # every coordinator hears every state
         return True
 
     def set_drain(self, node: str, drain: bool) -> None:
