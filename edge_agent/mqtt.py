@@ -352,7 +352,8 @@ class _Connection:
         properties = None
         if self._version == "5":
             properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
-            properties.WillDelayInterval = min(self._broker.keepalive_s, WILL_DELAY_S)
+            # Mosquitto 2.0 ends a session that it is not to keep only with its will, and until then hands it what is for all who share.
+            properties.WillDelayInterval = min(self._broker.keepalive_s, WILL_DELAY_S) if self._keeps else 0
         self.client.will_set(birth.topic, birth.will, qos=1, retain=True, properties=properties)
 
     def open(self) -> None:
