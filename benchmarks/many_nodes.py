@@ -26,8 +26,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-import msgspec
-
 from edge_agent import agent, jobs, logs, mqtt
 from edge_agent.agent import TICK_S, Agent
 from edge_agent.config import AgentConfig, Broker, Endpoint, Size, Tls
