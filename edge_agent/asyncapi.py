@@ -21,6 +21,7 @@ from edge_agent.messages import (
     Ack,
     Addressed,
     Cancel,
+    Changed,
     CoordinatorState,
     Drain,
     Envelope,
@@ -44,7 +45,7 @@ from edge_agent.messages import (
     Resume,
     Watch,
 )
-from edge_agent.topics import COORDINATOR, coordinator_state, down, up
+from edge_agent.topics import COORDINATOR, coordinator_changed, coordinator_state, down, up
 
 Schema = dict[str, Any]
 
@@ -103,6 +104,7 @@ def _down(*parts: str) -> str:
 
 CHANNELS = {
     "coordinatorState": Channel(coordinator_state("{fleet}", "{instance}"), CoordinatorState, 1, retain=True),
+    "coordinatorChanged": Channel(coordinator_changed("{fleet}", "{instance}"), Changed, 0),
     "hello": Channel(_up("hello"), Hello, 1),
     "nodeState": Channel(_up("state"), NodeState, 1, retain=True),
     "nodeInfo": Channel(_up("info"), NodeInfo, 1, retain=True),

@@ -30,9 +30,18 @@ class Ran:
         self._write(self._kept_s)
         return self._kept_s
 
-    def tick(self) -> None:
+    def set(self, ran_s: float) -> None:
+        """Take what another daemon has written, which runs too."""
+        self._kept_s, self._kept_at = ran_s, self._clock()
+
+    @property
+    def age_s(self) -> float:
+        """Of what was written or taken last."""
+        return self._clock() - self._kept_at
+
+    def tick(self, every_s: float = KEEP_S) -> None:
         """Write it down where that is due."""
-        if self._clock() - self._kept_at >= KEEP_S:
+        if self.age_s >= every_s:
             self.keep()
 
 

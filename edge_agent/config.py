@@ -386,6 +386,8 @@ class CoordinatorConfig(Strict, frozen=True):
     state_directory: Path
     fleet: Name = "default"
     instance: Name = "main"
+    shared: bool = False
+    """Whether other coordinators, each with an `instance` of its own, share the work: with the same fleet, database and files."""
     broker: Broker = Broker()
     database: Database | None = None
     """null: the state is in an SQLite file in the state directory."""
@@ -403,6 +405,10 @@ class CoordinatorConfig(Strict, frozen=True):
     """How long a node may be silent until the jobs that it has taken are shown as lost, and a cancel ends them at once."""
     signing_key_file: Path | None = None
     """Private Ed25519 key in OpenSSH's format that signs all orders; only its owner may read it."""
+
+    def __post_init__(self) -> None:
+        if self.shared and (self.database is None or self.files is None):
+            raise ValueError("coordinators that are `shared` have a `database` and `files` in common; give both tables")
 
 
 def is_loopback(host: str) -> bool:

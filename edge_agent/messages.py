@@ -66,6 +66,14 @@ class CoordinatorState(Strict, frozen=True):
     """Number of the coordinator's start: grows with every one, so an older message is stale."""
 
 
+class Changed(Strict, frozen=True):
+    """What a coordinator has stored of a job or node, for others that share its work and have somebody who looks."""
+
+    kind: Literal["job", "node"]
+    subject: Name
+    """Its id."""
+
+
 class Hello(Strict, frozen=True):
     """Asks for an acknowledgement: proof that messages pass both ways and are stored."""
 
@@ -347,14 +355,16 @@ class FileRequest(Strict, frozen=True):
 
 
 TYPES: dict[type, str] = {
-    CoordinatorState: "edge1.coordinator.state", Hello: "edge1.hello", NodeState: "edge1.node.state", NodeInfo: "edge1.node.info",
-    Heartbeat: "edge1.node.heartbeat", Offer: "edge1.job.offer", Envelope: "edge1.envelope", Watch: "edge1.job.watch",
+    CoordinatorState: "edge1.coordinator.state", Changed: "edge1.coordinator.changed", Hello: "edge1.hello",
+    NodeState: "edge1.node.state", NodeInfo: "edge1.node.info", Heartbeat: "edge1.node.heartbeat", Offer: "edge1.job.offer",
+    Envelope: "edge1.envelope", Watch: "edge1.job.watch",
     JobStatus: "edge1.job.status", JobProgress: "edge1.job.progress", JobResult: "edge1.job.result", Report: "edge1.command.report",
     Forgotten: "edge1.job.forgotten", PlanRequest: "edge1.plan.request", PlanAnswer: "edge1.plan.answer",
     FileRequest: "edge1.file.request",
 }  # fmt: skip
 """The `type` attribute of each kind of data."""
 LIFE_S: dict[type, float] = {
+    Changed: LIVE_S,
     Hello: ANSWER_S,
     Heartbeat: HEARTBEAT_IDLE_S * (1 + HEARTBEAT_JITTER),
     JobProgress: LIVE_S,

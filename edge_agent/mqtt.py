@@ -50,6 +50,8 @@ LONGEST_PACKET_BYTES = 16 * 2**20
 """The broker is asked to drop longer ones (MQTT 5): paho would take them into memory whole. Those below get an answer."""
 MAX_IN_FLIGHT = 8
 """QoS 1 messages on their way at once: below the Receive Maximum of every broker in use (10 to 100), which paho does not heed."""
+MOST_SUBSCRIBED = 8
+"""Subscriptions of one message: what AWS IoT Core takes."""
 NO_VERSION_5 = "the broker does not answer in MQTT 5"
 TAKEN_OVER = "Session taken over"
 """What a broker says in MQTT 5 to a client whose id another one has come with; in 3.1.1 it only closes the connection."""
@@ -128,14 +130,15 @@ class Link:
 
     def __init__(
         self, broker: Broker, client_id: str, subscriptions: list[str], events: SimpleQueue[Any], birth: Callable[[], Birth | None],
-        sender: Callable[[str], str] | None = None, is_standing: Callable[[str], bool] = lambda _: False,
+        sender: Callable[[str], str] | None = None, is_standing: Callable[[str], bool] = lambda _: False, *, keeps: bool = True,
     ) -> None:  # fmt: skip
         """`birth()` is called before each connection and returns its `Birth`, or None for a connection without a will.
 
         `sender`, `is_standing`: see backlog.Come; a link without them listens to one other alone.
+        `keeps`: whether the broker keeps messages for it while it is away.
         """
         self._broker, self._client_id, self._subscriptions = broker, client_id, subscriptions
-        self._events, self._birth = events, birth
+        self._events, self._birth, self._keeps = events, birth, keeps
         self._closing = threading.Event()
         self._client: paho.Client | None = None
         self._version: Literal["5", "3.1.1"] = "3.1.1" if broker.protocol == "3.1.1" else "5"
@@ -270,7 +273,8 @@ class Link:
 
     def _connection(self) -> str:
         connection = _Connection(
-            self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._come.take, self._heard
+            self._broker, self._client_id, self._subscriptions, self._version, self._subscribed_now, self._come.take, self._heard,
+            keeps=self._keeps,
         )  # fmt: skip
         client = connection.client
         if self._broker.tls is not None:  # read anew, so that a certificate can be changed while it runs
@@ -334,15 +338,20 @@ class _Connection:
         on_subscribed: Callable[[int], None],
         on_message: Callable[[Received], None],
         on_answer: Callable[[], None] = lambda: None,
+        *,
+        keeps: bool = True,
     ) -> None:
         self.answered = self.subscribed = False
         self.refused: str | None = None
-        self._broker, self._version, self._subscriptions = broker, version, subscriptions
+        self._broker, self._version, self._keeps = broker, version, keeps
+        self._subscriptions = subscriptions
+        self._ungranted: dict[int | None, list[str]] = {}
+        """Subscriptions that the broker has not answered, by the number of their message."""
         self._on_subscribed, self._on_message, self._packet_limit = on_subscribed, on_message, int(broker.packet_limit)
         self._on_answer = on_answer
         five = version == "5"
         self.client = client = paho.Client(
-            CallbackAPIVersion.VERSION2, client_id, clean_session=None if five else False,
+            CallbackAPIVersion.VERSION2, client_id, clean_session=None if five else not keeps,
             protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311, reconnect_on_failure=False, manual_ack=True,
             transport="tcp" if broker.websocket_path is None else "websockets",
         )  # fmt: skip
@@ -362,7 +371,8 @@ class _Connection:
         properties = None
         if self._version == "5":
             properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
-            properties.WillDelayInterval = min(self._broker.keepalive_s, WILL_DELAY_S)
+            # Mosquitto 2.0 ends a session that it is not to keep only with its will, and until then hands it what is for all who share.
+            properties.WillDelayInterval = min(self._broker.keepalive_s, WILL_DELAY_S) if self._keeps else 0
         self.client.will_set(birth.topic, birth.will, qos=1, retain=True, properties=properties)
 
     def open(self) -> None:
@@ -370,9 +380,9 @@ class _Connection:
         host, port, keepalive_s = self._broker.host, self._broker.port, self._broker.keepalive_s
         if self._version == "5":
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            properties.SessionExpiryInterval = SESSION_S
+            properties.SessionExpiryInterval = SESSION_S if self._keeps else 0
             properties.MaximumPacketSize, properties.ReceiveMaximum = LONGEST_PACKET_BYTES, MOST_COME
-            self.client.connect(host, port, keepalive_s, clean_start=False, properties=properties)
+            self.client.connect(host, port, keepalive_s, clean_start=not self._keeps, properties=properties)
         else:
             self.client.connect(host, port, keepalive_s)
         if self._broker.websocket_path is not None:
@@ -393,13 +403,18 @@ class _Connection:
             return
         self.answered = True
         self._packet_limit = int(getattr(properties, "MaximumPacketSize", self._broker.packet_limit))
-        client.subscribe([(topic, 1) for topic in self._subscriptions])
+        for first in range(0, len(self._subscriptions), MOST_SUBSCRIBED):
+            topics = self._subscriptions[first : first + MOST_SUBSCRIBED]
+            self._ungranted[client.subscribe([(topic, 1) for topic in topics])[1]] = topics
 
-    def _granted(self, client: paho.Client, _u: Any, _m: int, reasons: list[ReasonCode], _p: Any) -> None:
-        refused = [topic for topic, reason in zip(self._subscriptions, reasons, strict=False) if reason.is_failure]
+    def _granted(self, client: paho.Client, _u: Any, number: int, reasons: list[ReasonCode], _p: Any) -> None:
+        topics = self._ungranted.pop(number, [])
+        refused = [topic for topic, reason in zip(topics, reasons, strict=False) if reason.is_failure]
         if refused:
             self.refused = f"the broker refuses to subscribe to {', '.join(refused)}"
             client.disconnect()
+            return
+        if self._ungranted:
             return
         self.subscribed = True
         self._on_subscribed(self._packet_limit)

@@ -1,6 +1,7 @@
 """Topics of the MQTT contract. Only a node writes under its `up/`, only a coordinator under its `down/`.
 
 edge1/<fleet>/coordinator/<instance>/state      retained, last will
+edge1/<fleet>/coordinator/<instance>/changed    for other coordinators
 edge1/<fleet>/<node>/up/{hello,state,info,heartbeat}
 edge1/<fleet>/<node>/up/job/<job>/{status,progress,result,forgotten}
 edge1/<fleet>/<node>/up/file/<sha256>/{request,block/<number>}
@@ -23,6 +24,11 @@ def coordinator_state(fleet: str, instance: str) -> str:
     return f"{ROOT}/{fleet}/{COORDINATOR}/{instance}/state"
 
 
+def coordinator_changed(fleet: str, instance: str) -> str:
+    """Return the topic on which a coordinator tells others that share its work of what it has stored."""
+    return f"{ROOT}/{fleet}/{COORDINATOR}/{instance}/changed"
+
+
 def up(fleet: str, node: str, *parts: object) -> str:
     """Return a topic that the node writes."""
     return "/".join((ROOT, fleet, node, "up", *map(str, parts)))
@@ -39,6 +45,18 @@ def node_subscriptions(fleet: str, node: str) -> list[str]:
 
 def coordinator_subscriptions(fleet: str) -> list[str]:
     return [up(fleet, "+", "#")]
+
+
+def shared_subscriptions(fleet: str) -> list[str]:
+    """Return those of each of several coordinators.
+
+    Of the first ones the broker hands each message to one coordinator, whichever. The others are heard by all: what is retained, which no
+    shared subscription gets; what is told live, for whoever looks at it there; answers and blocks, which only the one that has asked needs.
+    """
+    shared = [["hello"], ["heartbeat"], ["job", "+", "status"], ["job", "+", "result"], ["job", "+", "forgotten"], ["file", "+", "request"]]
+    by_all = [["state"], ["info"], ["job", "+", "progress"], ["plan", "+", "answer"], ["file", "+", "block", "+"]]
+    own = [up(fleet, "+", *parts) for parts in by_all]
+    return [f"$share/{ROOT}-{fleet}/{up(fleet, '+', *parts)}" for parts in shared] + [*own, coordinator_changed(fleet, "+")]
 
 
 def block_number(text: str) -> int | None:

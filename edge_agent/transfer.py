@@ -52,6 +52,9 @@ class FileStore:
         """Whether the file is here for good, so that whoever has sent it may forget it."""
         return self.has(sha256)
 
+    def doubt(self, sha256: str) -> None:
+        """Look anew whether a file is here for good: it may have been deleted there."""
+
     def put(self, data: bytes, sha256: str) -> None:
         """Keep a small file. Raises DatasetChecksum where it is not the named one, DiskFull."""
         found = hashlib.sha256(data).hexdigest()

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 import engine_page
 import memory_plan
 import methods

@@ -19,7 +19,7 @@ from edge_agent.mqtt import Connected
 from edge_agent.signing import seal
 from edge_agent.topics import down, up
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 from fuzz import Trial
 from fuzz_messages import FIRST, FLEET, KEY, NEW, NODE, Delivery, make_ack, make_offer, make_order
 

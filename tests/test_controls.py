@@ -32,7 +32,7 @@ from edge_agent.new_options import NewOptions
 from edge_agent.signing import seal, seal_bytes
 from edge_agent.topics import down, up
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 from fuzz import Trial
 from fuzz_messages import DELETED, DONE, FLEET, KEY, NODE, OTHER, SETTLED, STAGING, STRANGER, Delivery, make_ack, make_order
 

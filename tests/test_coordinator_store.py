@@ -27,17 +27,21 @@ from edge_agent.coordinator.store import (
     COUNT_JOBS,
     COUNT_OPEN,
     COUNT_ROLLOUT_NODES,
+    COUNT_WAITING,
+    COUNT_WAITING_OF_NODE,
+    DUE_JOBS,
+    DUE_JOBS_OF_NODE,
     FORGOTTEN_JOBS,
     GET_HISTORY,
     GET_JOB,
     GET_SPEEDS,
-    KNOWN_MESSAGE,
     LIST_JOBS,
     LIST_NODES,
     MOST_HISTORY,
     MOST_TOLD,
     OPEN_JOBS,
     OPEN_JOBS_OF_NODE,
+    RESULT_MESSAGE,
     RUNNING_ROLLOUTS,
     WAITING_NODES,
     WHICH_JOBS,
@@ -404,9 +408,9 @@ def test_lists_have_pages_and_conditions(kept: CoordinatorStore) -> None:
     assert _pages(lambda after: kept.node_page(None, after, 2)) == [["a-b", "a1"], ["ab"]]
     assert _pages(lambda after: kept.node_page("lost", after, 1)) == [["a-b"], ["ab"]]
     assert [view.id for view in kept.open_jobs("b")] == [jobs[0], jobs[3]]
-    assert set(kept.busy_nodes()) == set()
+    assert set(kept.due_nodes()) == set()
     kept.set_state("b", NodeState("ready", 1, 1, 0), retained=False)
-    assert set(kept.busy_nodes()) == {"b"}
+    assert set(kept.due_nodes()) == {"b"}
     assert kept.counts() == ({"ready": 2, "lost": 2}, {("created", ""): 3, ("ended", "expired"): 1}, 0)
 
 
@@ -522,12 +526,15 @@ def test_files_to_delete_are_noted(place: Place) -> None:
     with closing(place.open()) as store:
         job = _add(store)
         store.loosen("a" * 64)
-        store.delete_job(job, {"a" * 64, "b" * 64, "c" * 64})
+        view = store.job(job)
+        assert view is not None
+        assert store.delete_job(view, lambda: {"b" * 64}, loosen=True) == {EMPTY}
+        store.loosen("b" * 64)
         store.settle("b" * 64)
         store.settle("d" * 64)
     with closing(place.open()) as store:
         assert store.job(job) is None
-        assert store.loose_files() == {"a" * 64, "c" * 64}
+        assert store.loose_files() == {"a" * 64, EMPTY}
 
 
 @pytest.mark.parametrize("version", range(1, len(VERSIONS)))
@@ -583,11 +590,11 @@ def test_lists_take_an_index(place: Place) -> None:
     ] + [
         (query, "jobs") for query in (
             OPEN_JOBS, OPEN_JOBS_OF_NODE, FORGOTTEN_JOBS, GET_JOB, COUNT_JOBS, COUNT_OPEN, GET_SPEEDS, CANCELED_JOBS_OF_ROLLOUT,
-            COUNT_ROLLOUT_NODES,
+            COUNT_ROLLOUT_NODES, DUE_JOBS, DUE_JOBS_OF_NODE, COUNT_WAITING, COUNT_WAITING_OF_NODE,
         )
     ]  # fmt: skip
     asked += [(WAITING_NODES, "rollout_nodes"), (RUNNING_ROLLOUTS, "rollouts")]
-    asked += [(LIST_NODES.format(which=WHICH_NODES["state"]), "nodes"), (GET_HISTORY, "history"), (KNOWN_MESSAGE, "history")]
+    asked += [(LIST_NODES.format(which=WHICH_NODES["state"]), "nodes"), (GET_HISTORY, "history"), (RESULT_MESSAGE, "history")]
     values = {"silent": "0", "limit": "101", "most": "3"}
     place.open().close()
     for query, table in asked:

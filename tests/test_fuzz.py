@@ -21,7 +21,7 @@ from edge_agent.logs import KINDS, LONGEST_MESSAGE, Spared, tame
 from edge_agent.messages import MAX_MESSAGE_BYTES, encode
 from edge_agent.topics import coordinator_state, down, up
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 from fuzz import Kept, Trial, corpus, fuzz, replay
 from fuzz_messages import DONE, FLEET, KEY, NEW, NODE, STAGING, Delivery, label, make_offer, make_order, seeds
 

@@ -452,7 +452,7 @@ def test_job_that_is_deleted_still_counts(play: Callable[[str], Played]) -> None
     played.run(0)
     [first] = played.store.jobs(9)
     played.end(rollout, "a", "failed")
-    played.store.delete_job(first.id)
+    played.store.delete_job(first)
     played.run(60)
     assert played.nodes_of(rollout) == "b"
     assert played.rollouts.view(rollout).counts == Counts(failed=1, open=1)

@@ -50,8 +50,13 @@ class Access:
         self._store = store
         self._digests = store.token_digests()
 
+    def refresh(self) -> None:
+        """Take in the tokens that other coordinators have made and revoked."""
+        self._digests = self._store.token_digests()
+
     def new(self, name: str, scope: Scope, expires_s: float | None) -> NewToken:
         """Make a token. Raises Refused where somebody has that name."""
+        self.refresh()
         if name in self._digests or name == LOCAL.name:
             raise Refused(f"there is a token {name!r} already; revoke it, or give another name")
         secret, now = secrets.token_urlsafe(SECRET_BYTES), time.time()
@@ -62,6 +67,7 @@ class Access:
 
     def revoke(self, name: str) -> Token:
         """End a token: the next request with it is refused. Raises Unknown."""
+        self.refresh()
         if name not in self._digests:
             raise Unknown(f"there is no token {name!r}; `edge-agent tokens list` shows them")
         self._store.delete_token(name)

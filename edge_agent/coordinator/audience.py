@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from profiles.recorder import StageName
 WATCH_TTL_S = 10.0
 KEPT = 256
 """Of what has happened, for who comes back and says how far they had heard."""
+GONE_S = 60.0
+"""Who comes back later than that has to look anew."""
 MOST_POINTS = 128
 """Of the progress of one job, for who begins to look when it runs already."""
 MOST_TRACKS = 1000
@@ -88,6 +91,7 @@ class Audience:
     def __init__(self, ask: Callable[[str, Watch], None], epoch: int) -> None:
         self._ask, self._epoch = ask, epoch
         self._listeners: dict[str | None, list[Listener]] = {}
+        self._left_at = -GONE_S
         self._due: dict[str, float] = {}
         self._last: dict[str, Happening] = {}
         self._kept: deque[Happening] = deque(maxlen=KEPT)
@@ -117,7 +121,13 @@ class Audience:
     def size(self) -> int:
         return sum(map(len, self._listeners.values()))
 
+    @property
+    def alone(self) -> bool:
+        """Whether nobody listens, nor has just gone and may come back."""
+        return not self._listeners and time.monotonic() - self._left_at > GONE_S
+
     def leave(self, job: str | None, listener: Listener) -> None:
+        self._left_at = time.monotonic()
         listeners = self._listeners.get(job, [])
         if listener in listeners:
             listeners.remove(listener)
@@ -138,8 +148,14 @@ class Audience:
         self._tracks[job] = track = self._tracks.pop(job, None) or Track()
         track.add(_point(progress))
         if len(self._tracks) > MOST_TRACKS:
-            self._tracks.popitem(last=False)
+            gone, _ = self._tracks.popitem(last=False)
+            self._last.pop(gone, None)
         self._last[job] = self._tell(self._happening("progress", job, progress))
+
+    def skip(self) -> None:
+        """Something has happened that nobody hears: who comes back has to look anew."""
+        self._number += 1
+        self._kept.clear()
 
     def saliency(self, job: str, artifact: Artifact) -> None:
         """The Saliency Map of a job that runs has come."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 import msgspec
 
 from edge_agent.coordinator.exchange import Exchange
-from edge_agent.coordinator.store import CoordinatorStore, JobView, NodeView
+from edge_agent.coordinator.store import CoordinatorStore, DueJob, JobView, NodeView
 from edge_agent.messages import ORDER_S, Addressed, Cancel, Drain, Envelope, Forget, Options, Order, Report, Resume
 
 RETRY_S, LONGEST_RETRY_S = 5.0, 120.0
@@ -19,6 +19,8 @@ LOOK_S = 0.5
 """Between two looks at all open jobs, where nothing has changed: one with every message of a thousand nodes would be most of the work."""
 REPORT_PAUSE_S = 10.0
 """A node is asked for its view at most this often."""
+SPOKEN_AT_ONCE = 20
+"""Nodes that who has just taken the lead of several coordinators sees to between two events."""
 
 
 @dataclass
@@ -42,51 +44,74 @@ class Commands:
         exchange: Exchange,
         send: Callable[..., bool],
         seal: Callable[[Addressed], Envelope],
-        changed: Callable[[str], None],
+        changed: Callable[[str], object],
     ) -> None:
         self._fleet, self._store, self._exchange, self._send, self._seal, self._changed = fleet, store, exchange, send, seal, changed
         self._retries: dict[str, Retry] = {}
+        self._expiries: dict[str, float] = {}
+        """When open jobs expire that no node has taken, in seconds since 1970."""
         self._reports: dict[str, float] = {}
-        self._look = 0.0
+        self._look, self._all_due = 0.0, 0.0
+        self._changed_nodes: set[str] = set()
+        self._unseen: deque[str] = deque()
+        """Nodes of which who has the lead now does not know whether the one before it has seen to them."""
 
     def link_is_new(self) -> None:
         """All is due again."""
         self._retries.clear()
-        self._look = 0.0
+        self._look, self._all_due = 0.0, time.time()
 
-    def at_once(self, job: str) -> None:
+    def lead(self) -> None:
+        """Do from now on what only one of several coordinators is to do."""
+        self.link_is_new()
+        self._unseen = deque(node.id for node in self._store.nodes() if node.present)
+
+    def at_once(self, node: str, job: str) -> None:
         """What is wanted of a job has changed, or it is new."""
         for of in (job, _of_options(job)):
             self._retries.pop(of, None)
-        self._look = 0.0
+        self._changed_nodes.add(node)
 
-    def tick(self, now: float) -> None:
-        """Tell what is due. A node is offered no more than its queue holds."""
-        if now < self._look:
+    def tick(self, now: float, leads: bool) -> None:
+        """Tell what is due: where something has changed here at once, of all others who `leads` in turn."""
+        for name in self._changed_nodes:
+            due, node = self._store.due_jobs(name), self._store.node(name)
+            self._tell(due, {} if node is None else {name: node}, self._store.waiting_counts(name), now)
+        self._changed_nodes.clear()
+        if not leads:
             return
-        self._look = now + LOOK_S
-        waiting: Counter[str] = Counter()
-        nodes = self._store.busy_nodes()
-        for view in self._store.open_jobs():
-            node = nodes.get(view.node)
-            waiting[view.node] += view.phase in ("offered", "accepted", "staging", "ready")
-            full = node is not None and node.info is not None and waiting[view.node] >= node.info.limits.queue
-            if self._expired(view):
+        for _ in range(min(SPOKEN_AT_ONCE, len(self._unseen))):
+            self.node_spoke(self._unseen.popleft())
+        if now >= self._look:
+            self._look = now + LOOK_S
+            due, nodes = self._store.due_jobs(), self._store.due_nodes()
+            forgotten = self._store.forgotten_jobs()
+            known = {job.id for job in due} | {view.id for view in forgotten}
+            self._expiries = {job: expires for job, expires in self._expiries.items() if job in known}
+            self._retries = {of: retry for of, retry in self._retries.items() if of.partition("/")[0] in known}
+            self._tell(due, nodes, self._store.waiting_counts(), now)
+            for view in forgotten:
+                self._forget(view, nodes.get(view.node), now)
+
+    def _tell(self, due: list[DueJob], nodes: dict[str, NodeView], waiting: Counter[str], now: float) -> None:
+        """Tell nodes what is due of jobs. One is offered no more than its queue holds, of which jobs take up what is `waiting`."""
+        for job in due:
+            node, offers = nodes.get(job.node), job.phase in ("created", "offered")
+            if offers and self._expired(job):
                 continue
-            if view.phase == "offered" or view.cancel or (view.phase == "created" and not full):
-                self._offer(view, node, now)
-                waiting[view.node] += view.phase == "created"
-            elif view.options_due:
+            full = node is not None and node.info is not None and waiting[job.node] >= node.info.limits.queue
+            if (offers or job.cancel) and not (job.phase == "created" and full and not job.cancel):
+                self._offer(job, node, now)
+                waiting[job.node] += job.phase == "created"
+            elif job.has_options and (view := self._store.job(job.id)) is not None and view.options_due:
                 self._send_options(view, node, now)
-        for view in self._store.forgotten_jobs():
-            self._forget(view, nodes.get(view.node), now)
 
     def node_spoke(self, node: str) -> None:
         """A node has said where it stands: what it has to do is due."""
         self.drain(node)
         known = self._store.node(node)
         for view in self._store.open_jobs(node):
-            self.at_once(view.id)
+            self.at_once(node, view.id)
             # The same offer again: a node that has the job says where it stands, one that has lost its disk takes it anew.
             if known is not None and known.state == "ready" and view.phase not in ("created", "offered") and not view.cancel:
                 self._send(node, self._exchange.offer(view, self._renewed(view.order)), "job", view.id, "offer", life_s=ORDER_S)
@@ -110,19 +135,24 @@ class Commands:
             self._reports[node] = now + REPORT_PAUSE_S
             self._send(node, Report(), "command", "report")
 
-    def _expired(self, view: JobView) -> bool:
+    def _expired(self, job: DueJob) -> bool:
         """End a job that its node has not answered in time; whether it was one."""
-        expires = view.order.expires
-        expired = view.phase in ("created", "offered") and datetime.now(timezone.utc) > expires
+        if job.id not in self._expiries:
+            view = self._store.job(job.id)
+            if view is None:
+                return True
+            self._expiries[job.id] = view.order.expires.timestamp()
+        expired = time.time() > (expires := self._expiries[job.id])
         if expired:
-            self._store.end(view.id, "expired", "expired", f"no answer from node {view.node} before {expires.isoformat()}")
-            self._changed(view.id)
+            told = datetime.fromtimestamp(expires, timezone.utc).isoformat()
+            if self._store.end(job.id, "expired", "expired", f"no answer from node {job.node} before {told}", job.phase):
+                self._changed(job.id)
         return expired
 
-    def _offer(self, view: JobView, node: NodeView | None, now: float) -> None:
+    def _offer(self, job: DueJob, node: NodeView | None, now: float) -> None:
         """Offer a job, or ask for its end, until the node answers."""
-        retry = self._retries.setdefault(view.id, Retry())
-        if node is None or not node.present or now < retry.due:
+        retry = self._retries.get(job.id) or self._retry(job, now)
+        if node is None or not node.present or now < retry.due or (view := self._store.job(job.id)) is None:
             return
         left_s = (view.order.expires - datetime.now(timezone.utc)).total_seconds()
         if view.cancel and self.cancel(view):
@@ -132,6 +162,14 @@ class Commands:
             if view.phase == "created":
                 self._store.offered(view.id)
                 self._changed(view.id)
+
+    def _retry(self, job: DueJob, now: float) -> Retry:
+        """Begin to count for a job. Another coordinator may have offered it just now."""
+        retry = self._retries[job.id] = Retry()
+        since_s = time.time() - job.changed
+        if self._store.shared and (job.phase == "offered" or job.cancel) and job.changed > self._all_due and 0 <= since_s < RETRY_S:
+            retry.due = now + RETRY_S - since_s
+        return retry
 
     def _send_options(self, view: JobView, node: NodeView | None, now: float) -> None:
         """Send a job what it is to go on with until its node says that it has it."""

@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,8 @@ LOCKED_S = 3.0
 """That a session which has just died may hold its lock."""
 CONNECT_S = 5
 STATEMENT_S = 30
+LEAD_S = 0.5
+"""Between two attempts of one of several coordinators to take the lead."""
 BATCH = 500
 """Rows that go from a file to a server at once."""
 
@@ -47,7 +49,21 @@ SELECT set_config('statement_timeout', '{STATEMENT_S}s', false), set_config('tcp
 """What is committed is on disk, and a session whose coordinator has lost its power or network ends within half a minute."""
 LOCK = "hashtext('edge-agent coordinator'), hashtext(coalesce(current_schema(), ''))"
 TAKE_LOCK = f"SELECT pg_try_advisory_lock({LOCK})"
-"""Held as long as the session lives: nobody else writes to these tables meanwhile."""
+"""Held as long as the session lives: nobody else writes to these tables meanwhile,"""
+TAKE_SHARED_LOCK = f"SELECT pg_try_advisory_lock_shared({LOCK})"
+"""or only others that share the work"""
+TAKE_NAME = "SELECT pg_try_advisory_lock(hashtext('edge-agent coordinator'), hashtext(coalesce(current_schema(), '') || %s))"
+"""under other names."""
+FREE_LOCK = f"SELECT pg_advisory_unlock({LOCK})"
+LEAD = "hashtext('edge-agent lead'), hashtext(coalesce(current_schema(), ''))"
+TAKE_LEAD, LEAVE_LEAD = f"SELECT pg_try_advisory_lock({LEAD}) AS taken", f"SELECT pg_advisory_unlock({LEAD})"
+"""What only one of several coordinators is to do, that one does whose session has this. It writes in the same session: one that has lost it
+writes nothing."""
+TAKE_CLAIM = "SELECT pg_try_advisory_lock(hashtextextended(coalesce(current_schema(), '') || :subject, 1)) AS taken"
+LEAVE_CLAIM = "SELECT pg_advisory_unlock(hashtextextended(coalesce(current_schema(), '') || :subject, 1))"
+ONE_BY_ONE = "SELECT pg_advisory_xact_lock(hashtextextended(coalesce(current_schema(), '') || :subject, 0))"
+"""Transactions of one subject follow on one another, so that what one has read is still so when it writes."""
+TABLES_LOCK = "SELECT pg_advisory_xact_lock(hashtext('edge-agent tables'), hashtext(coalesce(current_schema(), '')))"
 END_OWN = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s AND pid != pg_backend_pid()"""
 HOLDER = """
 SELECT application_name, backend_start FROM pg_locks JOIN pg_stat_activity USING (pid)
@@ -73,8 +89,14 @@ class Database:
     Raises what sqlite3 raises of a file; of a server DatabaseAway, StateDamaged, DatabaseUnusable.
     """
 
-    def __init__(self, engine: Engine, where: str) -> None:
-        self._engine, self._where = engine, where
+    def __init__(self, engine: Engine, where: str, sessions: Sessions | None = None) -> None:
+        """`sessions`: those with a server."""
+        self._engine, self._where, self._sessions = engine, where, sessions
+        self.shared = sessions is not None and sessions.instance is not None
+        """Whether other coordinators write here too."""
+        self._leading: int | None = None
+        """The session that has the lead."""
+        self._lead_at = 0.0
         # An SQLite connection of ours is in autocommit by itself.
         self._alone = engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")
         self._transaction: Connection | None = None
@@ -96,16 +118,44 @@ class Database:
         self._transaction.execute(_statement(sql), [_storable(row) for row in rows])
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All that is written inside, or nothing of it; it is on disk at the end."""
+    def transaction(self, subject: str | None = None) -> Iterator[None]:
+        """All that is written inside, or nothing of it; it is on disk at the end.
+
+        What others have stored in transactions of the same subject is seen inside, and no other is under way meanwhile.
+        """
         with self._explained(), self._engine.connect() as connection, connection.begin():
             if self._engine.dialect.name == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             self._transaction = connection
             try:
+                if self.shared and subject is not None:
+                    _run(connection, ONE_BY_ONE, {"subject": subject})
                 yield
             finally:
                 self._transaction = None
+
+    def leads(self, wanted: bool) -> bool:
+        """Whether what only one of several coordinators is to do is for this one, which is asked whether it could."""
+        if not self.shared or self._sessions is None:
+            return True
+        if self._leading != self._sessions.count:
+            self._leading = None
+        if wanted and self._leading is None and (now := time.monotonic()) >= self._lead_at:
+            self._lead_at = now + LEAD_S
+            taken = self.execute(TAKE_LEAD)[0]["taken"]  # it may be the first statement of a new session
+            self._leading = self._sessions.count if taken else None
+        elif not wanted and self._leading is not None:
+            self.execute(LEAVE_LEAD)
+            self._leading = None
+        return self._leading is not None
+
+    def claim(self, subject: str) -> bool:
+        """Whether no other coordinator has a subject; none takes it from this one until `leave`, or the end of the session."""
+        return not self.shared or bool(self.execute(TAKE_CLAIM, subject=subject)[0]["taken"])
+
+    def leave(self, subject: str) -> None:
+        if self.shared:
+            self.execute(LEAVE_CLAIM, subject=subject)
 
     def look(self) -> None:
         """See whether a server that was away is back. Raises DatabaseAway where it is not."""
@@ -119,7 +169,7 @@ class Database:
         """Bring a server's tables to the last version; False where it is away."""
         try:
             with self._explained():
-                _bring_up(self._engine, where, before)
+                _bring_up(self._engine, where, before, shared=self.shared)
         except DatabaseAway:
             return False
         except DBAPIError as error:
@@ -175,17 +225,18 @@ def open_file(path: Path) -> Database:
     return database
 
 
-def open_server(server: config.Database, before: Path) -> Database:
+def open_server(server: config.Database, before: Path, instance: str | None = None) -> Database:
     """Open the database of a server, and make its tables where it has none, with what is in the file `before` if that exists.
 
+    `instance`: the name of this coordinator among others that work there too; None where there is to be none.
     Raises DatabaseUnusable where another coordinator works in it or it is of another program, DatabaseAway where it does not answer.
     """
     if find_spec("psycopg") is None:
         raise PackageMissing("psycopg", "postgresql")
     _ = server.password  # ConfigInvalid now, not every second
-    session = partial(_connect, server, f"edge-agent {secrets.token_hex(4)} on {socket.gethostname()}"[:63])
-    engine = create_engine("postgresql+psycopg://", creator=session, pool_size=1, max_overflow=0, use_native_hstore=False)
-    database, until = Database(engine, server.where), time.monotonic() + START_S
+    sessions = Sessions(server, instance)
+    engine = create_engine("postgresql+psycopg://", creator=sessions.connect, pool_size=1, max_overflow=0, use_native_hstore=False)
+    database, until = Database(engine, server.where, sessions), time.monotonic() + START_S
     try:
         while not database.brought_up(server.where, before):
             if time.monotonic() > until and database.away is not None:
@@ -197,52 +248,71 @@ def open_server(server: config.Database, before: Path) -> Database:
     return database
 
 
-def _connect(server: config.Database, name: str) -> psycopg.Connection:
-    """Open a session that has the lock."""
-    import psycopg
+class Sessions:
+    """Opens the sessions of one coordinator with its server, one after the other."""
 
-    # Nothing is prepared on the server: a pooler in between would give the next statement to another session.
-    session = psycopg.connect(
-        server.address, application_name=name, autocommit=True, prepare_threshold=None, connect_timeout=CONNECT_S, keepalives_idle=15,
-        keepalives_interval=5, keepalives_count=3, tcp_user_timeout=30_000, password=server.password,
-    )  # fmt: skip
-    try:
-        session.execute(SETTINGS)
-        _take_lock(session, server.where, name)
-        session.autocommit = False
-    except BaseException:
-        session.close()
-        raise
-    return session
+    def __init__(self, server: config.Database, instance: str | None) -> None:
+        """`instance`: as of `open_server`."""
+        self._server, self.instance = server, instance
+        self._name = f"edge-agent {secrets.token_hex(4)} on {socket.gethostname()}"[:63]
+        self.count = 0
+
+    def connect(self) -> psycopg.Connection:
+        """Open a session that has the lock."""
+        import psycopg
+
+        # Nothing is prepared on the server: a pooler in between would give the next statement to another session.
+        session = psycopg.connect(
+            self._server.address, application_name=self._name, autocommit=True, prepare_threshold=None, connect_timeout=CONNECT_S,
+            keepalives_idle=15, keepalives_interval=5, keepalives_count=3, tcp_user_timeout=30_000, password=self._server.password,
+        )  # fmt: skip
+        try:
+            session.execute(SETTINGS)
+            self._take_lock(session)
+            session.autocommit = False
+        except BaseException:
+            session.close()
+            raise
+        self.count += 1
+        return session
+
+    def _take_lock(self, session: psycopg.Connection) -> None:
+        until = time.monotonic() + LOCKED_S
+        while True:
+            session.execute(END_OWN, (self._name,))  # a session of ours whose connection was cut lives on until the server notices
+            locked = session.execute(TAKE_LOCK if self.instance is None else TAKE_SHARED_LOCK).fetchone() == (True,)
+            if locked and (self.instance is None or session.execute(TAKE_NAME, (self.instance,)).fetchone() == (True,)):
+                return
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+        if locked:
+            raise DatabaseUnusable(
+                self._server.where, f"another coordinator with the `instance` {self.instance!r} works in it; give each a name of its own"
+            )
+        holder = session.execute(HOLDER).fetchone()
+        who = f"{holder[0]!r}, since {holder[1]:%Y-%m-%d %H:%M}" if holder else "it has just ended"
+        raise DatabaseUnusable(
+            self._server.where,
+            f"another coordinator works in it ({who}); stop that one, or give this one a database or schema of its own, or have both say "
+            "`shared = true`",
+        )
 
 
-def _take_lock(session: psycopg.Connection, where: str, name: str) -> None:
-    until = time.monotonic() + LOCKED_S
-    while True:
-        session.execute(END_OWN, (name,))  # a session of ours whose connection was cut lives on until the server notices
-        if session.execute(TAKE_LOCK).fetchone() == (True,):
-            return
-        if time.monotonic() > until:
-            break
-        time.sleep(0.1)
-    holder = session.execute(HOLDER).fetchone()
-    who = f"{holder[0]!r}, since {holder[1]:%Y-%m-%d %H:%M}" if holder else "it has just ended"
-    raise DatabaseUnusable(
-        where, f"another coordinator works in it ({who}); stop that one, or give this one a database or schema of its own"
-    )
-
-
-def _bring_up(engine: Engine, where: str, before: Path) -> None:
+def _bring_up(engine: Engine, where: str, before: Path, *, shared: bool) -> None:
     """Bring the tables to the last version, in one transaction."""
     last = len(VERSIONS)
     with engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        connection.exec_driver_sql(TABLES_LOCK)
         tables = {row[0] for row in connection.exec_driver_sql(TABLES_THERE)}
         if tables and not tables.issuperset(NAMES):
             raise DatabaseUnusable(where, "it has tables of another program; give the coordinator a database or schema of its own")
         found = int(connection.exec_driver_sql(GET_FORMAT).scalar_one()) if tables else 0
         if found > last:
             raise DatabaseUnusable(where, f"its format {found} is of a later version of edge-agent, this one knows {last}; update it")
+        if shared and tables and found < last:
+            _be_alone(connection, where)
         if not tables:
             _script(connection, TABLES)
         for script in LATER[max(found - FIRST_OF_POSTGRESQL, 0) :]:
@@ -255,6 +325,13 @@ def _bring_up(engine: Engine, where: str, before: Path) -> None:
         log.info("database_taken_over path=%s kept=%s rows=%d", before, kept.name, copied)
     elif before.exists():
         log.warning("database_file_unused path=%s", before)
+
+
+def _be_alone(connection: Connection, where: str) -> None:
+    """Raise DatabaseUnusable where others work with the tables, which are about to change."""
+    if not connection.exec_driver_sql(TAKE_LOCK).scalar_one():
+        raise DatabaseUnusable(where, "other coordinators work with its tables of an earlier version; stop all, then start this one first")
+    connection.exec_driver_sql(FREE_LOCK)
 
 
 def _script(connection: Connection, script: str) -> None:

@@ -24,6 +24,8 @@ class Awaited:
     message: str
     incoming: dict[str, Incoming] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
+    claimed: bool = False
+    """Whether it is this one of several coordinators that fetches them."""
 
 
 class Exchange:
@@ -69,10 +71,25 @@ class Exchange:
                 self._link.publish(down(self._fleet, node, "file", sha256, "block", number), block)
 
     def collect(self, view: JobView, message: str) -> None:
-        """Begin, or go on, to fetch the artifacts of a job's result, which came in a message."""
-        awaited = self._awaited.setdefault(view.id, Awaited(view.node, message))
-        awaited.message = message
+        """Begin, or go on, to fetch the artifacts of a job's result, which came in a message.
+
+        Where another coordinator does that, nothing: it acknowledges the message too, which is the same however often it comes.
+        """
+        if view.id not in self._awaited:
+            claimed = bool(view.artifacts) and self._store.claim(view.id)
+            if view.artifacts and not claimed:
+                return
+            self._awaited[view.id] = Awaited(view.node, message, claimed=claimed)
+        self._awaited[view.id].message = message
         self._advance(view.id)
+
+    def join(self, node: str, sha256: str) -> Incoming | None:
+        """Await an artifact that another coordinator awaits, for a node brings it here; None where nobody does."""
+        for view in self._store.open_jobs(node):
+            if any(a.sha256 == sha256 for a in view.artifacts) and (message := self._store.result_message(view.id)) is not None:
+                self._awaited.setdefault(view.id, Awaited(node, message))
+                self._advance(view.id)
+        return self.awaited(node, sha256)
 
     def receive_block(self, node: str, sha256: str, number: int, block: bytes) -> None:
         """Keep a block that was asked for; blocks that nobody awaits from this node are dropped."""
@@ -106,10 +123,20 @@ class Exchange:
                 awaited.incoming[artifact.sha256] = self._incoming(awaited.node, artifact)
         for sha256 in list(awaited.incoming):
             self._ask(job, awaited, sha256)
-        if not awaited.incoming and all(a.sha256 in awaited.given_up or self._files.lasts(a.sha256) for a in artifacts):
+        if not awaited.incoming and all(a.sha256 in awaited.given_up or self._lasts(a.sha256) for a in artifacts):
             del self._awaited[job]
+            if awaited.claimed:
+                self._store.leave(job)
             if view is not None:
                 self._collected(view, awaited.message)
+
+    def _lasts(self, sha256: str) -> bool:
+        """Whether an artifact is here for good, and no other coordinator is about to delete what it was before."""
+        if not self._files.lasts(sha256):
+            return False
+        if doomed := self._store.doomed(sha256):
+            self._files.doubt(sha256)
+        return not doomed
 
     def _ask(self, job: str, awaited: Awaited, sha256: str) -> None:
         """Go on with one transfer; one that has come or can never come is awaited no more."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -69,15 +70,18 @@ class RemoteFiles(FileStore):
     `has` speaks of the copy in the state directory, `lasts` of the object. Any thread may use it.
     """
 
-    def __init__(self, root: Path, files: config.Files, deleted: Callable[[str], None]) -> None:
-        """`deleted` hears, in another thread, of each object that is gone. Raises FilesUnusable, PackageMissing, ConfigInvalid."""
+    def __init__(self, root: Path, files: config.Files, deleted: Callable[[str], None], trust_s: float = math.inf) -> None:
+        """`deleted` hears, in another thread, of each object that is gone. Raises FilesUnusable, PackageMissing, ConfigInvalid.
+
+        `trust_s`: how long an object that was seen counts as there, where others delete too.
+        """
         super().__init__(root)
         _check(files)
-        self._config, self._deleted = files, deleted
+        self._config, self._deleted, self._trust_s = files, deleted, trust_s
         self._own = OwnSystem()
         self._changed = threading.Condition()
-        self._there: set[str] = set()
-        """Objects that this process has seen, or stored."""
+        self._there: dict[str, float] = {}
+        """Objects that this process has seen, or stored, and when."""
         self._tasks: OrderedDict[str, Task] = OrderedDict()
         self._busy: dict[str, Task] = {}
         self._failing: set[str] = set()
@@ -122,16 +126,21 @@ class RemoteFiles(FileStore):
     def lasts(self, sha256: str) -> bool:
         """Whether the object store has the file; one that is only here is on its way there from now on."""
         with self._changed:
-            if sha256 in self._there:
+            if time.monotonic() - self._there.get(sha256, -math.inf) < self._trust_s:
                 return True
             if self.has(sha256):
                 self._want(sha256, "keep")
             return False
 
+    def doubt(self, sha256: str) -> None:
+        """Look anew whether the object store has a file."""
+        with self._changed:
+            self._there.pop(sha256, None)
+
     def delete(self, sha256: str) -> None:
         """Delete an object, now or when the object store is back."""
         with self._changed:
-            self._there.discard(sha256)
+            self._there.pop(sha256, None)
             self._want(sha256, "delete")
 
     def read_blocks(self, sha256: str, request: FileRequest) -> Iterator[tuple[int, bytes]]:
@@ -280,7 +289,7 @@ class RemoteFiles(FileStore):
         finally:
             part.unlink(missing_ok=True)
         with self._changed:
-            self._there.discard(sha256)  # so that the right one takes its place when it comes again
+            self._there.pop(sha256, None)  # so that the right one takes its place when it comes again
         log.error("file_broken sha256=%s", sha256)
         raise OSError(f"{place} is another file; restore it")
 
@@ -291,7 +300,7 @@ class RemoteFiles(FileStore):
             self._again_at, self._pause_s = 0.0, RETRY_S
             doomed = task.sha256 in self._tasks and self._tasks[task.sha256].kind == "delete"
             if there and not doomed:
-                self._there.add(task.sha256)
+                self._there[task.sha256] = time.monotonic()
             elif doomed and task.kind == "fetch":
                 with suppress(OSError):
                     self.remove(task.sha256)

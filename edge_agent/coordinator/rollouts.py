@@ -71,7 +71,7 @@ class Rollouts:
         if plan.selector.nodes and choice.others:
             raise Refused(f"not all of the nodes that are named can have the job: {_reasons(choice)}")
         rollout, nodes = new_id(), [candidate.node for candidate in _some(choice).chosen]
-        self._store.add_rollout(rollout, msgspec.json.encode(plan), nodes)
+        self._store.add_rollout(rollout, msgspec.json.encode(plan), nodes, plan.files)
         self._last[rollout] = self._clock() - pause_s(plan.rate, 0)  # the first one is due
         self._look = 0.0
         log.info("rollout_created rollout=%s nodes=%d model=%s", rollout, len(nodes), plan.job.model)
@@ -114,7 +114,9 @@ class Rollouts:
         elif counts.waiting + counts.open == 0:
             self._end(rollout, "completed", None)
         elif counts.waiting:
-            count, self._last[rollout] = due(plan.rate, counts.succeeded, self._last.setdefault(rollout, now), now)
+            none = counts.waiting == sum(msgspec.structs.astuple(counts))  # the first is due, whichever coordinator has been asked
+            last = self._last.setdefault(rollout, now - pause_s(plan.rate, 0) if none else now)
+            count, self._last[rollout] = due(plan.rate, counts.succeeded, last, now)
             for place, node in self._store.waiting_nodes(rollout, count):
                 self._make(rollout, plan, place, node)
 

@@ -217,6 +217,10 @@ ALTER TABLE jobs ADD COLUMN options_state BLOB;     -- JSON of the OptionsState 
     """
 CREATE TABLE loose_files (sha256 TEXT PRIMARY KEY); -- may be in the object store, and go from there unless a dataset or a job has them
 """,
+    """
+ALTER TABLE loose_files ADD COLUMN since REAL NOT NULL DEFAULT 0; -- -1: it is being deleted, and nothing may count on it
+ALTER TABLE jobs ADD COLUMN offer TEXT;             -- sha256 of the message with its offer that was sent last
+""",
 )
 """A later version is a further text here, in SQL that both understand; those that are here never change."""
 VERSIONS = (*BEFORE_POSTGRESQL, TAKE_OVER, *LATER)

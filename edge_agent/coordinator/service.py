@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import re
 import signal
 import sqlite3
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
 from edge_agent.coordinator.access import Access
@@ -34,6 +35,7 @@ from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan
 from edge_agent.coordinator.rollouts import Rollouts
 from edge_agent.coordinator.store import (
     MANY,
+    MOST_BOOT,
     Audited,
     AuditPage,
     CoordinatorStore,
@@ -50,12 +52,13 @@ from edge_agent.coordinator.store import (
 )
 from edge_agent.coordinator.turns import Turns, is_standing, sender_of
 from edge_agent.database import is_damage
-from edge_agent.errors import DatabaseAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
+from edge_agent.errors import DatabaseAway, FilesAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
 from edge_agent.files import lock_state
 from edge_agent.job import Job, NlftOptions
 from edge_agent.messages import (
     Ack,
     Addressed,
+    Changed,
     CoordinatorState,
     Envelope,
     File,
@@ -82,15 +85,31 @@ from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.new_options import MOST_CHANGES, change, check_change
 from edge_agent.serving import END, serve
 from edge_agent.signing import read_private_key, seal
-from edge_agent.topics import COORDINATOR, block_number, coordinator_state, coordinator_subscriptions, down, split
+from edge_agent.topics import (
+    COORDINATOR,
+    block_number,
+    coordinator_changed,
+    coordinator_state,
+    coordinator_subscriptions,
+    down,
+    shared_subscriptions,
+    split,
+)
 from edge_agent.transfer import FileStore, Place
 from edge_agent.watchdog import Heart
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-MOST_OFFERS = 4096
-"""Offers of which a rejection is known as an answer; others come again."""
+FILES_S = 0.2
+"""Between two looks at all files that are awaited; what comes is looked at when it comes."""
+REFRESH_S = 1.0
+"""Between two looks of one of several coordinators at the tokens that others have made and revoked."""
+TIDY_S = 600.0
+"""Between two looks of who leads at files of the object store that nothing has."""
+SEEN_S = 900.0
+"""How long one of several coordinators believes that an object which it has seen is there: far less than `UPLOAD_S`, after which
+another one deletes what nothing has."""
 UPLOAD_S = 24 * 3600.0
 """A file that is no dataset and of no job, as an end in between may leave one, is deleted at the first start that long after."""
 NODE_NAME = re.compile(NAME_PATTERN)
@@ -124,12 +143,15 @@ class Service:
         self._signing_key = read_private_key(config.signing_key_file) if config.signing_key_file else None
         self._events = Turns()
         self._lock = lock_state(config.state_directory)
-        self._store = CoordinatorStore(config.state_directory / "coordinator.sqlite", config.lease_s, server=config.database)
+        instance = config.instance if config.shared else None
+        file = config.state_directory / "coordinator.sqlite"
+        self._store = CoordinatorStore(file, config.lease_s, server=config.database, instance=instance)
         self.access, self.metrics = Access(self._store), Metrics()
         self.looking = threading.Lock()
         """Held by who looks into a dataset."""
         root = config.state_directory / "files"
-        self._remote = RemoteFiles(root, config.files, self._deleted) if config.files is not None else None
+        trust_s = SEEN_S if config.shared else math.inf
+        self._remote = RemoteFiles(root, config.files, self._deleted, trust_s) if config.files is not None else None
         self.files = self._remote or FileStore(root)
         jobs = self._store.jobs(MANY)
         self.files.sweep({sha256 for view in jobs if view.phase != "ended" for sha256 in view.files})
@@ -137,7 +159,7 @@ class Service:
         needed = kept.union(*(view.files for view in jobs))
         self.files.remove_old(needed, UPLOAD_S)
         if self._remote is not None:
-            loose = self._store.loose_files()
+            loose = set() if config.shared else self._store.loose_files()
             for sha256 in loose & needed:
                 self._store.settle(sha256)
             self._remote.go_on(needed, loose - needed)
@@ -145,12 +167,16 @@ class Service:
         self._link = Link(
             config.broker,
             f"coordinator/{config.fleet}/{config.instance}",
-            coordinator_subscriptions(config.fleet),
+            shared_subscriptions(config.fleet) if config.shared else coordinator_subscriptions(config.fleet),
             self._events,
             self._birth,
             sender_of,
             is_standing,
+            # What would wait for one that is gone the others do not get; nodes say it again, to them.
+            keeps=not config.shared,
         )
+        self._leads = not config.shared
+        self._look_at_files = self._tidy_at = self._refresh_at = 0.0
         self._audience = Audience(self._ask_progress, self._store.epoch)
         self._exchange = Exchange(self._store, self.files, self._link, config.fleet, config.artifact_limit, self._send, self._collected)
         self._maps = LiveMaps(
@@ -160,8 +186,6 @@ class Service:
         self._rollouts = Rollouts(self._store, self._submit_of_rollout, self.cancel)
         self.metrics.watch(lambda: self.call(self._standing))
         self._plans = Plans(self._store, self._send)
-        self._offers: deque[str] = deque(maxlen=MOST_OFFERS)
-        """Messages with offers that were sent last, by their sha256."""
         self._failed: StateDamaged | StateUnusable | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
@@ -242,7 +266,7 @@ class Service:
     def _send(self, node: str, data: object, *parts: object, qos: int = 1, life_s: float | None = None) -> bool:
         message = self._message(data)
         if isinstance(data, Offer):
-            self._offers.append(hashlib.sha256(message).hexdigest())
+            self._store.offers(str(parts[1]), hashlib.sha256(message).hexdigest())
         return self._link.publish(down(self._config.fleet, node, *parts), message, qos, life_s=life_s)
 
     def _seal(self, payload: Addressed) -> Envelope:
@@ -250,17 +274,19 @@ class Service:
 
     def _acknowledge(self, node: str, message: str) -> None:
         """Tell a node that a message of its is stored."""
-        known = self._store.node(node)
-        ack = Ack(self._config.fleet, node, message, datetime.now(timezone.utc), known.boot if known else 0)
+        ack = Ack(self._config.fleet, node, message, datetime.now(timezone.utc), self._store.boot(node))
         self._send(node, self._seal(ack), "ack", message)
 
     def _receive(self, message: Received) -> None:
         """Act on a message, then acknowledge it to the broker."""
         node, parts = split(message.topic)
         try:
-            if NODE_NAME.search(node) is None or node == COORDINATOR:
+            if node == COORDINATOR and self._config.shared:
+                self._receive_of_other(parts, message.payload)
+            elif NODE_NAME.search(node) is None or node == COORDINATOR:
                 raise MessageInvalid(f"{node[:80]!r} can be no node's name")
-            self._receive_up(node, parts[1:], message.payload, message.retained)
+            else:
+                self._receive_up(node, parts[1:], message.payload, message.retained)
         except MessageInvalid as error:
             self.metrics.refused.inc()
             log.warning("message_invalid topic=%s error=%s", message.topic, error)
@@ -273,11 +299,13 @@ class Service:
             case ["state"]:
                 self._node_state(node, decode(payload, NodeState).data, retained)
             case ["info"]:
-                self._store.set_info(node, decode(payload, NodeInfo).data)
+                info = decode(payload, NodeInfo)
+                self._store.set_info(node, info.data, MOST_BOOT if info.boot is None else info.boot)
                 self._heard_of(node)
             case ["heartbeat"]:
                 self._store.set_heartbeat(node, decode(payload, Heartbeat).data)
                 self._heard_of(node)
+                self._tell_others("node", node)
             case ["job", job, kind] if is_ulid(job):
                 self._receive_of_job(node, job, kind, payload)
             case ["plan", request, "answer"]:
@@ -290,6 +318,25 @@ class Service:
                 log.warning("topic_unknown node=%s topic=%s", node, "/".join(parts))
                 return
         self.metrics.received.labels(parts[0]).inc()
+
+    def _receive_of_other(self, parts: Sequence[str], payload: bytes) -> None:
+        """Another coordinator has stored something: who looks here hears of it."""
+        match parts:
+            case [instance, "changed"] if instance == self._config.instance:
+                return
+            case [_, "changed"]:
+                changed = decode(payload, Changed).data
+            case _:
+                return
+        if changed.kind == "node":
+            self._heard_of(changed.subject)
+        else:
+            self._look_at(changed.subject)
+
+    def _tell_others(self, kind: Literal["job", "node"], subject: str) -> None:
+        """Tell other coordinators that something is stored which they have not heard of themselves."""
+        if self._config.shared:
+            self._link.publish(coordinator_changed(self._config.fleet, self._config.instance), self._message(Changed(kind, subject)))
 
     def _receive_of_job(self, node: str, job: str, kind: str, payload: bytes) -> None:
         match kind:
@@ -311,7 +358,8 @@ class Service:
             return
         log.info("node_state node=%s state=%s boot=%d conn=%d", node, state.state, state.boot, state.conn)
         self._heard_of(node)
-        self._commands.node_spoke(node)
+        if self._leads:  # all coordinators hear of it
+            self._commands.node_spoke(node)
 
     def _own(self, node: str, job: str) -> JobView | None:
         """The job, if it is this node's: no node speaks of another's. What is not stored here is not acknowledged either."""
@@ -327,14 +375,15 @@ class Service:
         if view is None:
             return
         told = message.data
-        if told.outcome == "rejected" and told.digest is None and told.refused not in self._offers:
+        if told.outcome == "rejected" and told.digest is None and not self._store.has_offered(job, told.refused):
             log.warning("rejection_ignored node=%s job=%s reason=%s text=%r", node, job, told.reason, told.text)
         elif told.digest in (None, view.digest):
             if told.reason == "replayed":
                 self._store.conclude(job, "its node has deleted what had not come yet")
-            if not self._store.apply_status(self._store.job(job) or view, message):
+            if not self._store.apply_status(view, message):
                 self.metrics.gaps.inc()
-                self._commands.report(node)
+                if not self._config.shared:  # several are seldom in step; what is missing is on its way to another one, or comes again
+                    self._commands.report(node)
             # It took an offer that had been given up, or was lost. An end that was told in its name stops nothing: anyone may have told it.
             if view.phase == "ended" and told.phase != "ended" and (view.cancel or view.outcome == "expired"):
                 self._commands.cancel(view)
@@ -355,48 +404,64 @@ class Service:
             return
         self._store.apply_result(view, message)
         self._changed(job)
-        self._exchange.collect(view, message.id)
+        self._exchange.collect(self._store.job(job) or view, message.id)
 
     def _collected(self, view: JobView, message: str) -> None:
         """All artifacts of a job are here: it has ended, and its node may know."""
-        if view.phase != "ended" and view.result is not None:
-            self._store.end(view.id, view.result.outcome, view.result.reason, view.result.text)
-            self.metrics.ended(view.result)
-            log.info("job_ended job=%s node=%s outcome=%s reason=%s", view.id, view.node, view.result.outcome, view.result.reason)
+        result = view.result
+        if result is not None and self._store.end(view.id, result.outcome, result.reason, result.text, "finalizing"):
+            self.metrics.ended(result)
+            log.info("job_ended job=%s node=%s outcome=%s reason=%s", view.id, view.node, result.outcome, result.reason)
         self._acknowledge(view.node, message)
         self._changed(view.id)
 
     def _tick(self, now: float) -> None:
         self._link.supervise()
         self._store.look()
-        self._store.clock.tick()
+        self._lead(now)
         if not self._link.connected:
             return
-        self._rollouts.tick(now)
-        self._commands.tick(now)
-        self._exchange.tick()
+        if self._leads:
+            self._rollouts.tick(now)
+        self._commands.tick(now, self._leads)
         self._audience.tick(now)
-        self._maps.tick()
+        if now >= self._look_at_files:
+            self._look_at_files = now + FILES_S
+            self._exchange.tick()
+            self._maps.tick()
+
+    def _lead(self, now: float) -> None:
+        """Take what only one of several coordinators is to do, or leave it to those that the broker hears."""
+        led, self._leads = self._leads, self._store.leads(self._link.connected or not self._config.shared)
+        if not self._config.shared:
+            return
+        if self._leads and not led:
+            log.info("lead_taken instance=%s", self._config.instance)
+            self._commands.lead()
+            self._tidy_at = now
+        if now >= self._refresh_at:
+            self._refresh_at = now + REFRESH_S
+            self.access.refresh()
+        if self._leads and now >= self._tidy_at and self._remote is not None:
+            self._tidy_at = now + TIDY_S
+            for sha256 in self._store.doom(time.time() - UPLOAD_S, self._rollouts.files):
+                self._remote.delete(sha256)
 
     def _forgotten(self, node: str, job: str) -> None:
         """The node has nothing of a job any more; where somebody has asked for that, neither has the coordinator."""
         view = self._store.job(job)
         if view is None or view.node != node or not view.forget:
             return
-        others = {sha256 for other in self._store.jobs(MANY) if other.id != job for sha256 in other.files}
-        unneeded = view.files - self._rollouts.files() - others
-        self._store.delete_job(job, unneeded if self._remote is not None else ())
+        unneeded = self._store.delete_job(view, self._rollouts.files, loosen=self._remote is not None)
         self._audience.forget(job)
-        self._commands.at_once(job)
         for sha256 in unneeded:
-            self._store.delete_dataset(sha256)
             self._remove(sha256)
         log.info("job_forgotten job=%s", job)
 
     def _remove(self, sha256: str) -> None:
-        """Delete a file that nothing needs, here and in the object store."""
+        """Delete a file that nothing needs, here and in the object store; of several coordinators one does that there, some time later."""
         self.files.remove(sha256)
-        if self._remote is not None:
+        if self._remote is not None and not self._config.shared:
             self._remote.delete(sha256)
 
     def _deleted(self, sha256: str) -> None:
@@ -425,7 +490,7 @@ class Service:
         """Keep a job and return it. Raises Refused where its node is unknown or does not take it, or a file is missing."""
         order, envelope = self._order(node, job, priority, expires_s, fingerprint)
         self._store.add_job(order, envelope, retry_of, rollout)
-        self._commands.at_once(order.id)
+        self._commands.at_once(node, order.id)
         log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
         self._changed(order.id)
         return self.job(order.id)
@@ -499,6 +564,8 @@ class Service:
     def awaited(self, node: str, sha256: str) -> Place | None:
         """How far a file is that is awaited from a node."""
         incoming = self._exchange.awaited(node, sha256) or self._maps.awaited(node, sha256)
+        if incoming is None and self._config.shared:
+            incoming = self._exchange.join(node, sha256)
         return incoming.place if incoming is not None else None
 
     def receive_block(self, node: str, sha256: str, number: int, block: bytes) -> None:
@@ -508,7 +575,7 @@ class Service:
     def _file(self, sha256: str) -> File:
         if self._remote is not None and (dataset := self._store.dataset(sha256)) is not None:  # its object is there, its copy may not be
             return File(sha256, dataset.size_bytes)
-        if not self.files.has(sha256):
+        if self._config.shared or not self.files.has(sha256):
             raise Refused(f"file {sha256} has not been uploaded")
         return File(sha256, self.files.path(sha256).stat().st_size)
 
@@ -582,29 +649,33 @@ class Service:
         """Take a file that was uploaded, and return when it lasts. Raises FilesAway where the object store does not take it now."""
         await asyncio.to_thread(self.files.take, part, sha256)
         if self._remote is not None:
-            await asyncio.to_thread(self.call, lambda: self._store.loosen(sha256))  # should an end of the process come before its dataset
+            # Should an end of the process come before its dataset.
+            if not await asyncio.to_thread(self.call, lambda: self._store.loosen(sha256)):
+                raise self._being_deleted()
             await self._remote.secure(sha256)
 
     def keep_dataset(self, view: DatasetView) -> DatasetView:
         """Keep what is known of a dataset whose file is here. Raises FilesAway where the object store does not have it."""
         if self._remote is not None:
             self._remote.check(view.sha256)
-        self._store.keep_dataset(view)
+        if not self._store.keep_dataset(view):
+            raise self._being_deleted()
         if self._remote is not None:
             self._store.settle(view.sha256)
         return view
 
+    def _being_deleted(self) -> FilesAway:
+        return FilesAway(self._config.files.where if self._config.files else "", "the file is just being deleted; try again in a minute")
+
     def remove_dataset(self, sha256: str) -> DatasetView:
         """Delete a dataset. Raises Refused where a job has it, Unknown."""
         view = self.dataset(sha256)
-        if users := [job.id for job in self._store.jobs(MANY) if sha256 in job.files]:
+        users = self._store.drop_dataset(sha256, self._rollouts.files, loosen=self._remote is not None)
+        if users:
             more = f" and {len(users) - 1:,} more" if len(users) > 1 else ""
             raise Refused(f"dataset {sha256} is that of job {users[0]}{more}; `edge-agent forget` deletes it with its last job")
-        if sha256 in self._rollouts.files():
+        if users is not None:
             raise Refused(f"dataset {sha256} is that of a rollout that goes on; `edge-agent rollout list` shows it")
-        if self._remote is not None:
-            self._store.loosen(sha256)
-        self._store.delete_dataset(sha256)
         self._remove(sha256)
         return view
 
@@ -632,16 +703,21 @@ class Service:
         if view.phase == "ended":
             return view
         self._store.ask_cancel(job)
-        if view.phase == "created":
-            self._store.end(job, "canceled", "canceled", "it was canceled before it was offered")
-        elif view.result is not None:
-            self._store.conclude(job, "it was canceled while its files came")
-        elif view.lost:  # should the node come back with it, it is told to end it
-            self._store.end(job, "canceled", "canceled", f"node {view.node} had been silent for more than {self._config.lease_s:.0f} s")
-        else:
-            self._commands.at_once(job)
+        text = "it was canceled before it was offered"
+        if view.phase != "created" or not self._store.end(job, "canceled", "canceled", text, "created"):
+            self._cancel_offered(view)
         self._changed(job)
         return self.job(job)
+
+    def _cancel_offered(self, view: JobView) -> None:
+        """End a job that its node may have heard of, or have it ended."""
+        if view.result is not None:
+            self._store.conclude(view.id, "it was canceled while its files came")
+        elif view.lost:  # should the node come back with it, it is told to end it
+            text = f"node {view.node} had been silent for more than {self._config.lease_s:.0f} s"
+            self._store.end(view.id, "canceled", "canceled", text)
+        else:
+            self._commands.at_once(view.node, view.id)
 
     def send_options(self, job: str, fields: Mapping[str, object]) -> JobView:
         """Have a job go on with other values of some options, those that it was sent before included.
@@ -663,7 +739,7 @@ class Service:
         if sent is None:
             raise Refused(f"job {job} was sent {MOST_CHANGES} options, the most of one job; submit a new one")
         log.info("options_sent job=%s number=%d", job, sent.number)
-        self._commands.at_once(job)
+        self._commands.at_once(view.node, job)
         self._changed(job)
         return self.job(job)
 
@@ -673,7 +749,7 @@ class Service:
         if view.phase != "ended":
             raise Refused(f"job {job} has not ended ({view.phase}); `edge-agent cancel {job}` ends it")
         self._store.ask_forget(job)
-        self._commands.at_once(job)
+        self._commands.at_once(view.node, job)
         return self.job(job)
 
     def drain(self, node: str, drain: bool) -> NodeView:
@@ -701,11 +777,18 @@ class Service:
             self._send(view.node, watch, "job", job, "watch", qos=0, life_s=watch.ttl_s)
 
     def _changed(self, job: str) -> None:
-        view = self._store.job(job)
-        if view is not None:
+        """Tell who looks, here and elsewhere, where a job stands now."""
+        self._look_at(job)
+        self._tell_others("job", job)
+
+    def _look_at(self, job: str) -> None:
+        if self._audience.alone:
+            self._audience.skip()
+        elif (view := self._store.job(job)) is not None:
             self._audience.changed(view)
 
     def _heard_of(self, node: str) -> None:
-        view = self._store.node(node)
-        if view is not None:
+        if self._audience.alone:
+            self._audience.skip()
+        elif (view := self._store.node(node)) is not None:
             self._audience.node(view)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from edge_agent import config
-from edge_agent.clocks import Ran
+from edge_agent.clocks import KEEP_S, Ran
 from edge_agent.dataset_check import Check
-from edge_agent.errors import DatabaseAway
+from edge_agent.errors import DatabaseAway, Refused
 from edge_agent.job import NlftOptions
 from edge_agent.messages import (
     Artifact,
@@ -42,11 +43,17 @@ Row = dict[str, Any]
 MANY = 2**31
 """As a limit: all."""
 MOST_HISTORY = 1000
-"""Messages of a job that are kept; the oldest go first, so that no node can fill the disk with them."""
+"""Messages of a job that are kept, and up to a twentieth more; the oldest go first, so that no node can fill the disk with them."""
+MOST_COUNTED = 100_000
+"""Jobs of which it is counted how much was said of them, since some time."""
 MOST_MEASURED = 3
 """Jobs of a node whose speed counts."""
 MOST_AUDITED = 100_000
 """Requests that are kept; the oldest go first."""
+SHARED_CLOCK_S = 1.0
+"""Several coordinators agree this often on how long they have run."""
+FILES = "files"
+"""Of transactions after which a file may have no user any more, or a new one."""
 # Begins at the clock: also a coordinator whose disk was wiped is newer than its last will.
 COUNT_EPOCH = """INSERT INTO meta VALUES ('epoch', :now) ON CONFLICT (name)
 DO UPDATE SET value = CASE WHEN meta.value < excluded.value THEN excluded.value ELSE meta.value + 1 END RETURNING value"""
@@ -57,6 +64,7 @@ VALUES (:id, :node, :model, :digest, :envelope, :now, :now, 'created', :retry_of
 JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND coalesce(heard, 0) < :silent AS lost
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
 GET_JOB = f"{JOBS} WHERE jobs.id = :id"
+HELD = " FOR UPDATE OF jobs"
 LIST_JOBS = f"{JOBS} WHERE {{which}} ORDER BY jobs.number DESC LIMIT :limit"
 WHICH_JOBS = {
     "before": "jobs.number < :before", "phase": "phase = :phase", "outcome": "outcome = :outcome", "node": "node = :node",
@@ -66,35 +74,47 @@ GET_ENVELOPE = "SELECT envelope FROM jobs WHERE id = :id"
 OPEN_JOBS = f"{JOBS} WHERE phase != 'ended' ORDER BY jobs.number"
 OPEN_JOBS_OF_NODE = f"{JOBS} WHERE phase != 'ended' AND node = :node ORDER BY jobs.number"
 CANCELED_JOBS_OF_ROLLOUT = f"{JOBS} WHERE rollout = :rollout AND phase != 'ended' AND cancel = 1 ORDER BY jobs.number"
+DUE_JOBS = """SELECT id, node, phase, changed, cancel, options FROM jobs
+WHERE phase != 'ended' AND (phase IN ('created', 'offered') OR cancel = 1 OR options IS NOT NULL) ORDER BY number"""
+DUE_JOBS_OF_NODE = DUE_JOBS.replace("WHERE", "WHERE node = :node AND")
+COUNT_WAITING = """SELECT node, count(*) AS count FROM jobs WHERE phase != 'ended' AND phase IN ('offered', 'accepted', 'staging', 'ready')
+AND node IN (SELECT node FROM jobs WHERE phase = 'created') GROUP BY node"""
+COUNT_WAITING_OF_NODE = """SELECT node, count(*) AS count FROM jobs
+WHERE node = :node AND phase IN ('offered', 'accepted', 'staging', 'ready') GROUP BY node"""
 FORGOTTEN_JOBS = f"{JOBS} WHERE forget = 1 ORDER BY jobs.number"
-SET_PHASE = "UPDATE jobs SET phase = :phase, changed = :now WHERE id = :id"
+GET_OFFER = "SELECT offer FROM jobs WHERE id = :id"
+SET_OFFER = "UPDATE jobs SET offer = :offer WHERE id = :id"
+SET_OFFERED = "UPDATE jobs SET phase = 'offered', changed = :now WHERE id = :id AND phase = 'created'"
 SET_STATUS = """UPDATE jobs SET phase = :phase, outcome = :outcome, reason = :reason, text = :text, attempt = :attempt,
 boot = :boot, seq = :seq, changed = :now, result = NULL WHERE id = :id"""
 SET_RESULT = """UPDATE jobs SET phase = 'finalizing', result = :result, tokens_per_s = :tokens_per_s, attempt = :attempt, boot = :boot,
 seq = :seq, changed = :now WHERE id = :id"""
-END_JOB = "UPDATE jobs SET phase = 'ended', outcome = :outcome, reason = :reason, text = :text, changed = :now WHERE id = :id"
+END_JOB = """UPDATE jobs SET phase = 'ended', outcome = :outcome, reason = :reason, text = :text, changed = :now
+WHERE id = :id AND phase != 'ended' AND phase = coalesce(CAST(:phase AS TEXT), phase) RETURNING id"""
 SET_OPTIONS = "UPDATE jobs SET options = :options, changed = :now WHERE id = :id"
 SET_OPTIONS_STATE = "UPDATE jobs SET options_state = :state WHERE id = :id"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = :now WHERE id = :id"
 ASK_FORGET = "UPDATE jobs SET forget = 1, changed = :now WHERE id = :id"
 DELETE_JOB = "DELETE FROM jobs WHERE id = :id"
 DELETE_HISTORY = "DELETE FROM history WHERE job = :id"
-KNOWN_MESSAGE = "SELECT 1 FROM history WHERE message = :message"
 INSERT_HISTORY = """INSERT INTO history (message, job, time, seq, attempt, phase, outcome, reason, text, late)
-VALUES (:message, :job, :time, :seq, :attempt, :phase, :outcome, :reason, :text, :late)"""
+VALUES (:message, :job, :time, :seq, :attempt, :phase, :outcome, :reason, :text, :late) ON CONFLICT (message) DO NOTHING RETURNING number"""
+RESULT_MESSAGE = "SELECT message FROM history WHERE job = :job AND phase = 'ended' AND late = 0 ORDER BY number DESC LIMIT 1"
 CUT_HISTORY = """DELETE FROM history WHERE job = :job
 AND number <= (SELECT number FROM history WHERE job = :job ORDER BY number DESC LIMIT 1 OFFSET :most)"""
 GET_HISTORY = """SELECT * FROM (SELECT * FROM history WHERE job = :job ORDER BY number DESC LIMIT :limit) AS newest ORDER BY number"""
 GET_NODE = "SELECT * FROM nodes WHERE id = :id"
 LIST_NODES = "SELECT * FROM nodes WHERE {which} ORDER BY id LIMIT :limit"
 WHICH_NODES = {"after": "id > :after", "state": "state = :state"}
-BUSY_NODES = "SELECT * FROM nodes WHERE id IN (SELECT node FROM jobs WHERE phase != 'ended' UNION SELECT node FROM jobs WHERE forget = 1)"
+GET_BOOT = "SELECT boot FROM nodes WHERE id = :id"
+DUE_NODES = """SELECT * FROM nodes WHERE id IN (SELECT node FROM jobs WHERE phase != 'ended'
+AND (phase IN ('created', 'offered') OR cancel = 1 OR options IS NOT NULL) UNION SELECT node FROM jobs WHERE forget = 1)"""
 SET_DRAIN = "UPDATE nodes SET drain = :drain, drain_command = :command WHERE id = :id"
 SET_STATE = """INSERT INTO nodes (id, state, boot, conn, told, seen, heard) VALUES (:id, :state, :boot, :conn, :told, :seen, :heard)
 ON CONFLICT (id) DO UPDATE SET state = excluded.state, boot = excluded.boot, conn = excluded.conn, told = excluded.told"""
 SET_SEEN = "UPDATE nodes SET seen = :seen, heard = :heard WHERE id = :id"
 SET_INFO = """INSERT INTO nodes (id, state, boot, conn, seen, heard, info) VALUES (:id, 'init', 0, 0, :seen, :heard, :info)
-ON CONFLICT (id) DO UPDATE SET info = excluded.info"""
+ON CONFLICT (id) DO UPDATE SET info = excluded.info WHERE nodes.boot <= :boot"""
 SET_HEARTBEAT = "UPDATE nodes SET heartbeat = :heartbeat, seen = :seen, heard = :heard WHERE id = :id"
 COUNT_NODES = "SELECT state, count(*) AS count FROM nodes GROUP BY state"
 COUNT_JOBS = "SELECT phase, outcome, count(*) AS count FROM jobs GROUP BY phase, outcome"
@@ -114,8 +134,10 @@ COUNT_ROLLOUTS = "SELECT state, count(*) AS count FROM rollouts GROUP BY state"
 END_ROLLOUT = "UPDATE rollouts SET state = :state, text = :text, changed = :now WHERE id = :id AND state = 'running'"
 WAITING_NODES = """SELECT place, node FROM rollout_nodes WHERE rollout = :rollout AND job IS NULL AND outcome IS NULL
 ORDER BY place LIMIT :limit"""
-SET_NODE_JOB = "UPDATE rollout_nodes SET job = :job WHERE rollout = :rollout AND node = :node"
-SET_NODE_OUTCOME = "UPDATE rollout_nodes SET outcome = :outcome, text = :text WHERE rollout = :rollout AND node = :node"
+SET_NODE_JOB = """UPDATE rollout_nodes SET job = :job
+WHERE rollout = :rollout AND node = :node AND job IS NULL AND outcome IS NULL RETURNING node"""
+SET_NODE_OUTCOME = """UPDATE rollout_nodes SET outcome = :outcome, text = :text
+WHERE rollout = :rollout AND node = :node AND job IS NULL AND outcome IS NULL"""
 LEAVE_NODES = """UPDATE rollout_nodes SET outcome = 'canceled', text = :text
 WHERE rollout = :rollout AND job IS NULL AND outcome IS NULL"""
 KEEP_OUTCOME = """UPDATE rollout_nodes SET outcome = (SELECT outcome FROM jobs WHERE id = :id),
@@ -135,8 +157,11 @@ LIST_DATASETS = "SELECT * FROM datasets WHERE {which} ORDER BY sha256 LIMIT :lim
 WHICH_DATASETS = {"after": "sha256 > :after"}
 SUM_DATASETS = "SELECT sum(size_bytes) AS total FROM datasets WHERE sha256 <> :sha256"
 DELETE_DATASET = "DELETE FROM datasets WHERE sha256 = :sha256"
-LOOSEN_FILE = "INSERT INTO loose_files VALUES (:sha256) ON CONFLICT (sha256) DO NOTHING"
-LOOSE_FILES = "SELECT sha256 FROM loose_files"
+LOOSEN_FILE = """INSERT INTO loose_files VALUES (:sha256, :since) ON CONFLICT (sha256)
+DO UPDATE SET since = excluded.since WHERE loose_files.since >= 0 RETURNING since"""
+LOOSE_FILES = "SELECT sha256 FROM loose_files WHERE since <= :before"
+DOOM_FILE = "UPDATE loose_files SET since = -1 WHERE sha256 = :sha256"
+DOOMED_FILE = "SELECT 1 FROM loose_files WHERE sha256 = :sha256 AND since < 0"
 SETTLE_FILE = "DELETE FROM loose_files WHERE sha256 = :sha256"
 ADD_AUDIT = "INSERT INTO audit (time, who, address, what, made, status) VALUES (:time, :who, :address, :what, :made, :status)"
 CUT_AUDIT = "DELETE FROM audit WHERE number <= (SELECT max(number) FROM audit) - :most"
@@ -219,6 +244,17 @@ class JobPage(msgspec.Struct, frozen=True, kw_only=True):
     items: list[JobView]
     next: str | None
     """What `after` is to be for the page that follows; null: there is none."""
+
+
+class DueJob(NamedTuple):
+    """A job of which its node may have to be told something."""
+
+    id: str
+    node: str
+    phase: str
+    changed: float
+    cancel: bool
+    has_options: bool
 
 
 class HistoryRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -351,17 +387,20 @@ class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened, DatabaseAway."""
 
     def __init__(
-        self, path: Path, lease_s: float, clock: Callable[[], float] = time.monotonic, server: config.Database | None = None
-    ) -> None:
+        self, path: Path, lease_s: float, clock: Callable[[], float] = time.monotonic, server: config.Database | None = None,
+        instance: str | None = None,
+    ) -> None:  # fmt: skip
         """Open the file at `path`; where there is a server, the database there, which begins with what is in such a file.
 
+        `instance`: the name of this coordinator among others that work in the same database; None where there is to be none.
         `lease_s`: how long a node may be silent, while the coordinator runs, until what it has taken counts as lost.
         """
         from edge_agent.coordinator.database import open_file, open_server  # the command line reads the views above without SQLAlchemy
 
-        self._db, self._lease_s = open_file(path) if server is None else open_server(server, path), lease_s
-        ran = self._db.execute(GET_RAN)
-        self.clock = Ran(float(ran[0]["value"]) if ran else 0.0, lambda ran_s: self._db.execute(SET_RAN, ran_s=ran_s), clock)
+        self._db, self._lease_s = open_file(path) if server is None else open_server(server, path, instance), lease_s
+        self.clock = Ran(self._ran_s(), lambda ran_s: self._db.execute(SET_RAN, ran_s=ran_s), clock)
+        self._said: Counter[str] = Counter()
+        self._boots: dict[str, int] = {}
         self.late = 0
         """Messages that came after newer ones, since the start."""
         self.epoch = int(self._db.execute(COUNT_EPOCH, now=int(time.time()))[0]["value"])
@@ -371,13 +410,43 @@ class CoordinatorStore:
         """Why nothing can be read or stored now; any thread may ask."""
         return self._db.away
 
+    @property
+    def shared(self) -> bool:
+        """Whether other coordinators work in the same database."""
+        return self._db.shared
+
+    def leads(self, wanted: bool) -> bool:
+        """Whether what only one of several coordinators is to do is for this one, which is asked whether it could.
+
+        By the clock of that one all count how long they have run.
+        """
+        leads = self._db.leads(wanted)
+        if leads:
+            self.clock.tick(SHARED_CLOCK_S if self.shared else KEEP_S)
+        elif self.clock.age_s >= SHARED_CLOCK_S:
+            self.clock.set(self._ran_s())
+        return leads
+
+    def _ran_s(self) -> float:
+        ran = self._db.execute(GET_RAN)
+        return float(ran[0]["value"]) if ran else 0.0
+
+    def claim(self, job: str) -> bool:
+        """Whether no other coordinator fetches the files of a job; none does while this one has it."""
+        return self._db.claim(f"files of {job}")
+
+    def leave(self, job: str) -> None:
+        """Let another one do it."""
+        self._db.leave(f"files of {job}")
+
     def look(self) -> None:
         """Raise DatabaseAway where the database was away and is not back."""
         self._db.look()
 
     def close(self) -> None:
         with suppress(sqlite3.Error, DatabaseAway):  # of a disk that is full
-            self.clock.keep()
+            if not self.shared:
+                self.clock.keep()
         self._db.close()
 
     # jobs
@@ -389,18 +458,28 @@ class CoordinatorStore:
             self.end(job, view.result.outcome, view.result.reason, text)
 
     def add_job(self, order: Order, envelope: Envelope, retry_of: str | None = None, rollout: str | None = None) -> None:
-        """Keep an order and the envelope that it is in; of a rollout, its node has had its turn with that."""
-        with self._db.transaction():
+        """Keep an order and the envelope that it is in; of a rollout, its node has had its turn with that.
+
+        Raises Refused where one of several coordinators has deleted a file, or ended the rollout, meanwhile.
+        """
+        with self._db.transaction(FILES):
+            if self.shared and any(self.dataset(file.sha256) is None for file in order.files):
+                raise Refused("a file of the job has been removed meanwhile; upload it again")
             self._db.execute(
                 INSERT_JOB, id=order.id, node=order.node, model=order.job.model, digest=order.job.digest,
                 envelope=msgspec.json.encode(envelope), now=time.time(), retry_of=retry_of, rollout=rollout,
             )  # fmt: skip
-            if rollout is not None:
-                self._db.execute(SET_NODE_JOB, job=order.id, rollout=rollout, node=order.node)
+            if rollout is not None and not self._db.execute(SET_NODE_JOB, job=order.id, rollout=rollout, node=order.node):
+                raise Refused(f"node {order.node} has had its turn in rollout {rollout}, or that has ended")
 
     def job(self, job: str) -> JobView | None:
         found = self._jobs(GET_JOB, id=job)
         return found[0] if found else None
+
+    def _held(self, view: JobView) -> JobView:
+        """Return a job as it is now; until the end of the transaction no other coordinator changes it."""
+        found = self._jobs(f"{GET_JOB}{HELD if self.shared else ''}", id=view.id)
+        return found[0] if found else view
 
     def envelope(self, job: str) -> Envelope:
         """That around the order of a job which is there."""
@@ -419,6 +498,18 @@ class CoordinatorStore:
     def open_jobs(self, node: str | None = None) -> list[JobView]:
         """All that have not ended, or those of a node, the oldest first."""
         return self._jobs(OPEN_JOBS) if node is None else self._jobs(OPEN_JOBS_OF_NODE, node=node)
+
+    def due_jobs(self, node: str | None = None) -> list[DueJob]:
+        """Open jobs of all nodes, or of one, that are to be offered, ended, or to go on with other options; the oldest first."""
+        rows = self._db.execute(DUE_JOBS) if node is None else self._db.execute(DUE_JOBS_OF_NODE, node=node)
+        return [
+            DueJob(row["id"], row["node"], row["phase"], row["changed"], bool(row["cancel"]), row["options"] is not None) for row in rows
+        ]
+
+    def waiting_counts(self, node: str | None = None) -> Counter[str]:
+        """How many jobs nodes have been offered that do not run: of one, or of those for which there are more."""
+        rows = self._db.execute(COUNT_WAITING) if node is None else self._db.execute(COUNT_WAITING_OF_NODE, node=node)
+        return Counter({row["node"]: row["count"] for row in rows})
 
     def _jobs(self, query: str, **values: object) -> list[JobView]:
         return [_job(row) for row in self._db.execute(query, silent=self._silent, **values)]
@@ -439,19 +530,31 @@ class CoordinatorStore:
         rows = self._db.execute(GET_HISTORY, job=job, limit=MOST_HISTORY)
         return [msgspec.convert(row | {"late": bool(row["late"])}, HistoryRow) for row in rows]
 
+    def offers(self, job: str, sha256: str) -> None:
+        """Note the message with the offer of a job that is about to be sent: its rejection may come to another coordinator."""
+        self._db.execute(SET_OFFER, offer=sha256, id=job)
+
+    def has_offered(self, job: str, sha256: str | None) -> bool:
+        """Whether that is the message with the offer of a job which was sent last."""
+        rows = self._db.execute(GET_OFFER, id=job)
+        return sha256 is not None and bool(rows) and rows[0]["offer"] == sha256
+
     def offered(self, job: str) -> None:
-        self._db.execute(SET_PHASE, phase="offered", now=time.time(), id=job)
+        """A job has been offered; its node may have answered by now."""
+        self._db.execute(SET_OFFERED, now=time.time(), id=job)
 
     def ask_cancel(self, job: str) -> None:
         self._db.execute(ASK_CANCEL, now=time.time(), id=job)
 
     def send_options(self, view: JobView, method: NlftOptions) -> NewOptions | None:
         """Keep options for a job under a number above all that were told; None where there is none left."""
-        sent, known = (state.number if state else 0 for state in (view.options, view.options_state))
-        if max(sent, known) >= MOST_CHANGES:
-            return None
-        options = NewOptions(max(sent, known) + 1, method)
-        self._db.execute(SET_OPTIONS, options=msgspec.json.encode(options), now=time.time(), id=view.id)
+        with self._db.transaction():
+            view = self._held(view)
+            sent, known = (state.number if state else 0 for state in (view.options, view.options_state))
+            if max(sent, known) >= MOST_CHANGES:
+                return None
+            options = NewOptions(max(sent, known) + 1, method)
+            self._db.execute(SET_OPTIONS, options=msgspec.json.encode(options), now=time.time(), id=view.id)
         return options
 
     def ask_forget(self, job: str) -> None:
@@ -461,27 +564,41 @@ class CoordinatorStore:
         """Jobs whose deletion has been asked for."""
         return self._jobs(FORGOTTEN_JOBS)
 
-    def delete_job(self, job: str, loose: Collection[str] = ()) -> None:
-        """Delete a job and what was said of it; its rollout keeps how it ended. `loose`: files that are to go from the object store."""
-        with self._db.transaction():
-            self._db.execute(KEEP_OUTCOME, id=job)
-            self._db.execute(DELETE_HISTORY, id=job)
-            self._db.execute(DELETE_JOB, id=job)
-            for sha256 in loose:
-                self._db.execute(LOOSEN_FILE, sha256=sha256)
+    def delete_job(self, view: JobView, others: Callable[[], set[str]] = set, *, loosen: bool = False) -> set[str]:
+        """Delete a job and what was said of it; its rollout keeps how it ended.
 
-    def end(self, job: str, outcome: str, reason: str | None, text: str | None) -> None:
-        """End a job for good."""
-        self._db.execute(END_JOB, outcome=outcome, reason=reason, text=text, now=time.time(), id=job)
+        Return its files that neither another job has nor `others` have, whose datasets go too. `loosen`: note that these are to go from the
+        object store.
+        """
+        with self._db.transaction(FILES):
+            unneeded = view.files - others() - self.files_of_jobs(but=view.id)
+            self._db.execute(KEEP_OUTCOME, id=view.id)
+            self._db.execute(DELETE_HISTORY, id=view.id)
+            self._db.execute(DELETE_JOB, id=view.id)
+            for sha256 in unneeded:
+                self.delete_dataset(sha256)
+                if loosen:
+                    self.loosen(sha256)
+        return unneeded
+
+    def files_of_jobs(self, but: str | None = None) -> set[str]:
+        """The files of all jobs that are kept, but one."""
+        return {sha256 for view in self.jobs(MANY) if view.id != but for sha256 in view.files}
+
+    def end(self, job: str, outcome: str, reason: str | None, text: str | None, phase: str | None = None) -> bool:
+        """End a job for good; False where it has ended, or is not in the given phase any more."""
+        return bool(self._db.execute(END_JOB, outcome=outcome, reason=reason, text=text, now=time.time(), id=job, phase=phase))
 
     def apply_status(self, view: JobView, message: Message[JobStatus]) -> bool:
         """Keep a status; it changes the job if it is newer than what is known and the job has not ended. False where one is missing."""
-        status, place = message.data, _place(message, view)
-        # A rejection of a job that the node has taken answers an offer that came again, unless it has lost its disk or deleted the job.
-        again = status.outcome == "rejected" and view.phase not in ("created", "offered")
-        taken = again and status.reason != "replayed" and place[0] <= view.boot
-        late = view.phase == "ended" or taken or place <= (view.boot, view.seq)
+        status = message.data
         with self._db.transaction():
+            view = self._held(view)
+            place = _place(message, view)
+            # A rejection of a job that the node has taken answers an offer that came again, unless it has lost its disk or deleted the job.
+            again = status.outcome == "rejected" and view.phase not in ("created", "offered")
+            taken = again and status.reason != "replayed" and place[0] <= view.boot
+            late = view.phase == "ended" or taken or place <= (view.boot, view.seq)
             if not self._keep(view.id, message, status.phase, late):
                 return True
             if not late:
@@ -497,9 +614,10 @@ class CoordinatorStore:
 
     def apply_result(self, view: JobView, message: Message[JobResult]) -> None:
         """Keep the end of a job; it becomes the job's own when every artifact is here."""
-        late = view.result is not None or view.phase == "ended"
-        boot, seq = _place(message, view)
         with self._db.transaction():
+            view = self._held(view)
+            late = view.result is not None or view.phase == "ended"
+            boot, seq = _place(message, view)
             if not self._keep(view.id, message, "ended", late):
                 return
             if not late:
@@ -511,15 +629,23 @@ class CoordinatorStore:
 
     def _keep(self, job: str, message: Message[Any], phase: Phase, late: bool) -> bool:
         """Write a message into the history; False where it is there already."""
-        if self._db.execute(KNOWN_MESSAGE, message=message.id):
-            return False
         data = message.data
-        self._db.execute(
+        new = self._db.execute(
             INSERT_HISTORY, message=message.id, job=job, time=message.time.timestamp(), seq=message.seq, attempt=message.attempt,
             phase=phase, outcome=data.outcome, reason=data.reason, text=data.text, late=int(late),
         )  # fmt: skip
-        self._db.execute(CUT_HISTORY, job=job, most=MOST_HISTORY)
-        return True
+        if new:
+            self._said[job] += 1
+            if self._said[job] % max(1, MOST_HISTORY // 20) == 0:
+                self._db.execute(CUT_HISTORY, job=job, most=MOST_HISTORY)
+            if len(self._said) > MOST_COUNTED:
+                self._said.clear()
+        return bool(new)
+
+    def result_message(self, job: str) -> str | None:
+        """The id of the message that brought a job's result."""
+        rows = self._db.execute(RESULT_MESSAGE, job=job)
+        return str(rows[0]["message"]) if rows else None
 
     # nodes
 
@@ -530,9 +656,18 @@ class CoordinatorStore:
     def nodes(self) -> list[NodeView]:
         return self.node_page(None, None, MANY).items
 
-    def busy_nodes(self) -> dict[str, NodeView]:
-        """The nodes of open and forgotten jobs, by their names."""
-        return {row["id"]: _node(row) for row in self._db.execute(BUSY_NODES)}
+    def boot(self, node: str) -> int:
+        """The newest start of a node that is known; 0: none."""
+        if node not in self._boots:
+            rows = self._db.execute(GET_BOOT, id=node)
+            if not rows:
+                return 0
+            self._boots[node] = int(rows[0]["boot"])
+        return self._boots[node]
+
+    def due_nodes(self) -> dict[str, NodeView]:
+        """The nodes that may have to be told something of a job, by their names."""
+        return {row["id"]: _node(row) for row in self._db.execute(DUE_NODES)}
 
     def node_page(self, state: str | None, after: str | None, limit: int) -> NodePage:
         nodes = [_node(row) for row in self._list(LIST_NODES, WHICH_NODES, {"after": after, "state": state}, limit)]
@@ -543,28 +678,32 @@ class CoordinatorStore:
 
         A last will is the broker's word and a retained message is of the past: neither says that the node is there now.
         """
-        known = self.node(node)
-        if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
-            return False
-        if state.boot > max(MOST_BOOT, (known.boot if known else 0) + BOOT_STEP):
-            return False
         seen, heard = time.time(), self.clock.now()
-        with self._db.transaction():
+        with self._db.transaction(node):
+            known = self.node(node)
+            if known is not None and (state.boot, state.conn) < (known.boot, known.conn):
+                return False
+            if state.boot > max(MOST_BOOT, (known.boot if known else 0) + BOOT_STEP):
+                return False
             told = {"state": state.state, "boot": state.boot, "conn": state.conn, "told": state.command}
             self._db.execute(SET_STATE, id=node, seen=seen, heard=heard, **told)
             if not retained and state.state != "lost":
                 self._db.execute(SET_SEEN, seen=seen, heard=heard, id=node)
+        self._boots[node] = state.boot  # every coordinator hears every state
         return True
 
     def set_drain(self, node: str, drain: bool) -> None:
         """Keep whether a node is to take no new jobs, under a number above all that it has been told before."""
-        known = self.node(node)
-        if known is not None:
-            command = max(known.drain_command, min(known.told, MOST_TOLD)) + 1
-            self._db.execute(SET_DRAIN, drain=int(drain), command=command, id=node)
+        with self._db.transaction(node):
+            known = self.node(node)
+            if known is not None:
+                command = max(known.drain_command, min(known.told, MOST_TOLD)) + 1
+                self._db.execute(SET_DRAIN, drain=int(drain), command=command, id=node)
 
-    def set_info(self, node: str, info: NodeInfo) -> None:
-        self._db.execute(SET_INFO, id=node, seen=time.time(), heard=self.clock.now(), info=msgspec.json.encode(info))
+    def set_info(self, node: str, info: NodeInfo, boot: int = MOST_BOOT) -> None:
+        """Keep what a node can do, unless that is of an earlier start than the one that is known."""
+        told = msgspec.json.encode(info)
+        self._db.execute(SET_INFO, id=node, seen=time.time(), heard=self.clock.now(), info=told, boot=boot)
 
     def set_heartbeat(self, node: str, heartbeat: Heartbeat) -> None:
         told = msgspec.json.encode(heartbeat)
@@ -580,10 +719,12 @@ class CoordinatorStore:
 
     # rollouts
 
-    def add_rollout(self, rollout: str, plan: bytes, nodes: Sequence[str]) -> None:
-        """Keep a rollout and its nodes, in the order in which they get their jobs."""
+    def add_rollout(self, rollout: str, plan: bytes, nodes: Sequence[str], files: Collection[str] = ()) -> None:
+        """Keep a rollout and its nodes, in the order in which they get their jobs. Raises Refused as `add_job`."""
         rows = [{"rollout": rollout, "place": place, "node": node} for place, node in enumerate(nodes)]
-        with self._db.transaction():
+        with self._db.transaction(FILES):
+            if self.shared and any(self.dataset(sha256) is None for sha256 in files):
+                raise Refused("a file of the job has been removed meanwhile; upload it again")
             self._db.execute(INSERT_ROLLOUT, id=rollout, plan=plan, now=time.time())
             self._db.execute_many(ADD_ROLLOUT_NODE, rows)
 
@@ -633,11 +774,30 @@ class CoordinatorStore:
 
     # datasets
 
-    def keep_dataset(self, view: DatasetView) -> None:
-        self._db.execute(
-            KEEP_DATASET, sha256=view.sha256, name=view.name, size_bytes=view.size_bytes, uploaded=view.uploaded,
-            found=msgspec.json.encode(view.found),
-        )  # fmt: skip
+    def keep_dataset(self, view: DatasetView) -> bool:
+        """Keep what is known of a dataset; False where its file is just being deleted."""
+        with self._db.transaction(FILES):
+            if self.doomed(view.sha256):
+                return False
+            self._db.execute(
+                KEEP_DATASET, sha256=view.sha256, name=view.name, size_bytes=view.size_bytes, uploaded=view.uploaded,
+                found=msgspec.json.encode(view.found),
+            )  # fmt: skip
+            return True
+
+    def drop_dataset(self, sha256: str, others: Callable[[], set[str]], *, loosen: bool) -> list[str] | None:
+        """Delete a dataset and return None, unless jobs have it, which are returned, or `others` have it.
+
+        `loosen`: note that its file is to go from the object store.
+        """
+        with self._db.transaction(FILES):
+            users = [job.id for job in self.jobs(MANY) if sha256 in job.files]
+            if not users and sha256 not in others():
+                self.delete_dataset(sha256)
+                if loosen:
+                    self.loosen(sha256)
+                return None
+            return users
 
     def dataset(self, sha256: str) -> DatasetView | None:
         rows = self._db.execute(GET_DATASET, sha256=sha256)
@@ -656,16 +816,38 @@ class CoordinatorStore:
 
     # files of the object store that no dataset or job may have
 
-    def loosen(self, sha256: str) -> None:
-        """Note a file that is to go from the object store, unless a dataset or a job has it at the next start."""
-        self._db.execute(LOOSEN_FILE, sha256=sha256)
+    def loosen(self, sha256: str) -> bool:
+        """Note a file that is to go from the object store, unless a dataset or a job has it later; False where it is just being deleted."""
+        return bool(self._db.execute(LOOSEN_FILE, sha256=sha256, since=time.time()))
+
+    def doom(self, before: float, others: Callable[[], set[str]]) -> set[str]:
+        """Return files that nothing has, nor `others` have, and that were noted before a time.
+
+        They are to be deleted now, and nothing counts on them until they are settled.
+        """
+        if not (old := self.loose_files(before)):
+            return set()
+        with self._db.transaction(FILES):
+            needed = self.files_of_jobs() | {view.sha256 for view in self.dataset_page(None, MANY).items} | others()
+            for sha256 in old:
+                doomed = self.doomed(sha256)
+                if sha256 in needed and not doomed:
+                    self.settle(sha256)
+                elif not doomed:
+                    self._db.execute(DOOM_FILE, sha256=sha256)
+            return {sha256 for sha256 in old if self.doomed(sha256)}
+
+    def doomed(self, sha256: str) -> bool:
+        """Whether a file of the object store is just being deleted by one of several coordinators."""
+        return self.shared and bool(self._db.execute(DOOMED_FILE, sha256=sha256))
 
     def settle(self, sha256: str) -> None:
         """Forget that note: the file is not there any more, or something has it."""
         self._db.execute(SETTLE_FILE, sha256=sha256)
 
-    def loose_files(self) -> set[str]:
-        return {row["sha256"] for row in self._db.execute(LOOSE_FILES)}
+    def loose_files(self, before: float = 1e18) -> set[str]:
+        """Those that were noted until a time."""
+        return {row["sha256"] for row in self._db.execute(LOOSE_FILES, before=before)}
 
     # what was asked for
 
