@@ -113,8 +113,7 @@ def test_a_map_comes_when_it_is_asked_for_and_goes_with_its_job(fleet: Fleet, cl
     assert (ran.code, ran.out.strip()) == (0, str(file)), ran.err
     assert b"saliency" in file.read_bytes()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    page, _ = saliency_page(directory, DEADLINE_S)
-    assert b'"rescored":[{' in page
+    wait_for("the scores of a second epoch", lambda: b'"rescored":[{' in saliency_page(directory, DEADLINE_S)[0])
     assert len(_maps(fleet)) == 1
     assert not [topic for _, topic, _ in fleet.messages if nobodys.sha256 in topic]
     with pytest.raises(EdgeAgentError, match=f"job {waiting} is ready"):
