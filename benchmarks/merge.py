@@ -22,6 +22,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import date
@@ -68,8 +69,6 @@ FIELDS = {
     "schedule.checkpoint_s": 3600, "schedule.learning_rate": 1.5e-3,
 }  # fmt: skip
 EVALUATION = Evaluation(questions=QUESTIONS, max_new_tokens=120, batch=100)
-RANKS = {"svd, rank 48": ("svd", 48)}
-"""Methods with an option beside the default."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,22 +158,16 @@ def measure(part: str, seed: int, home: str, out: Path) -> Iterator[Row]:
             correct = "".join("1" if a.share == 1 else "0" for a in answers)
             yield Row(part=part, seed=seed, home=home, model=name, domain=domain, correct=correct, seconds=seconds)
 
-    ways = {name: (name, None) for name in get_args(Method)} | RANKS
-    for name, (method, rank) in ways.items():
-        options = merging.Options(method=method, rank=rank, seed=seed, device="cpu")
-        model = merging.combined(files, parts, [1 / NODES] * NODES, options)
-        if name == "cat":
-            with model.disable_adapter():
-                yield from answer(model, "base")
-            for node in range(NODES):
-                model.set_adapter(f"part-{node + 1}")
-                yield from answer(model, f"node {node + 1}")
-            model.set_adapter(merging.MERGED)
+    model = merging.load_parts(files, [*parts, *([pooled] if pooled else [])], "cpu")
+    with model.disable_adapter():
+        yield from answer(model, "base")
+    for number, name in enumerate([*(f"node {n + 1}" for n in range(NODES)), *(["all data"] if pooled else [])], start=1):
+        model.set_adapter(f"part-{number}")
         yield from answer(model, name)
-    if pooled is not None:
-        model = merging.combined(files, [pooled, pooled], [0.5, 0.5], merging.Options(device="cpu"))
-        model.set_adapter("part-1")
-        yield from answer(model, "all data")
+    for method in get_args(Method):
+        began = time.monotonic()
+        merging.combine(model, [1 / NODES] * NODES, merging.Options(method=method, seed=seed), method)
+        yield from answer(model, method, time.monotonic() - began)
 
 
 def read_rows(out: Path) -> list[Row]:
@@ -235,7 +228,7 @@ def table(rows: list[Row]) -> dict[str, dict[str, dict[str, list[float]]]]:
 
 def lines(tables: dict[str, dict[str, dict[str, list[float]]]]) -> list[str]:
     """Return the table of docs/adapters.md."""
-    models = ["base", MEAN, BEST, *get_args(Method), *RANKS, "all data"]
+    models = ["base", MEAN, BEST, *get_args(Method), "all data"]
     head = [f"| | {' | '.join(COLUMNS[c] for c in tables)} |", "|---" * (1 + len(tables)) + "|"]
 
     def cell(figures: dict[str, list[float]] | None, model: str) -> str:

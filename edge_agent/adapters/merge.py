@@ -78,7 +78,8 @@ def merge(
     fix_malloc()
     with memory_explained(lambda: "evaluate"):
         tokenizer = load_tokenizer(files)
-        merged = combined(files, sources, shares, options)
+        merged = load_parts(files, sources, options.device)
+        combine(merged, shares, options)
         sha256 = save_adapter(merged, out / "adapter", files.name, MERGED)
         answers = _measured(merged, tokenizer, files, questions, len(sources), progress) if questions else {}
     for name, rows in answers.items():
@@ -129,22 +130,27 @@ def check(sources: Sequence[Source], model: str | None, options: Options) -> Mod
     return files
 
 
-def combined(files: ModelFiles, sources: Sequence[Source], shares: Sequence[float], options: Options) -> Any:
-    """Return the base model in 4 bits with adapters `part-1` and so on, and the merged one."""
+def load_parts(files: ModelFiles, sources: Sequence[Source], device: str) -> Any:
+    """Return the base model in 4 bits with the adapters, which are called `part-1` and so on."""
     vocabulary = next((source.vocabulary for source in sources if source.vocabulary), {})
-    loaded = load_model(files, usable_profile(options.device), cache=find_cache(), **vocabulary)
+    loaded = load_model(files, usable_profile(device), cache=find_cache(), **vocabulary)
     adapted = load_adapter(loaded, sources[0].adapter, "part-1")
     for number, source in enumerate(sources[1:], start=2):
         add_adapter(adapted, source.adapter, f"part-{number}")
+    return adapted
+
+
+def combine(adapted: Any, shares: Sequence[float], options: Options, name: str = MERGED) -> None:
+    """Put the merge of a model's parts in beside them, and have the model compute with it."""
     ranked = {"svd_rank": options.rank, "svd_full_matrices": False} if options.method.endswith("svd") else {}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(options.seed)
         adapted.base_model.add_weighted_adapter(
-            [f"part-{n}" for n in range(1, len(sources) + 1)], weights_of(shares, options.method), MERGED, options.method,
+            [f"part-{n}" for n in range(1, len(shares) + 1)], weights_of(shares, options.method), name, options.method,
             density=None if options.method in DENSE else options.density, **ranked,
         )  # fmt: skip
-    adapted.set_adapter(MERGED)
-    return adapted.eval()
+    adapted.set_adapter(name)
+    adapted.eval()
 
 
 def weights_of(shares: Sequence[float], method: Method) -> list[float]:
