@@ -5,11 +5,13 @@
 # make test-all  the tests, and what takes longer: training on plain PyTorch, a hundred plugs pulled, files
 #                that go by HTTPS meanwhile, full disks, plugs pulled with MQTT 3.1.1, what repairs gain, adapters in
 #                llama.cpp, a million damaged messages, a thousand jobs through one node, services under a systemd of their own, the wheel alone, images and the tutorial on a clean
-#                Debian (as root, with debootstrap, systemd-container, buildah, podman, crun and catatonit), the second Python
+#                Debian (as root, with debootstrap, systemd-container, buildah, podman, crun and catatonit), wheels for all Pythons and processors, all tests on the oldest Python
+# make test-oldest  the tests on Python 3.10, in an environment of its own; OLDEST=python3.10 is that Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 
 PYTHON ?= python3
 TORCH ?= cpu
+OLDEST ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -18,7 +20,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRAINING_TESTS := $(addprefix tests/test_,$(addsuffix .py,train resume loop packing methods nlft reft evaluation build repair \
     interruptions loading nf4 cache fused trees rungs enforce generate dry_run supervised runner))
 
-.PHONY: test test-torch-kernel test-all check demo docs venv clean
+.PHONY: test test-torch-kernel test-oldest test-all check demo docs venv clean
 
 venv: $(VENV)/.installed-$(TORCH)
 
@@ -54,6 +56,12 @@ test-all: test test-torch-kernel
 	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	$(BIN)/python benchmarks/week.py --jobs 1000 --out build/week.json
 	tests/second_python.sh
+	$(BIN)/python -m pytest --timeout 3600 tests/long_resolution.py
+	$(MAKE) test-oldest
+
+# Jetson's Python. The environment is made as the other one is.
+test-oldest:
+	$(MAKE) test VENV=build/python3.10 PYTHON=$(OLDEST)
 
 demo: venv
 	$(BIN)/edge-agent demo --out build/demo

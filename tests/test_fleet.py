@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from conftest import Cli, write_domain
+from conftest import TINY, Cli, write_domain
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fleet import QUICK, Fleet, wait_for
 from jinja2 import StrictUndefined
@@ -433,6 +433,32 @@ def test_a_draining_node_takes_no_jobs(fleet: Fleet) -> None:
     wait_for("one more status", lambda: len({m["id"] for m in fleet.heard("job", taken, "status")}) > before)
     fleet.control(Cancel("default", NODE, taken), "job", taken, "cancel")
     wait_for("the end", lambda: fleet.heard("job", taken, "result"))
+
+
+def test_a_model_comes_to_a_running_node_and_goes(fleet: Fleet, cli: Cli) -> None:
+    """The coordinator knows it without a restart of the node; it stays while a job needs it, and is then missed by name."""
+    node, coordinator = ("--config", fleet.config("agent")), ("--config", fleet.config("coordinator"))
+
+    def fingerprints() -> dict[str, str | None]:
+        info = next(view.info for view in fleet.client.nodes() if view.id == NODE)
+        return info.models if info else {}
+
+    assert cli("models", "add", TINY, "--name", "spare-1.5", "--no-quantise", *node).code == 0
+    wait_for("the model at the coordinator", lambda: "spare-1.5" in fingerprints())
+    assert fingerprints()["spare-1.5"] == fingerprints()["tiny"]
+    data = fleet.data("spare", 20, 9)
+    job = cli("submit", "--node", NODE, "--model", "spare-1.5", "--data", data, "--budget", "1GiB", *coordinator).out.split()[0]
+    wait_for("the job at the node", lambda: fleet.client.job(job).phase in ("staging", "ready", "running"))
+    needed = cli("models", "remove", "spare-1.5", *node, "--json")
+    assert (needed.code, needed.json["error"]["code"]) == (4, "model_needed")
+    assert job in needed.json["error"]["text"]
+    assert cli("cancel", job, *coordinator).code == 0
+    fleet.ended(job)
+    assert cli("models", "remove", "spare-1.5", *node).code == 0
+    wait_for("the model to be gone", lambda: "spare-1.5" not in fingerprints())
+    refused = cli("submit", "--node", NODE, "--model", "spare-1.5", "--data", data, "--budget", "1GiB", *coordinator)
+    assert refused.code == 14
+    assert "models_changed" in fleet.log("agent")
 
 
 def test_doctor_tells_what_is_wrong(fleet: Fleet, cli: Cli, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ import sys
 import traceback
 from typing import NoReturn
 
+# The first one alone where there is no torch: commands that need none run there too.
 IMPORTED = (
     "edge_agent.cli", "edge_agent.training.run", "quantization.dry_run", "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
@@ -48,7 +50,7 @@ def _become(request: dict[str, object]) -> NoReturn:
 
 
 def main() -> None:
-    for name in IMPORTED:
+    for name in IMPORTED if importlib.util.find_spec("torch") else IMPORTED[:1]:
         importlib.import_module(name)
     gc.freeze()  # what is never collected is never copied
     said = os.fdopen(os.dup(1), "w", buffering=1)
