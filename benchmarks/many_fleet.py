@@ -260,7 +260,12 @@ class BigFleet:
 
     def answers(self, instance: str) -> bool:
         """Whether a coordinator answers; raises what says that it does not."""
-        return self.clients[instance].jobs(1) is not None
+        return self.listens(instance) and self.clients[instance].jobs(1) is not None
+
+    def listens(self, instance: str) -> bool:
+        """Whether there is somebody at a coordinator's socket."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.directory / instance / "api.sock")) == 0
 
     def start_broker(self) -> None:
         mosquitto = shutil.which("mosquitto", path=SERVERS)
@@ -390,7 +395,11 @@ class Work:
         """Hand one in, at the next coordinator where one does not answer."""
         instances, node = self.fleet.instances, self.fleet.names[number % len(self.fleet.names)]
         for turn in range(100_000):
-            client = self.fleet.clients[instances[(number + turn) % len(instances)]]
+            instance = instances[(number + turn) % len(instances)]
+            if not self.fleet.listens(instance):
+                time.sleep(0.01)
+                continue
+            client = self.fleet.clients[instance]
             try:
                 self.jobs[client.submit(node, self._job, self._files, priority=4).id] = node
                 return

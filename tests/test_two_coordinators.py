@@ -59,7 +59,7 @@ def two(postgres: Postgres, tmp_path: Path) -> Iterator[tuple[CoordinatorStore, 
 def _dataset(store: CoordinatorStore, root: Path) -> str:
     file = write_lines(root / "data.jsonl", {"question": "How many?", "answer": "#### 1"})
     sha256 = file_sha256(file)
-    assert store.keep_dataset(DatasetView(sha256=sha256, name="d", size_bytes=file.stat().st_size, uploaded=1.0, found=check([file])))
+    assert store.keep_dataset(DatasetView(sha256=sha256, name="d", size_bytes=file.stat().st_size, uploaded=1.0, found=check(file)[0]))
     return sha256
 
 
@@ -308,7 +308,8 @@ def test_result_that_comes_to_both_is_fetched_once(pair: Pair) -> None:
     a, b = pair.services
     adapter = b"an adapter" * 1000
     sha256 = file_sha256(_written(pair.root / "adapter", adapter))
-    job = a.call(lambda: a.submit(NODE, _of(a, pair.root), 4, 600.0))
+    of = Job(model="tiny", dataset=Dataset(a.call(lambda: _dataset(a._store, pair.root))), budget_bytes=2**29)
+    job = a.call(lambda: a.submit(NODE, of, 4, 600.0))
     result = JobResult(job.digest, "succeeded", artifacts=(Artifact("adapter_model.safetensors", sha256, len(adapter)),))
     payload = encode(result, "test", boot=1, seq=1)
     for service in (a, b):
@@ -325,11 +326,6 @@ def test_result_that_comes_to_both_is_fetched_once(pair: Pair) -> None:
 def _written(file: Path, data: bytes) -> Path:
     file.write_bytes(data)
     return file
-
-
-def _of(service: Service, root: Path) -> Job:
-    sha256 = service.call(lambda: _dataset(service._store, root))
-    return Job(model="tiny", dataset=Dataset(sha256), budget_bytes=2**29)
 
 
 def _tick(service: Service) -> bool:
@@ -354,6 +350,7 @@ def test_upload_of_what_is_being_deleted_is_tried_again(pair: Pair) -> None:
         a.call(lambda: a.keep_dataset(view))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # httpx leaves a socket open where nobody listens
 def test_one_is_killed(tmp_path: Path) -> None:
     """Jobs are handed in at both, and every one has one result, at its node and in the database: also where the one that leads is killed in
     their midst. The access rules of deploy/ let coordinators do what they have to."""
