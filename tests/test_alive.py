@@ -73,7 +73,9 @@ def test_agent_that_ends_in_order_takes_its_sign_away(tmp_path: Path) -> None:
         look(tmp_path / "state")
 
 
-@pytest.mark.parametrize("left", [b"", b"12 ", b"one two three\n", f"{os.getpid():10d} {1e12:10.0f} 1\n".encode()])
+@pytest.mark.parametrize(
+    "left", [b"", b"12 ", b"one two three\n", f"{os.getpid():10d} {1e12:10.0f} 1\n".encode()], ids=["empty", "cut", "words", "future"]
+)
 def test_sign_that_is_none(left: bytes, tmp_path: Path) -> None:
     """A sign that is cut, that is no sign, or that is of another start of the machine, is no life."""
     (tmp_path / alive.SIGN).write_bytes(left)
