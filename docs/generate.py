@@ -22,7 +22,8 @@ def main(out: Path) -> None:
     shutil.copytree(DOCS, out, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     linked: set[str] = set()
     for page in out.glob("*.md"):
-        text = page.read_text(encoding="utf-8")
+        # A page that is none of the site is named, and not linked to.
+        text = re.sub(r"\[([^\]]+)\]\(\.\./[^)#]+\.md[^)]*\)", r"\1", page.read_text(encoding="utf-8"))
         linked |= set(re.findall(r"\]\(\.\./([^)#]+)", text))
         # What comments say to the tests is not for readers.
         text = re.sub(r"<!-- (?:not |all )?run.*?-->\n", "", text.replace("](../", "](repository/"), flags=re.DOTALL)
