@@ -227,10 +227,10 @@ def test_rules_of_aws_name_what_is_kept() -> None:
 
 
 def test_page_shows_what_was_measured() -> None:
-    """Between its marks docs/scale.md has what the committed results of benchmarks/fleet.py say."""
+    """Between its marks docs/scale.md has what the committed results of benchmarks/fleet.py say, and no figure without them."""
     sys.path.append(str(ROOT / "benchmarks"))
     from fleet_page import MARKS, PAGE, Report, lines
 
-    report = msgspec.json.decode((ROOT / "benchmarks" / "results" / "fleet.json").read_bytes(), type=Report)
-    shown = PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0].strip().split("\n")
-    assert shown == lines(report)
+    file = ROOT / "benchmarks" / "results" / "fleet.json"
+    said = "\n".join(lines(msgspec.json.decode(file.read_bytes(), type=Report))) if file.exists() else ""
+    assert PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0].strip() == said
