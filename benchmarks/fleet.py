@@ -20,7 +20,9 @@ import argparse
 import datetime
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what is to be known of the machine")
     parser.add_argument("--out", type=Path, default=RESULTS / "fleet.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and what it has started with it
     with ExitStack() as ends:
         report = run(options, ends)
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")

@@ -160,7 +160,7 @@ DELETE_DATASET = "DELETE FROM datasets WHERE sha256 = :sha256"
 LOOSEN_FILE = """INSERT INTO loose_files VALUES (:sha256, :since) ON CONFLICT (sha256)
 DO UPDATE SET since = excluded.since WHERE loose_files.since >= 0 RETURNING since"""
 LOOSE_FILES = "SELECT sha256 FROM loose_files WHERE since <= :before"
-DOOM_FILE = "UPDATE loose_files SET since = -1 WHERE sha256 = :sha256"
+DOOM_FILE = "UPDATE loose_files SET since = -1 WHERE sha256 = :sha256 AND since <= :before"
 DOOMED_FILE = "SELECT 1 FROM loose_files WHERE sha256 = :sha256 AND since < 0"
 SETTLE_FILE = "DELETE FROM loose_files WHERE sha256 = :sha256"
 ADD_AUDIT = "INSERT INTO audit (time, who, address, what, made, status) VALUES (:time, :who, :address, :what, :made, :status)"
@@ -834,7 +834,7 @@ class CoordinatorStore:
                 if sha256 in needed and not doomed:
                     self.settle(sha256)
                 elif not doomed:
-                    self._db.execute(DOOM_FILE, sha256=sha256)
+                    self._db.execute(DOOM_FILE, sha256=sha256, before=before)
             return {sha256 for sha256 in old if self.doomed(sha256)}
 
     def doomed(self, sha256: str) -> bool:
