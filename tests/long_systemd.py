@@ -16,12 +16,13 @@ import sysconfig
 import tempfile
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT, write_domain
-from fleet import wait_for
+from fleet import wait_for as wait_until
 from test_systemd import Host, host, report, wedged  # noqa: F401 - `host` is a fixture
 
 SUITE = {(3, 11): "bookworm", (3, 13): "trixie"}.get(sys.version_info[:2])
@@ -55,8 +56,12 @@ QUICK = (
     "schedule.batch=12",
     "sampling.outputs=2",
 )
-WATCHDOG_S = 5
-pytestmark = pytest.mark.timeout(1800)  # the first one makes a Debian
+WATCHDOG_S = 10
+DEADLINE_S = 900.0
+pytestmark = pytest.mark.timeout(3600)  # the first one makes a Debian
+
+
+wait_for = partial(wait_until, deadline_s=DEADLINE_S)
 
 
 def test_watchdog_starves_for_a_link_that_is_stuck(host: Host) -> None:  # noqa: F811
@@ -94,8 +99,8 @@ class Machine:
                 env=os.environ | {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         try:
-            self._init = wait_for("its first process", self._find_init, 60)
-            wait_for("the end of its boot", lambda: self.try_("systemctl", "is-active", "multi-user.target") == "active\n", 240)
+            self._init = wait_for("its first process", self._find_init)
+            wait_for("the end of its boot", lambda: self.try_("systemctl", "is-active", "multi-user.target") == "active\n")
         except BaseException:
             sys.stderr.write((root / "nspawn.log").read_text(errors="replace")[-4000:])
             self.end()
@@ -119,7 +124,7 @@ class Machine:
     def _inside(self, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
         inside = ["nsenter", "-t", str(self._init), "-m", "-u", "-i", "-n", "-p", "-C", "env", "-i", "HOME=/root"]
         path = f"PATH={INSTALLED}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        return subprocess.run([*inside, path, *command], capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run([*inside, path, *command], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
     def shown(self, unit: str, name: str) -> str:
         """Return a property of a unit."""
