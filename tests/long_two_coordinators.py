@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
-from many_fleet import BigFleet, Work  # noqa: E402
+from many_fleet import BigFleet, Work
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # httpx leaves a socket open where nobody listens
