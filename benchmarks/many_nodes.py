@@ -132,7 +132,7 @@ class Node(Agent):
         self._jobs.recover()
         self._link.start()
         try:
-            serve(self._events, self._handle, self._tick, self._drop, TICK_S)
+            serve(self._events, self._handle, self._tick, self._drop, TICK_S, self._turned)
         finally:
             self._jobs.shut_down()
             self._link.close((self._uplink.topic("state"), self._uplink.message(self._state("offline"))))
