@@ -23,6 +23,7 @@ from edge_agent.messages import (
     Addressed,
     Artifact,
     Cancel,
+    Changed,
     CoordinatorState,
     Drain,
     Envelope,
@@ -53,7 +54,7 @@ from edge_agent.messages import (
 )
 from edge_agent.report import Event, Measured, mcnemar, wilson
 from edge_agent.signing import PublicKey, seal, seal_bytes
-from edge_agent.topics import coordinator_state, down, up
+from edge_agent.topics import coordinator_changed, coordinator_state, down, up
 from profiles.sensors import Reading, Resources
 
 ROOT = Path(__file__).parent.parent
@@ -213,6 +214,10 @@ def seeds() -> list[Delivery]:
         (("job", DONE, "result"), RESULT), (("job", STAGING, "result"), RESULT), (("job", DELETED, "forgotten"), Forgotten()),
         (("job", STAGING, "forgotten"), Forgotten()), (("file", SHA256, "request"), REQUEST),
         (("file", LARGE_SHA256, "block", 0), LARGE_DATA[:BLOCK_BYTES]), (("file", LARGE_SHA256, "block", 1), LARGE_DATA[BLOCK_BYTES:]),
+    )]  # fmt: skip
+    said += [("coordinator", coordinator_changed(FLEET, instance), changed) for instance, changed in (
+        ("second", Changed("job", DONE)), ("second", Changed("job", NEW)), ("second", Changed("node", NODE)),
+        ("second", Changed("node", "nobody")), ("main", Changed("job", DONE)),
     )]  # fmt: skip
     numbers: dict[str, Any] = {"boot": 7, "seq": 2, "attempt": 1}
     return [

@@ -561,7 +561,7 @@ def test_damage_while_it_serves_ends_a_daemon() -> None:
 
     events.put("an event")
     with pytest.raises(StateDamaged, match="malformed"):
-        serve(events, handle, lambda _: None, lambda _: None, 0.01)
+        serve(events, handle, lambda _: None, lambda _: None, 0.01, lambda: None)
     assert said == ["an event", "an event"]
 
 
