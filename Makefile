@@ -2,10 +2,11 @@
 # make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
 # make docs      the documentation as a site that needs no network: build/site/index.html
 # make check     lint and types
-# make test-all  the tests, and what takes longer: training on plain PyTorch, a hundred plugs pulled, files
-#                that go by HTTPS meanwhile, full disks, plugs pulled with MQTT 3.1.1, what repairs gain, adapters in
-#                llama.cpp, a million damaged messages, a thousand jobs through one node, forty nodes whose broker and coordinator are killed, services under a systemd of their own, the wheel alone, images and the tutorial on a clean
-#                Debian (as root, with debootstrap, systemd-container, buildah, podman, crun and catatonit), wheels for all Pythons and processors, all tests on the oldest Python
+# make test-all  the tests, and what takes hours: training on plain PyTorch, a hundred plugs pulled (with MQTT 3.1.1 too), files that go by
+#                HTTPS meanwhile, full disks, forty nodes whose broker and coordinator are killed, what repairs gain, adapters in llama.cpp,
+#                a million damaged messages, a thousand jobs through one node, services under a systemd of their own, the wheel alone,
+#                images and the tutorial on a clean Debian (as root, with debootstrap, systemd-container, buildah, podman, crun and
+#                catatonit), wheels for all Pythons and processors, all tests on the oldest Python
 # make test-oldest  the tests on Python 3.10, in an environment of its own; OLDEST=python3.10 is that Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 
@@ -19,6 +20,9 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 TRAINING_TESTS := $(addprefix tests/test_,$(addsuffix .py,train resume loop packing methods nlft reft evaluation build repair \
     interruptions loading nf4 cache fused trees rungs enforce generate dry_run supervised runner))
+
+LONG_TESTS := $(addprefix tests/long_,$(addsuffix .py,killed interruptions https disks models fleet two_coordinators chaos mechanism \
+    systemd wheel docs))
 
 .PHONY: test test-torch-kernel test-oldest test-all check demo docs venv clean
 
@@ -49,7 +53,7 @@ test-torch-kernel: venv
 	EDGE_AGENT_NF4_KERNEL=torch $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRAINING_TESTS)
 
 test-all: test test-torch-kernel
-	$(BIN)/python -m pytest --timeout 3600 tests/long_killed.py tests/long_interruptions.py tests/long_https.py tests/long_disks.py tests/long_models.py tests/long_fleet.py tests/long_two_coordinators.py tests/long_chaos.py tests/long_mechanism.py tests/long_systemd.py tests/long_wheel.py tests/long_docs.py
+	$(BIN)/python -m pytest --timeout 3600 $(LONG_TESTS)
 	$(BIN)/python -m pytest --timeout 7200 tests/long_tutorial.py tests/long_images.py
 	EDGE_AGENT_TEST_PROTOCOL=3.1.1 $(BIN)/python -m pytest --timeout 3600 tests/test_interruptions.py tests/long_interruptions.py tests/test_killed.py
 	$(PIP) 'xllamacpp>=2026.10' && $(BIN)/python -m pytest --timeout 3600 tests/long_llama_cpp.py

@@ -31,7 +31,7 @@ from rich.table import Table
 from small_fleet import JOB, SmallFleet, free_port, until
 
 from edge_agent.coordinator.rollout import Rate, RolloutPlan
-from edge_agent.coordinator.store import JobView
+from edge_agent.coordinator.views import JobView
 from edge_agent.job_building import build_job
 from edge_agent.messages import Heartbeat, JobResult, JobStatus, NodeInfo, NodeLimits, NodeState, encode
 from edge_agent.report import Measured, wilson

@@ -35,7 +35,7 @@ from rich.console import Console
 from small_fleet import AGENT, COORDINATOR, SmallFleet, until
 
 from edge_agent.coordinator.client import Answered
-from edge_agent.coordinator.store import JobView
+from edge_agent.coordinator.views import JobView
 from edge_agent.errors import CoordinatorUnreachable, EdgeAgentError
 from edge_agent.training.outcome import versions
 from profiles.device import device_name

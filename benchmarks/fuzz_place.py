@@ -44,7 +44,7 @@ from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig, Broker, CoordinatorConfig, RestLimits, Size, Trust
 from edge_agent.coordinator.database import Database
 from edge_agent.coordinator.service import Service
-from edge_agent.coordinator.store import JobFilter
+from edge_agent.coordinator.views import JobFilter
 from edge_agent.logs import JsonFormatter, tame
 from edge_agent.messages import (
     Artifact,

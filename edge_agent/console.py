@@ -18,7 +18,7 @@ from rich.text import Text
 
 from edge_agent.answers import Comparison
 from edge_agent.coordinator.rollout import Choice, RolloutView
-from edge_agent.coordinator.store import Audited, DatasetView, JobView, NodeView, RolloutNode, Token
+from edge_agent.coordinator.views import Audited, DatasetView, JobView, NodeView, RolloutNode, Token
 from edge_agent.doctor import Check
 from edge_agent.errors import human_bytes
 from edge_agent.messages import JobProgress, OptionsState

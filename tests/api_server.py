@@ -19,7 +19,7 @@ from edge_agent.coordinator.client import Client
 from edge_agent.coordinator.http import api_served
 from edge_agent.coordinator.rollout import RolloutPlan, RolloutView
 from edge_agent.coordinator.service import Service
-from edge_agent.coordinator.store import JobView
+from edge_agent.coordinator.views import JobView
 from edge_agent.enrolment import Authority
 from edge_agent.job import Dataset, Job
 from edge_agent.messages import NodeInfo, NodeLimits, NodeState, encode

@@ -36,7 +36,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge_agent.asyncapi import channel_of, schema_of
 from edge_agent.coordinator.client import Client
-from edge_agent.coordinator.store import JobView
+from edge_agent.coordinator.views import JobView
 from edge_agent.job_building import build_job
 from edge_agent.messages import Ack, Addressed, encode
 from edge_agent.signing import make_key, read_private_key, seal

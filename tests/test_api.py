@@ -32,9 +32,10 @@ from edge_agent.config import Api, CoordinatorConfig, Size, read_config
 from edge_agent.coordinator import audience, http, listening
 from edge_agent.coordinator.access import ANYONE, LOCAL, SCOPES
 from edge_agent.coordinator.client import Answered, Client, Problem
-from edge_agent.coordinator.http import MAX_BODY_BYTES, Door, make_app
+from edge_agent.coordinator.door import Door
+from edge_agent.coordinator.http import MAX_BODY_BYTES, make_app
 from edge_agent.coordinator.limits import MOST_BUCKETS, Limits, network
-from edge_agent.coordinator.store import CoordinatorPhase, JobFilter, JobPage, JobView
+from edge_agent.coordinator.views import CoordinatorPhase, JobFilter, JobPage, JobView
 from edge_agent.dataset import file_sha256
 from edge_agent.enrolment import Authority
 from edge_agent.errors import ConfigInvalid, CoordinatorUnreachable, DiskFull, TooManyRequests

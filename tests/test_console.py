@@ -9,7 +9,7 @@ from orders import NODE
 from rich.console import Console, RenderableType
 
 from edge_agent.console import FleetView, nodes_table
-from edge_agent.coordinator.store import NodeView
+from edge_agent.coordinator.views import NodeView
 from edge_agent.messages import JobProgress, NodeInfo, NodeLimits, StageDone
 from edge_agent.report import Event
 from profiles.sensors import Reading, Resources

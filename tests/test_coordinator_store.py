@@ -46,12 +46,9 @@ from edge_agent.coordinator.store import (
     WAITING_NODES,
     WHICH_JOBS,
     WHICH_NODES,
-    Audited,
     CoordinatorStore,
-    DatasetView,
-    JobFilter,
-    Token,
 )
+from edge_agent.coordinator.views import Audited, DatasetView, JobFilter, Token
 from edge_agent.database import is_damage, open_database
 from edge_agent.dataset_check import check
 from edge_agent.job import Dataset, Job, NlftOptions

@@ -39,7 +39,7 @@ from edge_agent.config import (
     Trust,
     read_config,
 )
-from edge_agent.coordinator.store import CoordinatorPhase, JobView
+from edge_agent.coordinator.views import CoordinatorPhase, JobView
 from edge_agent.dataset import FORMS, Record
 from edge_agent.dataset_check import Check, Finding, Spread
 from edge_agent.demo.tour import DemoReport

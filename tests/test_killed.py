@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from fleet import Fleet, wait_for
 
-from edge_agent.coordinator.store import JobView
+from edge_agent.coordinator.views import JobView
 from edge_agent.job import NlftOptions
 from edge_agent.messages import OptionsState, Phase
 

@@ -24,7 +24,7 @@ from orders import NODE
 
 from edge_agent.coordinator.pages import WEB
 from edge_agent.coordinator.rollout import Abort
-from edge_agent.coordinator.store import JobFilter
+from edge_agent.coordinator.views import JobFilter
 from edge_agent.dataset import file_sha256
 from edge_agent.errors import JobSchema
 from edge_agent.job import Dataset, Job, NlftOptions, Schedule

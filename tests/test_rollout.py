@@ -44,7 +44,8 @@ from edge_agent.coordinator.rollout import (
     why_not,
 )
 from edge_agent.coordinator.rollouts import LOOK_S, Rollouts
-from edge_agent.coordinator.store import CoordinatorStore, JobFilter, NodeView
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.views import JobFilter, NodeView
 from edge_agent.errors import Refused
 from edge_agent.job import Dataset, Job
 from edge_agent.job_building import build_job

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from edge_agent.coordinator.client import Answered, Client
-from edge_agent.coordinator.store import JobView
+from edge_agent.coordinator.views import JobView
 from edge_agent.dataset import file_sha256
 from edge_agent.errors import CoordinatorUnreachable, DirectoryUnusable, TrackerAway
 from edge_agent.job import Dataset, Evaluation, Job, Regex

@@ -23,7 +23,8 @@ from edge_agent.coordinator import database
 from edge_agent.coordinator.audience import Happening
 from edge_agent.coordinator.rollout import Rate, RolloutPlan
 from edge_agent.coordinator.service import Service
-from edge_agent.coordinator.store import CoordinatorStore, DatasetView
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.views import DatasetView
 from edge_agent.dataset import file_sha256
 from edge_agent.dataset_check import check
 from edge_agent.errors import ConfigInvalid, DatabaseUnusable, FilesAway, Refused

@@ -38,7 +38,7 @@ from edge_agent.config import (
 )
 from edge_agent.console import FleetView, checks_table, jobs_table, nodes_table, options_line, printable, summary
 from edge_agent.coordinator.rollout import Selector
-from edge_agent.coordinator.store import JobFilter
+from edge_agent.coordinator.views import JobFilter
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, EdgeAgentError, JobEnded
 from edge_agent.job import Job
 from edge_agent.job_building import build_change, build_job

@@ -7,16 +7,15 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import msgspec
 
-from edge_agent.coordinator.store import CoordinatorStore, Token
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.views import NewToken, Scope, Token
 from edge_agent.errors import Forbidden, Refused, Unauthorized, Unknown
 
-Scope = Literal["read", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-"""Each may do what those before it may."""
 ANYONE = "anyone"
 """Stands where a scope would: the web pages, before anybody has said who they are."""
 SECRET_BYTES = 32
@@ -33,14 +32,6 @@ class Caller(msgspec.Struct, frozen=True):
 
 LOCAL = Caller("local", "admin")
 """Who can open the socket in the state directory: the coordinator's own user."""
-
-
-class NewToken(msgspec.Struct, frozen=True, kw_only=True):
-    """A token that has just been made: the only time that it is told."""
-
-    token: Token
-    secret: str
-    """What stands in `Authorization: Bearer`."""
 
 
 class Access:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from edge_agent.coordinator.store import JobView, NodeView
+from edge_agent.coordinator.views import JobView, NodeView
 from edge_agent.messages import Artifact, JobProgress, Watch
 from profiles.recorder import StageName
 

@@ -12,9 +12,8 @@ import httpx
 import msgspec
 
 from edge_agent.config import Tls, is_loopback, read_key
-from edge_agent.coordinator.access import NewToken, Scope
 from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan, RolloutView, Selector, SubmittedJob
-from edge_agent.coordinator.store import (
+from edge_agent.coordinator.views import (
     MANY,
     Audited,
     AuditPage,
@@ -24,10 +23,12 @@ from edge_agent.coordinator.store import (
     JobFilter,
     JobPage,
     JobView,
+    NewToken,
     NodePage,
     NodeView,
     RolloutNode,
     RolloutNodePage,
+    Scope,
     Token,
 )
 from edge_agent.dataset import check_sha256

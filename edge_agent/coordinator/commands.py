@@ -11,7 +11,8 @@ from datetime import datetime, timedelta, timezone
 import msgspec
 
 from edge_agent.coordinator.exchange import Exchange
-from edge_agent.coordinator.store import CoordinatorStore, DueJob, JobView, NodeView
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.views import DueJob, JobView, NodeView
 from edge_agent.messages import ORDER_S, Addressed, Cancel, Drain, Envelope, Forget, Options, Order, Report, Resume
 
 RETRY_S, LONGEST_RETRY_S = 5.0, 120.0

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edge_agent.coordinator.store import CoordinatorStore, JobView
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.views import JobView
 from edge_agent.errors import DatasetChecksum
 from edge_agent.messages import MAX_INLINE_BYTES, Artifact, Envelope, FileRequest, Offer
 from edge_agent.mqtt import Link

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_agent.coordinator.store import CoordinatorStore, JobView
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.views import JobView
 from edge_agent.errors import DatasetChecksum, DiskFull, Refused, human_bytes
 from edge_agent.job import NlftOptions
 from edge_agent.messages import Artifact, FileRequest, Watch

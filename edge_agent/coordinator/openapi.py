@@ -15,7 +15,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 
 from edge_agent.coordinator.client import PROBLEM, Problem
-from edge_agent.coordinator.http import METRICS, routes
+from edge_agent.coordinator.routes import METRICS, routes
 
 Schema = dict[str, Any]
 

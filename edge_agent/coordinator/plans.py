@@ -7,7 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from edge_agent.coordinator.store import CoordinatorStore, DatasetView
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.views import DatasetView
 from edge_agent.errors import Refused, Unknown
 from edge_agent.job import Job
 from edge_agent.messages import PLAN_S, PlanAnswer, PlanRequest, Texts, new_id

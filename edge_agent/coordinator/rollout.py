@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.config import Labels, Name
-from edge_agent.coordinator.store import JobView, NodeView
+from edge_agent.coordinator.views import JobView, NodeView
 from edge_agent.errors import human_bytes
 from edge_agent.job import Job, Sha256, Strict
 from edge_agent.messages import LONGEST_ORDER_S, ORDER_S

@@ -23,7 +23,8 @@ from edge_agent.coordinator.rollout import (
     pause_s,
     why_abort,
 )
-from edge_agent.coordinator.store import CoordinatorStore, KeptRollout, RolloutNodePage
+from edge_agent.coordinator.store import CoordinatorStore
+from edge_agent.coordinator.views import KeptRollout, RolloutNodePage
 from edge_agent.errors import Refused, Unknown
 from edge_agent.job import Job
 from edge_agent.messages import new_id

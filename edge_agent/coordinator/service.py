@@ -33,12 +33,12 @@ from edge_agent.coordinator.plans import Plans
 from edge_agent.coordinator.remote_files import RemoteFiles
 from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan, RolloutView, Selector, SubmittedJob, unfit
 from edge_agent.coordinator.rollouts import Rollouts
-from edge_agent.coordinator.store import (
+from edge_agent.coordinator.store import MOST_BOOT, CoordinatorStore
+from edge_agent.coordinator.turns import Turns, is_standing, sender_of
+from edge_agent.coordinator.views import (
     MANY,
-    MOST_BOOT,
     Audited,
     AuditPage,
-    CoordinatorStore,
     DatasetPage,
     DatasetView,
     HistoryRow,
@@ -50,7 +50,6 @@ from edge_agent.coordinator.store import (
     RolloutNodePage,
     Token,
 )
-from edge_agent.coordinator.turns import Turns, is_standing, sender_of
 from edge_agent.database import is_damage
 from edge_agent.errors import DatabaseAway, FilesAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
 from edge_agent.files import lock_state

@@ -11,17 +11,34 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import msgspec
 
 from edge_agent import config
 from edge_agent.clocks import KEEP_S, Ran
-from edge_agent.dataset_check import Check
+from edge_agent.coordinator.database import open_file, open_server
+from edge_agent.coordinator.views import (
+    MANY,
+    Audited,
+    AuditPage,
+    DatasetPage,
+    DatasetView,
+    DueJob,
+    HistoryRow,
+    JobFilter,
+    JobPage,
+    JobView,
+    KeptRollout,
+    NodePage,
+    NodeView,
+    RolloutNode,
+    RolloutNodePage,
+    Token,
+)
 from edge_agent.errors import DatabaseAway, Refused
 from edge_agent.job import NlftOptions
 from edge_agent.messages import (
-    Artifact,
     Envelope,
     Heartbeat,
     JobResult,
@@ -29,19 +46,14 @@ from edge_agent.messages import (
     Message,
     NodeInfo,
     NodeState,
-    OptionsState,
     Order,
-    Outcome,
     Phase,
-    Reason,
     read_order,
 )
 from edge_agent.new_options import MOST_CHANGES, NewOptions
 
 Row = dict[str, Any]
 
-MANY = 2**31
-"""As a limit: all."""
 MOST_HISTORY = 1000
 """Messages of a job that are kept, and up to a twentieth more; the oldest go first, so that no node can fill the disk with them."""
 MOST_COUNTED = 100_000
@@ -178,210 +190,6 @@ MOST_BOOT, BOOT_STEP = 2**40, 2**16
 """Likewise the number of its start: above the first (a time in 36,000 years) only one that is a few above the last known is believed, so
 nobody who speaks in a node's name can use up the numbers that it has yet to come to."""
 
-CoordinatorPhase = Literal["created", "offered"] | Phase
-CoordinatorOutcome = Outcome | Literal["expired"]
-
-
-class JobView(msgspec.Struct, frozen=True, kw_only=True):
-    """A job as the coordinator knows it."""
-
-    id: str
-    node: str
-    digest: str
-    order: Order
-    created: float
-    changed: float
-    phase: CoordinatorPhase
-    outcome: CoordinatorOutcome | None
-    reason: Reason | None
-    text: str | None
-    attempt: int
-    boot: int
-    seq: int
-    cancel: bool
-    forget: bool
-    lost: bool
-    """Whether it is at a node that has been silent for longer than the lease: it may be lost, and may come back."""
-    result: JobResult | None
-    retry_of: str | None = None
-    """The job that it is run again for."""
-    rollout: str | None = None
-    """That which it is of."""
-    options: NewOptions | None = None
-    """What it was sent last to go on with while it runs."""
-    options_state: OptionsState | None = None
-    """What its node says has become of that."""
-
-    @property
-    def options_due(self) -> bool:
-        """Whether its node has it, and does not have the options that it was sent last."""
-        known = self.options_state.number if self.options_state else 0
-        at_node = self.phase not in ("created", "offered", "ended") and self.result is None
-        return at_node and self.options is not None and self.options.number > known
-
-    @property
-    def files(self) -> set[str]:
-        """The files that the job brought and made, by their sha256."""
-        return {file.sha256 for file in self.order.files} | {artifact.sha256 for artifact in self.artifacts}
-
-    @property
-    def artifacts(self) -> tuple[Artifact, ...]:
-        return self.result.artifacts if self.result else ()
-
-
-class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which jobs a list has; null: whatever they have."""
-
-    phase: CoordinatorPhase | None = None
-    outcome: CoordinatorOutcome | None = None
-    node: str | None = None
-    rollout: str | None = None
-
-
-class JobPage(msgspec.Struct, frozen=True, kw_only=True):
-    """Jobs, the newest first."""
-
-    items: list[JobView]
-    next: str | None
-    """What `after` is to be for the page that follows; null: there is none."""
-
-
-class DueJob(NamedTuple):
-    """A job of which its node may have to be told something."""
-
-    id: str
-    node: str
-    phase: str
-    changed: float
-    cancel: bool
-    has_options: bool
-
-
-class HistoryRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One message that a node sent about a job."""
-
-    time: float
-    seq: int | None
-    attempt: int | None
-    phase: Phase
-    outcome: Outcome | None
-    reason: Reason | None
-    text: str | None
-    late: bool
-
-
-class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as the coordinator knows it."""
-
-    id: str
-    state: Literal["init", "ready", "draining", "offline", "lost"]
-    boot: int
-    conn: int
-    seen: float
-    info: NodeInfo | None
-    heartbeat: Heartbeat | None
-    drain: bool | None
-    drain_command: int
-    """The number under which it is told so."""
-    told: int
-    """That of the last one that it has done, as it says."""
-
-    @property
-    def present(self) -> bool:
-        return self.state in ("ready", "draining")
-
-
-class NodePage(msgspec.Struct, frozen=True, kw_only=True):
-    """Nodes by their names."""
-
-    items: list[NodeView]
-    next: str | None
-    """As of jobs."""
-
-
-class KeptRollout(msgspec.Struct, frozen=True, kw_only=True):
-    """A rollout as it is kept."""
-
-    number: int
-    id: str
-    plan: bytes
-    """JSON of what was asked for."""
-    created: float
-    changed: float
-    state: Literal["running", "completed", "canceled", "aborted"]
-    text: str | None
-
-
-class RolloutNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A node of a rollout, and what has become of its job."""
-
-    node: str
-    job: str | None
-    """null: none was made, yet or at all."""
-    phase: CoordinatorPhase | None
-    """null: there is no job, or none any more."""
-    outcome: CoordinatorOutcome | None
-    text: str | None
-
-
-class RolloutNodePage(msgspec.Struct, frozen=True, kw_only=True):
-    """The nodes of a rollout, in the order in which they get their jobs."""
-
-    items: list[RolloutNode]
-    next: str | None
-    """As of jobs."""
-
-
-class DatasetView(msgspec.Struct, frozen=True, kw_only=True):
-    """A dataset that was uploaded."""
-
-    sha256: str
-    name: str
-    size_bytes: int
-    uploaded: float
-    found: Check
-    """What is in it."""
-
-
-class DatasetPage(msgspec.Struct, frozen=True, kw_only=True):
-    """Datasets by their sha256."""
-
-    items: list[DatasetView]
-    next: str | None
-    """As of jobs."""
-
-
-class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """What is told of a token; nobody can tell its secret."""
-
-    name: str
-    scope: Literal["read", "submit", "admin"]
-    created: float
-    expires: float | None
-
-
-class Audited(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that was to change something."""
-
-    time: float
-    who: str
-    """Name of the token, or `local`."""
-    address: str | None
-    """null: on the socket."""
-    what: str
-    """Method and path."""
-    made: str | None
-    """Path of what it has made."""
-    status: int
-
-
-class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests, the newest first."""
-
-    items: list[Audited]
-    next: str | None
-    """As of jobs."""
-
 
 class CoordinatorStore:
     """The coordinator's database. One thread uses it. Raises StateUnusable where it cannot be opened, DatabaseAway."""
@@ -395,8 +203,6 @@ class CoordinatorStore:
         `instance`: the name of this coordinator among others that work in the same database; None where there is to be none.
         `lease_s`: how long a node may be silent, while the coordinator runs, until what it has taken counts as lost.
         """
-        from edge_agent.coordinator.database import open_file, open_server  # the command line reads the views above without SQLAlchemy
-
         self._db, self._lease_s = open_file(path) if server is None else open_server(server, path, instance), lease_s
         self.clock = Ran(self._ran_s(), lambda ran_s: self._db.execute(SET_RAN, ran_s=ran_s), clock)
         self._said: Counter[str] = Counter()

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from edge_agent.coordinator.client import Client
-from edge_agent.coordinator.store import NodeView
+from edge_agent.coordinator.views import NodeView
 from edge_agent.demo.broker import broker_command
 from edge_agent.errors import CoordinatorUnreachable, DemoFailed
 

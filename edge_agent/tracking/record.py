@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from edge_agent.coordinator.client import Answered, Client
-from edge_agent.coordinator.store import JobView
+from edge_agent.coordinator.views import JobView
 from edge_agent.errors import CoordinatorUnreachable, DatabaseAway, EdgeAgentError, StateUnusable, TooManyRequests, TrackerAway
 from edge_agent.job_directory import JobDirectory
 from edge_agent.tracking.recording import Recording, Tracker, id_of_directory, recording_of_directory, recording_of_job

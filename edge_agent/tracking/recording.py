@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from edge_agent.coordinator.store import JobView
+from edge_agent.coordinator.views import JobView
 from edge_agent.errors import JobSchema
 from edge_agent.job import Job
 from edge_agent.job_directory import JobDirectory
