@@ -21,6 +21,9 @@ from chat_server import KEY, Server
 from hypothesis import settings
 from postgres import Postgres, running
 
+# A shell gives what it runs in the background a deaf ear for Ctrl-C, and all processes of the tests would have it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What one run learns of the device must not decide another one, and nothing of the user is touched.
 STATE = tempfile.TemporaryDirectory()

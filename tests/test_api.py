@@ -29,7 +29,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_agent.config import Api, CoordinatorConfig, Size, read_config
-from edge_agent.coordinator import audience, http, listening
+from edge_agent.coordinator import audience, door, http, listening
 from edge_agent.coordinator.access import ANYONE, LOCAL, SCOPES
 from edge_agent.coordinator.client import Answered, Client, Problem
 from edge_agent.coordinator.door import Door
@@ -518,7 +518,7 @@ def test_events_of_the_fleet_go_on_where_they_were(coordinator: ApiServer) -> No
 
 def test_silence_is_told(coordinator: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing happens a comment comes, so that both ends see that the other is there."""
-    monkeypatch.setattr(http, "PING_S", 0.05)
+    monkeypatch.setattr(door, "PING_S", 0.05)
     with ExitStack() as ends:
         events = iter(Reader(coordinator, "/events", ends))
         assert next(events)[0] == "start"
@@ -527,8 +527,8 @@ def test_silence_is_told(coordinator: ApiServer, monkeypatch: pytest.MonkeyPatch
 
 def test_stream_ends_with_its_token(coordinator: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader whose token is revoked hears nothing of what happens then; one token has a bounded number of streams."""
-    monkeypatch.setattr(http, "PING_S", 0.05)
-    monkeypatch.setattr(http, "MOST_STREAMS", 2)
+    monkeypatch.setattr(door, "PING_S", 0.05)
+    monkeypatch.setattr(door, "MOST_STREAMS", 2)
     access = coordinator.service.access
     secret = coordinator.call(lambda: access.new("guest", "read", None)).secret
     with ExitStack() as ends:
@@ -554,7 +554,7 @@ def test_reader_that_does_not_read_is_cut_off(coordinator: ApiServer) -> None:
         connection.sendall(f"GET /v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {coordinator.secrets['read']}\r\n\r\n".encode())
         wait_for("the listener", lambda: listeners)
         info = msgspec.structs.replace(INFO, versions={"long": "x" * 60_000})
-        for _ in range(http.MOST_UNHEARD + 200):
+        for _ in range(door.MOST_UNHEARD + 200):
             coordinator.hear("info", info)
         wait_for("its end", lambda: not listeners)
     coordinator.hear("info", INFO)

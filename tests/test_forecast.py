@@ -18,7 +18,7 @@ from orders import NODE
 
 from edge_agent.admission import Rejected
 from edge_agent.config import AgentConfig
-from edge_agent.coordinator import http, plans
+from edge_agent.coordinator import plans, routes
 from edge_agent.dataset import file_sha256, read_records
 from edge_agent.dataset_check import check
 from edge_agent.errors import DoesNotFit
@@ -129,7 +129,7 @@ def test_its_node_alone_answers(coordinator: ApiServer, tmp_path: Path, monkeypa
     thread.join()
     assert (told.status_code, asked) == (200, [NODE])
     assert msgspec.json.decode(told.content, type=PlanAnswer) == PlanAnswer(plan)
-    monkeypatch.setattr(http, "PLAN_S", 0.1)
+    monkeypatch.setattr(routes, "PLAN_S", 0.1)
     monkeypatch.setattr(plans, "MOST_OF_NODE", 1)
     silent = coordinator.ask("POST", "/plans", "read", content=body)
     assert (silent.status_code, "has not answered" in silent.text) == (409, True)
