@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -225,8 +226,12 @@ def test_adapter_of_another_model_is_refused(job: Path, tiny_model: Path, tmp_pa
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "no plain LoRA"),
         ({"modules_to_save": ["lm_head"]}, "no plain LoRA"),
         ({"r": 3}, "no plain LoRA"),
-        ({"target_modules": "(a*)*b"}, "there is no adapter_config.json"),
-        ({"init_lora_weights": "pissa"}, "there is no adapter_config.json"),
+        ({"target_modules": "(a*)*b"}, "no plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "no plain LoRA"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
+        ({"exclude_modules": "(.+)+x"}, "exclude_modules"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"what_comes_next_year": 1}, "what_comes_next_year"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(change: dict[str, Any], said: str, drawn: dict[str, Path], tmp_path: Path) -> None:
@@ -344,6 +349,7 @@ def test_adapters_that_do_not_go_together(job: Path, drawn: dict[str, Path], tin
     """Other matrices, ranks that a method cannot do with, another base model, and options that say nothing: refused before a load."""
     model = str(tiny_model)
     one, two, wide, other = (find_source(drawn[name]) for name in ("one", "two", "wide", "other"))
+    rooted = dataclasses.replace(two, lora=msgspec.structs.replace(two.lora, use_rslora=True))
     stranger = Source(**{**vars(find_source(job)), "fingerprint": "0" * 64})
     refused: list[tuple[type[Exception], str, tuple[Source, ...], dict[str, Any]]] = [
         (AdapterMismatch, "other matrices", (one, other), {}),
@@ -355,6 +361,8 @@ def test_adapters_that_do_not_go_together(job: Path, drawn: dict[str, Path], tin
         (JobSchema, "2 numbers above 0", (one, two), {"weights": (1.0, -1.0)}),
         (JobSchema, "above 0 and below 1", (one, two), {"density": 1.0}),
         (JobSchema, "ends in svd", (one, two), {"rank": 8}),
+        (JobSchema, "has 96 rows or columns", (one, two), {"method": "svd", "rank": 97}),
+        (AdapterMismatch, "rsLoRA", (one, rooted), {}),
     ]
     for error, said, sources, options in refused:
         with pytest.raises(error, match=said):

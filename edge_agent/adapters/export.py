@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,13 @@ import msgspec
 import psutil
 import torch
 from bitsandbytes.nn import Params4bit
-from safetensors import SafetensorError
 
 from edge_agent.adapters.llama_cpp import gguf_lora
+from edge_agent.adapters.output import made
 from edge_agent.adapters.report import EXPORT_REPORT, Base, Export, Format
 from edge_agent.adapters.source import CONFIG, WEIGHTS, Source, base_model
-from edge_agent.errors import NO_SPACE, DirectoryUnusable, DiskFull, NoRoom
-from edge_agent.files import flush, write_file
+from edge_agent.errors import DiskFull, NoRoom
+from edge_agent.files import write_file
 from edge_agent.report import Model
 from profiles.device import device_profile
 from profiles.memory import HostMemory, fix_malloc
@@ -49,7 +47,7 @@ def export(source: Source, model: str | None, out: Path, form: Format, base: Bas
     memory, began = HostMemory(), time.monotonic()
     memory.release()
     files = base_model(source, model)
-    with _made(out) as part:
+    with made(out) as part:
         dtype, difference = None, None
         if form == "merged":
             dtype, difference = _merged(source, files, base, part)
@@ -67,32 +65,6 @@ def export(source: Source, model: str | None, out: Path, form: Format, base: Bas
         )  # fmt: skip
         write_file(part / EXPORT_REPORT, msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     return report
-
-
-@contextmanager
-def _made(out: Path) -> Iterator[Path]:
-    """Lend a directory that takes the place `out` at the end. Raises DirectoryUnusable, DiskFull."""
-    out = out.absolute()
-    part = out.with_name(f".{out.name}.part")
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DirectoryUnusable(out, "it is there already")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        for file in part.iterdir():
-            flush(file)
-        part.replace(out)
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise DiskFull(str(out)) from error
-        raise DirectoryUnusable(out, error.strerror or str(error)) from None
-    except SafetensorError as error:  # in which its writer wraps what the system says
-        if "No space left" in str(error):
-            raise DiskFull(str(out)) from error
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _merged(source: Source, files: ModelFiles, base: Base, part: Path) -> tuple[str, float]:
@@ -116,8 +88,7 @@ def _merged(source: Source, files: ModelFiles, base: Base, part: Path) -> tuple[
 
 def _round_to_nf4(plain: Any, files: ModelFiles, vocabulary: dict[str, bool]) -> None:
     """Give a model the weights that the same model has in 4 bits."""
-    head = vocabulary.get("quantized_head", False)
-    rounded = load_model(files, device_profile("cpu"), cache=find_cache(), quantized_head=head)
+    rounded = load_model(files, device_profile("cpu"), cache=find_cache(), **vocabulary)
     for name, weight in rounded.named_parameters():
         if isinstance(weight, Params4bit):
             own = plain.get_parameter(name)

@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 import torch
 
+from edge_agent.adapters.output import made
 from edge_agent.adapters.report import MERGE_REPORT, Held, Merge, Method, Part
 from edge_agent.adapters.source import WEIGHTS, Source, base_model, check_base
 from edge_agent.answers import Answer, accuracy, check_answers, free_text, measure
 from edge_agent.dataset import Record
-from edge_agent.errors import AdapterMismatch, DirectoryUnusable, JobSchema
+from edge_agent.errors import AdapterMismatch, JobSchema
 from edge_agent.files import write_file
 from edge_agent.job import Evaluation
 from edge_agent.prompts import PROMPTS, Prompts
@@ -74,48 +75,42 @@ def merge(
     began = time.monotonic()
     files = check(sources, model, options)
     shares = _shares(sources, options.weights)
-    _make(out)
     fix_malloc()
-    with memory_explained(lambda: "evaluate"):
+    with made(out) as part, memory_explained(lambda: "evaluate"):
         tokenizer = load_tokenizer(files)
         merged = load_parts(files, sources, options.device)
         combine(merged, shares, options)
-        sha256 = save_adapter(merged, out / "adapter", files.name, MERGED)
+        sha256 = save_adapter(merged, part / "adapter", files.name, MERGED)
         answers = _measured(merged, tokenizer, files, questions, len(sources), progress) if questions else {}
-    for name, rows in answers.items():
-        write_file(out / f"{name}.jsonl", msgspec.json.Encoder().encode_lines(rows))
-    own = answers.get(MERGED, [])
-    names = ("base", *(source.name for source in sources))
-    report = Merge(
-        model=Model(files.name, files.fingerprint, files.context_tokens), method=options.method,
-        density=None if options.method in DENSE else options.density, seed=options.seed, rank=merged.peft_config[MERGED].r,
-        parts=[
-            Part(name=s.name, sha256=s.sha256, questions=s.questions, weight=share, fingerprint_known=s.fingerprint is not None)
-            for s, share in zip(sources, shares, strict=True)
-        ],
-        adapter=Adapter(sha256, (out / "adapter" / WEIGHTS).stat().st_size, sum(t.numel() for t in adapter_state(merged, MERGED).values())),
-        held_out=len(own), accuracy=accuracy(own), text=free_text(own),
-        against=[
-            Held(name=name, accuracy=accuracy(rows), text=free_text(rows), merged=measure(rows, own))
-            for name, rows in zip(names, answers.values(), strict=False)
-        ],
-        seconds=time.monotonic() - began,
-    )  # fmt: skip
-    write_file(out / MERGE_REPORT, msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+        for name, rows in answers.items():
+            write_file(part / f"{name}.jsonl", msgspec.json.Encoder().encode_lines(rows))
+        own, size_bytes = answers.get(MERGED, []), (part / "adapter" / WEIGHTS).stat().st_size
+        names = ("base", *(source.name for source in sources))
+        report = Merge(
+            model=Model(files.name, files.fingerprint, files.context_tokens), method=options.method,
+            density=None if options.method in DENSE else options.density, seed=options.seed, rank=merged.peft_config[MERGED].r,
+            parts=[
+                Part(name=s.name, sha256=s.sha256, questions=s.questions, weight=share, fingerprint_known=s.fingerprint is not None)
+                for s, share in zip(sources, shares, strict=True)
+            ],
+            adapter=Adapter(sha256, size_bytes, sum(tensor.numel() for tensor in adapter_state(merged, MERGED).values())),
+            held_out=len(own), accuracy=accuracy(own), text=free_text(own),
+            against=[
+                Held(name=name, accuracy=accuracy(rows), text=free_text(rows), merged=measure(rows, own))
+                for name, rows in zip(names, answers.values(), strict=False)
+            ],
+            seconds=time.monotonic() - began,
+        )  # fmt: skip
+        write_file(part / MERGE_REPORT, msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     return report
 
 
 def check(sources: Sequence[Source], model: str | None, options: Options) -> ModelFiles:
     """Return the base model of adapters that can be merged. Raises AdapterMismatch, JobSchema."""
-    if len(sources) < 2:
-        raise JobSchema("merge", "give two adapters or more")
-    if options.weights and (len(options.weights) != len(sources) or min(options.weights) <= 0):
-        raise JobSchema("--weights", f"give {len(sources)} numbers above 0, one for each adapter")
-    if not 0 < options.density < 1:
-        raise JobSchema("--density", "it is a share above 0 and below 1")
-    if options.rank is not None and not options.method.endswith("svd"):
-        raise JobSchema("--rank", "only a method that ends in svd has a rank to choose")
+    _check_options(sources, options)
     first = sources[0]
+    if rooted := next((source for source in sources if source.lora.use_rslora), None):
+        raise AdapterMismatch(rooted.place, "it is scaled by the root of its rank (rsLoRA), which PEFT merges wrongly; train it without")
     for other in sources[1:]:
         if None not in (first.fingerprint, other.fingerprint) and first.fingerprint != other.fingerprint:
             raise AdapterMismatch(other.place, f"its base model is another one than that of {first.place}")
@@ -128,6 +123,22 @@ def check(sources: Sequence[Source], model: str | None, options: Options) -> Mod
     for other in sources[1:]:
         check_base(other, files)
     return files
+
+
+def _check_options(sources: Sequence[Source], options: Options) -> None:
+    """Raise JobSchema for options that do not go with the adapters."""
+    if len(sources) < 2:
+        raise JobSchema("merge", "give two adapters or more")
+    if options.weights and (len(options.weights) != len(sources) or min(options.weights) <= 0):
+        raise JobSchema("--weights", f"give {len(sources)} numbers above 0, one for each adapter")
+    if not 0 < options.density < 1:
+        raise JobSchema("--density", "it is a share above 0 and below 1")
+    if options.rank is not None and not options.method.endswith("svd"):
+        raise JobSchema("--rank", "only a method that ends in svd has a rank to choose")
+    sides = [side for source in sources for (_, inputs), (outputs, _) in source.matrices.values() for side in (inputs, outputs)]
+    rank = options.rank or max(source.lora.r for source in sources)
+    if options.method.endswith("svd") and rank > min(sides):
+        raise JobSchema("--rank", f"the smallest matrix has {min(sides)} rows or columns, so no more singular values: give at most that")
 
 
 def load_parts(files: ModelFiles, sources: Sequence[Source], device: str) -> Any:
@@ -188,15 +199,6 @@ def _shares(sources: Sequence[Source], weights: Sequence[float]) -> list[float]:
     counts = [source.questions for source in sources]
     raw = list(weights) or ([float(n) for n in counts if n] if all(counts) else [1.0] * len(sources))
     return [weight / sum(raw) for weight in raw]
-
-
-def _make(out: Path) -> None:
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DirectoryUnusable(out, "it is there already")
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DirectoryUnusable(out, error.strerror or type(error).__name__) from None
 
 
 def _measured(

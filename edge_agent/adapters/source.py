@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -22,35 +22,27 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 A, B = ".lora_A.weight", ".lora_B.weight"
 PREFIX = "base_model.model."
 T = TypeVar("T")
+FREE = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "task_type",
+})  # fmt: skip
+"""Settings that change nothing of what an adapter is, where those are empty that would use them."""
+NOT_PLAIN = "it is no plain LoRA of one rank, as jobs here make; nothing else is merged or handed on"
 
 
 class LoraFile(msgspec.Struct, frozen=True):
-    """What `adapter_config.json` says and is looked at here; PEFT reads the rest."""
+    """What `adapter_config.json` says. PEFT reads the whole file, so any other setting must be empty, or one of `FREE`."""
 
-    peft_type: str
+    peft_type: Literal["LORA"]
     r: int
     lora_alpha: float
     use_rslora: bool = False
-    use_dora: bool = False
-    bias: str = "none"
-    rank_pattern: Mapping[str, int] = {}
-    alpha_pattern: Mapping[str, float] = {}
-    modules_to_save: list[str] | None = None
+    bias: Literal["none"] = "none"
     target_modules: list[str] | None = None
     """A pattern instead of names would be matched in any time."""
     init_lora_weights: bool = True
     """Named ways to begin with would change the base model."""
-    megatron_config: dict[str, object] | None = None
-    """Comes with the name of a package to import."""
-    layer_replication: list[list[int]] | None = None
-    target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is what jobs here make: A and B of one rank for some matrices, and nothing else."""
-        other = self.use_dora or self.bias != "none" or self.megatron_config or self.layer_replication or self.target_parameters
-        return self.peft_type == "LORA" and not (other or self.modules_to_save or self.rank_pattern or self.alpha_pattern)
 
     @property
     def scaling(self) -> float:
@@ -99,13 +91,11 @@ class Source:
 def find_source(place: Path, name: str | None = None) -> Source:
     """Return the adapter at a place. Raises AdapterMismatch where there is none, or one that is no plain LoRA."""
     root, adapter = _places(place)
-    lora = _read(adapter / CONFIG, LoraFile)
-    if lora is None or not (adapter / WEIGHTS).is_file():
+    if not (adapter / CONFIG).is_file() or not (adapter / WEIGHTS).is_file():
         raise AdapterMismatch(place, f"there is no {CONFIG} with {WEIGHTS} in it; give a finished job, or its adapter/")
-    matrices = _matrices(place, adapter / WEIGHTS)
-    ranks = {a_RI[0] for a_RI, _ in matrices.values()}
-    if not lora.plain or ranks != {lora.r}:
-        raise AdapterMismatch(place, "it is no plain LoRA of one rank, as jobs here make; nothing else is merged or handed on")
+    lora, matrices = _lora(place, adapter / CONFIG), _matrices(place, adapter / WEIGHTS)
+    if (ranks := sorted({a_RI[0] for a_RI, _ in matrices.values()})) != [lora.r]:
+        raise AdapterMismatch(place, f"{NOT_PLAIN} (its matrices have the ranks {ranks}, {CONFIG} says {lora.r})")
     job, result = (_read(root / "job.json", Job), _read(root / "result.json", Result)) if root else (None, None)
     merge = _read(root / MERGE_REPORT, Merge) if root else None
     sha256 = file_sha256(adapter / WEIGHTS)
@@ -161,6 +151,18 @@ def _read(file: Path, kind: type[T]) -> T | None:
         return msgspec.json.decode(file.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
+
+
+def _lora(place: Path, file: Path) -> LoraFile:
+    """Return the settings of an adapter. Raises AdapterMismatch for any that jobs here do not make."""
+    try:
+        lora = msgspec.json.decode(file.read_bytes(), type=LoraFile)
+        settings = msgspec.json.decode(file.read_bytes(), type=dict[str, object])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise AdapterMismatch(place, f"{NOT_PLAIN} ({CONFIG}: {str(error)[:200]})") from None
+    if unknown := sorted(name for name in settings.keys() - FREE - set(LoraFile.__struct_fields__) if settings[name]):
+        raise AdapterMismatch(place, f"{NOT_PLAIN} ({CONFIG} has {unknown[0][:80]!r})")
+    return lora
 
 
 def _matrices(place: Path, weights: Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
