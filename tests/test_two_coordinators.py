@@ -324,6 +324,35 @@ def test_result_that_comes_to_both_is_fetched_once(pair: Pair) -> None:
     wait_for("the other one to await nothing", lambda: _tick(a) and not a._exchange._awaited, 30)
 
 
+def test_who_loses_the_broker_leaves_results_and_listeners(pair: Pair) -> None:
+    """Another one fetches what it had begun to; and who listens comes back to hear what was told meanwhile."""
+    from edge_agent.messages import Artifact
+    from edge_agent.mqtt import Connected, Disconnected
+
+    a, b = pair.services
+    of = Job(model="tiny", dataset=Dataset(a.call(lambda: _dataset(a._store, pair.root))), budget_bytes=2**29)
+    job = a.call(lambda: a.submit(NODE, of, 4, 600.0))
+    result = JobResult(job.digest, "succeeded", artifacts=(Artifact("adapter_model.safetensors", "a" * 64, 10),))
+    payload = encode(result, "test", boot=1, seq=1)
+
+    def hear(service: Service) -> object:
+        service.call(lambda: service._receive_up(NODE, ["job", job.id, "result"], payload, False))
+        return service.call(lambda: service._exchange.awaited(NODE, "a" * 64))
+
+    assert hear(a) is not None
+    assert hear(b) is None
+    heard: list[Happening] = []
+    since, _ = a.call(lambda: a.listen_to_all(heard.append, None))
+    a.call(lambda: a.listen(job.id, heard.append))
+    a.call(lambda: a._handle(Disconnected("a cable")))
+    assert a.call(lambda: a._exchange.awaited(NODE, "a" * 64)) is None
+    assert hear(b) is not None
+    a.call(lambda: a._handle(Connected("5")))
+    assert [h.kind for h in heard][-2:] == ["missed", "missed"]
+    assert a.call(lambda: a.listen_to_all(heard.append, since))[1]
+    assert not a._commands._expiries or a._leads
+
+
 def _written(file: Path, data: bytes) -> Path:
     file.write_bytes(data)
     return file

@@ -25,7 +25,7 @@ MOST_TRACKS = 1000
 """Jobs of which that is kept; those that nothing was told of for longest go first."""
 
 
-HappeningKind = Literal["job", "progress", "saliency", "node"]
+HappeningKind = Literal["job", "progress", "saliency", "node", "missed"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Happening:
     subject: str
     """The job or node."""
     data: bytes
-    """JSON of the job, its progress, its Saliency Map as an artifact, or the node."""
+    """JSON of the job, its progress, its Saliency Map as an artifact, or the node; of what was `missed`, nothing."""
     ended: bool = False
     """Whether it is the end of a job."""
 
@@ -156,6 +156,13 @@ class Audience:
         """Something has happened that nobody hears: who comes back has to look anew."""
         self._number += 1
         self._kept.clear()
+
+    def part(self) -> None:
+        """Something may have happened anywhere that was not heard here: have all who listen come back, and look anew."""
+        self.skip()
+        for listeners in list(self._listeners.values()):
+            for listener in list(listeners):
+                listener(Happening(self._epoch, self._number, "missed", "", b""))
 
     def saliency(self, job: str, artifact: Artifact) -> None:
         """The Saliency Map of a job that runs has come."""

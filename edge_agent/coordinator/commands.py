@@ -80,6 +80,7 @@ class Commands:
             self._tell(due, {} if node is None else {name: node}, self._store.waiting_counts(name), now)
         self._changed_nodes.clear()
         if not leads:
+            self._retries, self._expiries = {}, {}  # what comes next of these jobs is the leader's
             return
         for _ in range(min(SPOKEN_AT_ONCE, len(self._unseen))):
             self.node_spoke(self._unseen.popleft())

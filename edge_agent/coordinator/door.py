@@ -85,7 +85,7 @@ async def events_for(service: Service, job: str | None, ear: Ear, heard: str | N
             except asyncio.TimeoutError:
                 yield ServerSentEventMessage(data=None, comment="still here")
                 continue
-            if not ear.may_hear():
+            if happening.kind == "missed" or not ear.may_hear():
                 return
             yield ServerSentEventMessage(event=happening.kind, id=happening.id, data=_told(happening, job).decode())
             if job is not None and happening.ended:

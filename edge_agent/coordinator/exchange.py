@@ -102,6 +102,12 @@ class Exchange:
         for job in list(self._awaited):
             self._advance(job)
 
+    def link_is_gone(self) -> None:
+        """Leave to other coordinators what was on its way here: nodes say their results again, to one that they reach."""
+        for job in [job for job, awaited in self._awaited.items() if awaited.claimed]:
+            self._store.leave(job)
+            del self._awaited[job]
+
     def link_is_new(self) -> None:
         for awaited in self._awaited.values():
             for incoming in awaited.incoming.values():

@@ -143,6 +143,13 @@ class RemoteFiles(FileStore):
             self._there.pop(sha256, None)
             self._want(sha256, "delete")
 
+    def leave_deletions(self) -> None:
+        """Delete nothing that has not begun: another coordinator does from now on, and the file may come again meanwhile."""
+        with self._changed:
+            for task in [task for task in self._tasks.values() if task.kind == "delete"]:
+                task.done.cancel()
+                del self._tasks[task.sha256]
+
     def read_blocks(self, sha256: str, request: FileRequest) -> Iterator[tuple[int, bytes]]:
         """As of any file store; of a file that is not here now no block comes, and it is fetched until somebody asks again."""
         if not self.has(sha256):
@@ -320,7 +327,8 @@ class RemoteFiles(FileStore):
             del self._busy[task.sha256]
             if task.kind != "fetch":
                 self._failing.add(task.sha256)
-                self._tasks.setdefault(task.sha256, Task(task.sha256, task.kind))
+                if task.kind == "keep" or self._trust_s == math.inf:  # who leads then deletes what it finds doomed
+                    self._tasks.setdefault(task.sha256, Task(task.sha256, task.kind))
                 self._again_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, LONGEST_RETRY_S)
             if self._away_since is None or now - self._said >= SAY_S:
                 log.warning("files_away error=%s", error)

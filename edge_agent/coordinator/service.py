@@ -250,8 +250,12 @@ class Service:
                 self._commands.link_is_new()
                 self._exchange.link_is_new()
                 self._maps.link_is_new()
+                if self._config.shared:
+                    self._audience.part()  # what others have told meanwhile
             case Disconnected(why):
                 log.warning("disconnected why=%r", why)
+                if self._config.shared:
+                    self._exchange.link_is_gone()
 
     # the link
 
@@ -434,6 +438,8 @@ class Service:
         led, self._leads = self._leads, self._store.leads(self._link.connected or not self._config.shared)
         if not self._config.shared:
             return
+        if led and not self._leads and self._remote is not None:
+            self._remote.leave_deletions()
         if self._leads and not led:
             log.info("lead_taken instance=%s", self._config.instance)
             self._commands.lead()
