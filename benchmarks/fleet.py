@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import shutil
 import signal
 import subprocess
@@ -93,7 +92,7 @@ def run(options: Any, ends: ExitStack) -> Report:
     report = {"nodes": options.nodes, "jobs": options.jobs}
     costs = cost(spans, report)
     return Report(
-        datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), f"{device_name('cpu')}, {os.cpu_count()} cores",
+        datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), device_name("cpu"),
         "nodes, ear and what is measured share the cores" + (f"; {options.note}" if options.note else ""), versions(),
         _version_of_broker(), "sqlite" if fleet.postgres is None else f"postgresql {fleet.ask('SHOW server_version')[0][0]}", options.tls,
         options.coordinators, options.nodes, options.jobs, options.rate,
