@@ -16,7 +16,7 @@ RUN apt-get update \
     && useradd --system --no-log-init --uid 10001 --gid 10001 --home-dir /var/lib/edge-agent edge-agent \
     && install --directory --mode=700 --owner=edge-agent --group=edge-agent /var/lib/edge-agent \
     && python3 -m venv /opt/edge-agent
-ENV PATH=/opt/edge-agent/bin:$PATH HOME=/var/lib/edge-agent HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+ENV PATH=/opt/edge-agent/bin:$PATH HOME=/var/lib/edge-agent PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 VOLUME /var/lib/edge-agent
 WORKDIR /var/lib/edge-agent
 ENTRYPOINT ["edge-agent"]
@@ -79,7 +79,7 @@ RUN apt-get update \
     && useradd --system --no-log-init --uid 10001 --gid 10001 --groups video --home-dir /var/lib/edge-agent edge-agent \
     && install --directory --mode=700 --owner=edge-agent --group=edge-agent /var/lib/edge-agent \
     && python3 -m venv /opt/edge-agent
-ENV PATH=/opt/edge-agent/bin:/usr/local/cuda/bin:$PATH HOME=/var/lib/edge-agent HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+ENV PATH=/opt/edge-agent/bin:/usr/local/cuda/bin:$PATH HOME=/var/lib/edge-agent PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 ENV LD_LIBRARY_PATH=/opt/edge-agent/lib/python3.10/site-packages/nvidia/cu12/lib:/usr/local/cuda/lib64
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=all
 ARG TORCH_INDEX=https://pypi.jetson-ai-lab.io/jp6/cu126
@@ -92,7 +92,8 @@ RUN --mount=type=bind,from=bitsandbytes,source=/wheels,target=/wheels \
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl
 VOLUME /var/lib/edge-agent
 WORKDIR /var/lib/edge-agent
-USER 10001:10001
+# Without a group: then those of the user count, of which `video` has the GPU.
+USER 10001
 ENTRYPOINT ["edge-agent"]
 CMD ["run"]
 HEALTHCHECK --interval=60s --timeout=20s --start-period=120s CMD ["edge-agent", "health", "node"]

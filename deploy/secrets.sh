@@ -2,15 +2,17 @@
 # Makes what deploy/compose.yaml mounts as secrets: certificates of one authority, the key that signs orders, the database's password.
 #   secrets.sh DIRECTORY
 # Each file is for the user that reads it in its container, so this runs as root: `docker compose run --rm setup` does. What is there
-# already stays. BROKER_USER: 1883 is that of eclipse-mosquitto; 1000 that of emqx.
+# already stays; the broker's files become those of BROKER_USER: 1883 is that of eclipse-mosquitto; 1000 that of emqx.
 set -eu
 umask 077
 cd "$1"
 agent_user=10001 database_user=70 broker_user=${BROKER_USER:-1883}
 if [ -e authority ]; then
+    chown -R "$broker_user" broker
     echo "$1 holds an authority already: nothing is made" >&2
     exit 0
 fi
+rm -rf authority.part broker coordinator agent database # of a run that did not come to its end: without an authority nobody has used them
 mkdir authority.part broker coordinator agent database
 edge-agent enroll broker broker --authority authority.part --out broker >/dev/null
 edge-agent enroll broker localhost --authority authority.part --out coordinator >/dev/null

@@ -61,7 +61,7 @@ from edge_agent.messages import (
     is_ulid,
     new_id,
 )
-from edge_agent.models import changed_ns, offered
+from edge_agent.models import changed_ns, check_places, offered
 from edge_agent.mqtt import Birth, Connected, Disconnected, Link, Received
 from edge_agent.rest import Rest
 from edge_agent.runner import TrainerEnded, TrainerEvent, known_reason
@@ -116,7 +116,7 @@ class Agent:
         self._jobs.recover()
         self._link.start()
         for name, path in self._config.models.items():
-            if not (path / "config.json").is_file():
+            if not os.access(path / "config.json", os.R_OK):
                 log.warning("model_not_there name=%s path=%s", name, path)
         log.info(
             "agent_started node=%s boot=%d device=%s pid=%d", self._config.node, self._store.boot, self._device.torch_device, os.getpid()
@@ -367,7 +367,8 @@ def _version(package: str) -> str | None:
 
 
 def check_files(config: AgentConfig) -> None:
-    """Raise ConfigInvalid or PackageMissing where a judge or a file server could never be asked, or nothing signed be taken."""
+    """Raise ConfigInvalid or PackageMissing where a judge or a file server could never be asked, no model read, or nothing signed taken."""
+    check_places(config)
     for judge in config.judges.values():
         judge.check()
     for alias, server in config.file_servers.items():

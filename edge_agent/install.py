@@ -150,10 +150,10 @@ def render(kind: Kind, config_file: Path, config: Config, user: str) -> str:
     """Return the text of a unit: the one that ships, with what is this machine's own."""
     daemon, package = DAEMONS[kind], Path(__file__).parent
     state = config.state_directory
-    models = config.models.values() if isinstance(config, AgentConfig) else ()
-    needed = [Path(sys.prefix), Path(sys.base_prefix), package, config_file, state, *models, *_secrets(config)]
+    models = [*filter(None, [config.models_directory]), *config.models.values()] if isinstance(config, AgentConfig) else []
+    needed = [Path(sys.prefix), Path(sys.base_prefix), package, config_file, *_paths(config)]
     settings = {
-        "RequiresMountsFor": " ".join(map(_quoted, dict.fromkeys((str(state), *map(str, models))))),
+        "RequiresMountsFor": " ".join(_quoted(str(path)) for path in dict.fromkeys([state, *models])),
         "User": user,
         "ExecStart": _command_line(sys.executable, "-m", "edge_agent", daemon.command, "--config", str(config_file)),
         "ReadWritePaths": "" if _within(state, STATES / daemon.name) else _quoted(str(state)),
@@ -247,14 +247,16 @@ def _make_state(state: Path, usual: Path, user: str, steps: Steps) -> None:
 
 
 def _hand_over(config: Config, config_file: Path, user: str, steps: Steps) -> None:
-    """Give the user what is root's and closed to it: secrets, directories of theirs beside the configuration, and to read that itself."""
-    place = config_file.parent
+    """Give the user what is root's and closed to it, below the directory of the configuration: secrets and directories of theirs. It
+    may also read the configuration. What lies elsewhere may be another service's; the check that follows says whether it can be read.
+    """
+    place = config_file.parent.resolve()
     own: dict[Path, None] = {}
-    for secret in _secrets(config):
-        between = [parent for parent in secret.parents if parent != place and parent.is_relative_to(place)]
-        own |= dict.fromkeys(path for path in [*reversed(between), secret] if _is_closed(path, path.is_dir()))
+    for secret in filter(lambda path: path.resolve().is_relative_to(place), _secrets(config)):
+        between = [parent for parent in secret.resolve().parents if parent != place and parent.is_relative_to(place)]
+        own |= dict.fromkeys(path for path in [*reversed(between), secret.resolve()] if _is_closed(path, path.is_dir()))
     for path in own:
-        steps.take(f"gave {path} to {user}", _chown, path, user)
+        steps.take(f"gave {path} to {user}", _give, path, user)
     if _is_closed(config_file, others_count=True):
         steps.take(f"let {user} read {config_file}", _let_read, config_file, user)
 
@@ -272,9 +274,33 @@ def _chown(path: Path, user: str) -> None:
     shutil.chown(path, user, pwd.getpwnam(user).pw_gid)
 
 
+def _give(path: Path, user: str) -> None:
+    """Change the owner of a file or directory that is at this path, and not where somebody has a link lead meanwhile."""
+    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        state = os.fstat(opened)
+        if Path(f"/proc/self/fd/{opened}").readlink() != path or (stat.S_ISREG(state.st_mode) and state.st_nlink != 1):
+            raise OSError(f"{path} is a link to another file")
+        os.fchown(opened, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
+    finally:
+        os.close(opened)
+
+
 def _let_read(path: Path, user: str) -> None:
     shutil.chown(path, group=pwd.getpwnam(user).pw_gid)
     path.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IRGRP)
+
+
+def _paths(value: object) -> Iterator[Path]:
+    """Yield all files and directories that a configuration names."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _paths(one)
+    elif isinstance(value, msgspec.Struct):
+        for name in value.__struct_fields__:
+            yield from _paths(getattr(value, name))
 
 
 def _secrets(value: object) -> Iterator[Path]:

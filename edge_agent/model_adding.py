@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import IO
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,8 @@ from quantization.estimate import make_estimate
 from quantization.model_files import find_model, weight_files
 from quantization.shape import read_shape
 
+MARK = ".source"
+"""Says, in the directory of an addition that has not come to its end, where its files are from."""
 SPARE_DISK_BYTES = 2**30
 """What a model leaves free."""
 MOST_TEXT_BYTES = 256 * 2**20
@@ -95,20 +98,23 @@ def add(config: AgentConfig, source: str, name: str | None, revision: str | None
     name = check_name(name or source.rstrip("/").rpartition("/")[2].lower())
     if name in config.models:
         raise ModelConflict(f"[models] of the configuration has another model {name!r}; give another --name, or take that out")
-    with working_in(config) as home:
+    with working_in(config) as (home, lock):
         place = open_source(source, revision, config)
         if (there := installed(config).get(name)) is not None:
             return _there_already(name, there, place.listing)
+        if (home / name).exists():
+            raise ModelConflict(f"{home / name} is there, and no model that was added; move it away, or give another --name")
         incoming = home / INCOMING / name
         _sweep(incoming.parent)
         try:
             files = _fetch(config, name, place, incoming, begin)
             shutil.rmtree(incoming / ".cache", ignore_errors=True)  # the hub's client keeps its books here
             _check(incoming, files)
-            quantised, note = _quantise(config, name, incoming, begin) if quantise else (False, "it was not asked for")
+            quantised, note = _quantise(config, name, incoming, lock, begin) if quantise else (False, "it was not asked for")
             fingerprint = find_model(str(incoming)).fingerprint
             record = Record(source=place.listing.source, fingerprint=fingerprint, added=datetime.now(timezone.utc), files=files)
             write_file(incoming / RECORD, msgspec.json.format(msgspec.json.encode(record)))
+            (incoming / MARK).unlink()
             incoming.rename(home / name)
             flush(home)
         except (ModelUnsafe, ModelUnsupported, ModelMissing, ModelCorrupt):
@@ -151,10 +157,12 @@ def _sweep(incoming: Path) -> None:
 
 def _fetch(config: AgentConfig, name: str, place: ModelPlace, incoming: Path, begin: Begin) -> dict[str, StoredFile]:
     """Bring the files of a model into a directory, and return what they are. Raises ModelsFull, DiskFull, ModelSource, ModelCorrupt."""
-    listing, mark = place.listing, incoming / ".source"
+    listing, mark = place.listing, incoming / MARK
     origin = msgspec.json.encode(listing.source)
+    _check_texts(listing)
     if listing.source.revision is None or not mark.exists() or mark.read_bytes() != origin:
         shutil.rmtree(incoming, ignore_errors=True)
+    shutil.rmtree(incoming / ".cache", ignore_errors=True)  # parts of the hub's client, to which it does not come back
     incoming.mkdir(exist_ok=True)
     write_file(mark, origin)
     if INDEX in listing.files:
@@ -164,13 +172,20 @@ def _fetch(config: AgentConfig, name: str, place: ModelPlace, incoming: Path, be
     if size_bytes + (held := held_bytes(config)) > config.models_limit:
         shutil.rmtree(incoming)
         raise ModelsFull(name, size_bytes, held, config.models_limit)
-    here_bytes = sum(file.stat().st_size for file in incoming.rglob("*") if file.is_file())
+    parts = [incoming / f"{file.name}{end}" for file in wanted for end in ("", ".part")]
+    here_bytes = sum(part.stat().st_size for part in parts if part.exists())
     if shutil.disk_usage(incoming).free < size_bytes - here_bytes + SPARE_DISK_BYTES:
         raise DiskFull(str(incoming), size_bytes - here_bytes + SPARE_DISK_BYTES)
     advance = begin("fetch", size_bytes)
-    files = {file.name: _fetch_one(place, file, incoming, advance) for file in wanted}
-    mark.unlink()
-    return files
+    return {file.name: _fetch_one(place, file, incoming, advance) for file in wanted}
+
+
+def _check_texts(listing: Listing) -> None:
+    """Raise ModelCorrupt for a file without weights that is as large as if it had some."""
+    for name, file in listing.files.items():
+        if not name.endswith(".safetensors") and file.size_bytes > MOST_TEXT_BYTES:
+            told = f"{name} has {human_bytes(file.size_bytes)}, more than {human_bytes(MOST_TEXT_BYTES)}"
+            raise ModelCorrupt(listing.source.location, told)
 
 
 def _choose(listing: Listing, incoming: Path) -> list[Listed]:
@@ -190,9 +205,6 @@ def _choose(listing: Listing, incoming: Path) -> list[Listed]:
         raise ModelUnsafe(where, "it has pickled weights only, and unpickling runs code")
     if not weights:
         raise ModelCorrupt(where, "there are no weights in safetensors")
-    for name, file in files.items():
-        if not name.endswith(".safetensors") and file.size_bytes > MOST_TEXT_BYTES:
-            raise ModelCorrupt(where, f"{name} has {human_bytes(file.size_bytes)}, more than {human_bytes(MOST_TEXT_BYTES)}")
     texts = sorted(name for name in files if not name.endswith(".safetensors"))
     return [files[name] for name in (*texts, *sorted(weights))]
 
@@ -231,10 +243,11 @@ def _check(incoming: Path, files: dict[str, StoredFile]) -> None:
     read_shape(find_model(str(incoming)))
 
 
-def _quantise(config: AgentConfig, name: str, incoming: Path, begin: Begin) -> tuple[bool, str | None]:
+def _quantise(config: AgentConfig, name: str, incoming: Path, held: IO[str], begin: Begin) -> tuple[bool, str | None]:
     """Load a model in 4 bits once, as a trainer would, so that the cache has it. Returns whether it has, and why not.
 
-    Raises ModelUnsupported where no job could load it.
+    The process that does it has the device, and `held`, the lock of the models, also where this one is killed meanwhile. Raises
+    ModelUnsupported where no job could load it.
     """
     if config.cache_limit == 0:
         return False, "`cache_limit` is 0"
@@ -254,7 +267,9 @@ def _quantise(config: AgentConfig, name: str, incoming: Path, begin: Begin) -> t
     command = [sys.executable, "-m", "quantization.prequantise", str(incoming), config.device, *vocabulary]
     with lock:
         try:
-            done = subprocess.run(command, capture_output=True, env=environment, timeout=QUANTISE_S, check=False)  # noqa: S603
+            done = subprocess.run(  # noqa: S603
+                command, capture_output=True, env=environment, timeout=QUANTISE_S, check=False, pass_fds=(lock.fileno(), held.fileno())
+            )
         except subprocess.TimeoutExpired:
             return False, f"it took longer than {QUANTISE_S:,.0f} s"
     with suppress(msgspec.DecodeError):

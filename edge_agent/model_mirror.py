@@ -85,6 +85,8 @@ class Mirror:
                 files[name] = Listed(name, size_bytes, sha256)
             elif sha256 is not None:
                 raise ModelSource(self._url, f"{name} is in its {SUMS}, and not there")
+        if sums is None and "config.json" not in files:
+            raise ModelSource(self._url, f"it has neither {SUMS} nor config.json; look at the address, and at who may read there")
         return Listing(Source("https", self._url, found), files)
 
     async def _usual_names(self, client: httpx.AsyncClient) -> dict[str, None]:

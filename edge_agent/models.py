@@ -6,6 +6,7 @@ model or none. Imports neither torch nor httpx: the daemon looks here.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -14,20 +15,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from edge_agent.config import AgentConfig, ModelName
 from edge_agent.dataset import file_sha256
-from edge_agent.errors import EdgeAgentError, ModelConflict, ModelNeeded, ModelUnknown, StateUnusable
+from edge_agent.errors import ConfigInvalid, EdgeAgentError, ModelConflict, ModelNeeded, ModelUnknown, StateUnusable
 from edge_agent.files import lock_file
 from edge_agent.job import Sha256, Strict
 from edge_agent.store import jobs_of_model
 from quantization.entries import entries_of, entry_bytes
 from quantization.model_files import find_model
 from quantization.shape import read_shape
+
+log = logging.getLogger(__name__)
 
 RECORD, INCOMING = "edge-agent-model.json", ".incoming"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -102,10 +105,31 @@ def home_of(config: AgentConfig) -> Path:
 
 
 def installed(config: AgentConfig) -> dict[str, Path]:
-    """Return the models that were added, by name."""
+    """Return the models that were added, by name; none where their directory cannot be read."""
     home = home_of(config)
-    found = sorted(home.iterdir()) if home.is_dir() else []
-    return {path.name: path for path in found if NAME.fullmatch(path.name) and (path / RECORD).is_file()}
+    try:
+        found = sorted(home.iterdir())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        log.error("models_unreadable directory=%s error=%r", home, error.strerror)
+        return {}
+    return {path.name: path for path in found if NAME.fullmatch(path.name) and os.access(path / RECORD, os.R_OK)}
+
+
+def check_places(config: AgentConfig) -> None:
+    """Raise ConfigInvalid for a directory of models that this user may not enter. One that is not there may come yet."""
+    for field, path in [("models_directory", home_of(config)), *((f"models.{name}", path) for name, path in config.models.items())]:
+        with suppress(FileNotFoundError):
+            _check_place(field, path)
+
+
+def _check_place(field: str, path: Path) -> None:
+    try:
+        os.scandir(path).close()
+    except (PermissionError, NotADirectoryError) as error:
+        problem = f"{field}: {error.strerror}; let the agent's user enter it and read what is there, or name another directory"
+        raise ConfigInvalid(path, problem) from None
 
 
 def offered(config: AgentConfig) -> dict[str, Path]:
@@ -135,8 +159,8 @@ def held_bytes(config: AgentConfig) -> int:
 
 
 @contextmanager
-def working_in(config: AgentConfig) -> Iterator[Path]:
-    """Hold the directory of the models for a command that changes it. Raises StateUnusable."""
+def working_in(config: AgentConfig) -> Iterator[tuple[Path, IO[str]]]:
+    """Hold the directory of the models for a command that changes it, by a lock. Raises StateUnusable."""
     home = home_of(config)
     try:
         for directory in (config.state_directory, home):
@@ -149,7 +173,7 @@ def working_in(config: AgentConfig) -> Iterator[Path]:
     if lock is None:
         raise StateUnusable(home, "another `edge-agent models` works in it; wait until it has ended")
     with lock:
-        yield home
+        yield home, lock
 
 
 def list_models(config: AgentConfig) -> list[ModelView]:
@@ -187,14 +211,14 @@ def find_added(config: AgentConfig, name: str) -> Path:
 
 def remove(config: AgentConfig, name: str) -> int:
     """Delete a model that was added, and what the cache has of it, and return the bytes. Raises ModelNeeded while a job needs it."""
-    with working_in(config) as home:
+    with working_in(config) as (home, _):
         path, hidden = find_added(config, name), home / INCOMING / f"{name}.removed"
         _check_unneeded(config, name)
         hidden.parent.mkdir(exist_ok=True)
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         try:
-            _check_unneeded(config, name)  # a job that came in this moment; from here on none is taken
+            _check_unneeded(config, name)  # a job that came in this moment; a later one ends as `model_missing`
         except ModelNeeded:
             hidden.rename(path)
             raise

@@ -420,6 +420,37 @@ def test_killed_addition_leaves_no_model_and_goes_on(config: AgentConfig, tmp_pa
     assert "bytes=0-1048575" not in server.ranges(WEIGHTS)
 
 
+def test_addition_that_ends_after_its_download_goes_on(
+    config: AgentConfig, mirror_of: Callable[..., Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends it (here as if killed before it quantises), nothing is fetched twice; a directory in the way is told first."""
+    server = mirror_of()
+    knowing = _knowing(config, server)
+    with monkeypatch.context() as killed:
+        killed.setattr(model_adding, "_check", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            _add(knowing, server.address)
+    server.requests = []
+    in_the_way = config.state_directory / "models" / "tiny"
+    in_the_way.mkdir()
+    with pytest.raises(ModelConflict, match="no model that was added"):
+        _add(knowing, server.address)
+    in_the_way.rmdir()
+    assert _same(Path(_add(knowing, server.address).path))
+    assert set(server.ranges(WEIGHTS)) == {"bytes=0-0"}
+
+
+def test_server_that_lets_nobody_in_deletes_nothing(config: AgentConfig, mirror_of: Callable[..., Mirror]) -> None:
+    """What came before stays for when it does again."""
+    server = mirror_of()
+    kept = config.state_directory / "models" / INCOMING / "tiny" / "kept"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    with pytest.raises(ModelSource, match="look at the address, and at who may read there"):
+        _add(_knowing(config, server), f"{server.address}/elsewhere", "tiny")
+    assert kept.exists()
+
+
 # the hub
 
 

@@ -29,10 +29,11 @@ from conftest import ROOT, Cli
 from fleet import Fleet, wait_for
 from orders import NODE
 
-from edge_agent.config import AgentConfig, Api, Broker, CoordinatorConfig, Https, Size
-from edge_agent.errors import ServiceUnusable
+from edge_agent.config import AgentConfig, Api, Broker, CoordinatorConfig, Https, Size, Trust, read_config
+from edge_agent.errors import ConfigInvalid, ServiceUnusable
 from edge_agent.install import DAEMONS, Kind, install, remove, render
 from edge_agent.messages import Report, encode
+from edge_agent.models import check_places, installed
 from edge_agent.mqtt import Link
 from edge_agent.notify import Manager
 from edge_agent.topics import down
@@ -329,6 +330,12 @@ def test_unit_is_that_of_this_machine() -> None:
     at_home = settings_of(render("agent", config, configured("agent", Path("/home/me/state")), "me"))
     interpreter_at_home = any(place.startswith(("/home/", "/root/")) for place in (sys.prefix, sys.base_prefix, str(ROOT)))
     assert (usual["ProtectHome"], at_home["ProtectHome"]) == (["read-only" if interpreter_at_home else "yes"], ["read-only"])
+    state = Path("/var/lib/edge-agent")
+    trusting = configured("agent", state, trust=Trust(keys_file=Path("/home/ops/trusted_keys")))
+    added = configured("agent", state, models_directory=Path("/tmp/models"))  # noqa: S108
+    assert settings_of(render("agent", config, trusting, "me"))["ProtectHome"] == ["read-only"]
+    assert settings_of(render("agent", config, added, "me"))["PrivateTmp"] == ["no"]
+    assert "/tmp/models" in settings_of(render("agent", config, added, "me"))["RequiresMountsFor"][0]  # noqa: S108
     temporary = settings_of(render("agent", config, configured("agent", Path("/tmp/state")), "me"))  # noqa: S108
     assert temporary["PrivateTmp"] == ["no"]
     pem = Path("/etc/edge-agent/a.pem")
@@ -418,6 +425,42 @@ def test_secrets_are_given_to_the_user_or_what_it_cannot_read_is_said(place: Pla
         assert f"let {OTHER} read {place.config}" in install("agent", place.config, OTHER, place.units).done
         assert stat.S_IMODE(place.config.stat().st_mode) == 0o640
     assert not list(place.units.glob("*.part"))
+
+
+def test_what_is_elsewhere_or_behind_a_link_changes_no_owner(place: Place, tmp_path: Path) -> None:
+    """A key may be another service's; and who owns a directory of secrets could have a link there lead to anything."""
+    if ME != "root":
+        pytest.skip("NOT ROOT, so no owner could have been changed")
+    other, own = tmp_path / "shadow", place.secret("keys/password")
+    other.write_text("secret\n")
+    other.chmod(0o600)
+    (place.config.parent / "link").symlink_to(other)
+    for name, owner in ((other, ME), (place.config.parent / "link", ME), (own, "nobody")):
+        place.write(f'[broker]\nusername = "n"\npassword_file = "{name}"\n')
+        with suppress(ServiceUnusable):  # nobody may not read it, nor perhaps run this interpreter
+            install("agent", place.config, "nobody", place.units)
+        assert name.owner() == owner
+    second = place.secret("second")
+    (place.config.parent / "third").hardlink_to(second)
+    place.write(f'[broker]\nusername = "n"\npassword_file = "{second}"\n')
+    with pytest.raises(ServiceUnusable, match="is a link to another file"):
+        install("agent", place.config, "nobody", place.units)
+
+
+def test_models_that_the_user_cannot_read_are_said(place: Place, tmp_path: Path) -> None:
+    """Before the service is made: it would not start with them."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    for field in (f'tiny = "{closed}/tiny"\n', f'tiny = "{closed}"\n'):
+        place.write(field)
+        if OTHER != ME:
+            with pytest.raises(ServiceUnusable, match=f"as user {OTHER}: .*models.tiny: Permission denied"):
+                install("agent", place.config, OTHER, place.units)
+    config = read_config(place.config, AgentConfig)
+    with pytest.raises(ConfigInvalid, match="models_directory: Not a directory"):
+        check_places(msgspec.structs.replace(config, models={}, models_directory=place.config))
+    assert installed(msgspec.structs.replace(config, models_directory=place.config)) == {}
+    check_places(msgspec.structs.replace(config, models={"later": tmp_path / "later"}))
 
 
 def test_state_of_somebody_else_is_left_alone(place: Place) -> None:
