@@ -31,10 +31,12 @@ from edge_agent.coordinator.store import (
     COUNT_WAITING_OF_NODE,
     DUE_JOBS,
     DUE_JOBS_OF_NODE,
+    FILES_OF_JOB,
     FORGOTTEN_JOBS,
     GET_HISTORY,
     GET_JOB,
     GET_SPEEDS,
+    JOBS_OF_FILE,
     LIST_JOBS,
     LIST_NODES,
     MOST_HISTORY,
@@ -545,6 +547,8 @@ def test_file_of_an_earlier_version_is_taken_over(version: int, place: Place) ->
             assert view is not None
             assert (view.phase, view.cancel, view.retry_of, view.created) == ("running", True, None, 1.25)
             assert store.envelope(orders[1].id) == make_offer(orders[1]).order
+            assert store.files_of_jobs() == store.files_of_open_jobs() == {EMPTY}
+            assert store.drop_dataset(EMPTY, set, loosen=False) == [orders[1].id, orders[0].id]
             assert [(row.seq, row.late) for row in store.history(view.id)] == [(2, False), (1, True)]
             assert [(node.id, node.boot, node.drain, node.told) for node in store.nodes()] == [("n", 5, True, 0)]
             assert store.epoch > 7
@@ -591,6 +595,7 @@ def test_lists_take_an_index(place: Place) -> None:
         )
     ]  # fmt: skip
     asked += [(WAITING_NODES, "rollout_nodes"), (RUNNING_ROLLOUTS, "rollouts")]
+    asked += [(JOBS_OF_FILE, "jobs"), (JOBS_OF_FILE, "job_files"), (FILES_OF_JOB, "job_files")]
     asked += [(LIST_NODES.format(which=WHICH_NODES["state"]), "nodes"), (GET_HISTORY, "history"), (RESULT_MESSAGE, "history")]
     values = {"silent": "0", "limit": "101", "most": "3"}
     place.open().close()

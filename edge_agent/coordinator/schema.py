@@ -221,11 +221,19 @@ CREATE TABLE loose_files (sha256 TEXT PRIMARY KEY); -- may be in the object stor
 ALTER TABLE loose_files ADD COLUMN since REAL NOT NULL DEFAULT 0; -- -1: it is being deleted, and nothing may count on it
 ALTER TABLE jobs ADD COLUMN offer TEXT;             -- sha256 of the message with its offer that was sent last
 """,
+    """
+CREATE TABLE job_files (                            -- what jobs have brought and made; the store adds those of jobs from before
+    job TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    PRIMARY KEY (job, sha256)
+);
+CREATE INDEX jobs_of_file ON job_files (sha256);
+""",
 )
 """A later version is a further text here, in SQL that both understand; those that are here never change."""
 VERSIONS = (*BEFORE_POSTGRESQL, TAKE_OVER, *LATER)
 """The SQL that leads an SQLite file to each version from the one before."""
-ALL_NAMES = (*NAMES, "rollouts", "rollout_nodes", "loose_files")
+ALL_NAMES = (*NAMES, "rollouts", "rollout_nodes", "loose_files", "job_files")
 FIRST_OF_POSTGRESQL = len(BEFORE_POSTGRESQL) + 1
 NUMBERED = ("jobs", "history", "audit", "rollouts")
 """Tables whose `number` the database itself gives."""

@@ -152,10 +152,8 @@ class Service:
         trust_s = SEEN_S if config.shared else math.inf
         self._remote = RemoteFiles(root, config.files, self._deleted, trust_s) if config.files is not None else None
         self.files = self._remote or FileStore(root)
-        jobs = self._store.jobs(MANY)
-        self.files.sweep({sha256 for view in jobs if view.phase != "ended" for sha256 in view.files})
-        kept = {view.sha256 for view in self._store.dataset_page(None, MANY).items}
-        needed = kept.union(*(view.files for view in jobs))
+        self.files.sweep(self._store.files_of_open_jobs())
+        needed = self._store.files_of_jobs() | {view.sha256 for view in self._store.dataset_page(None, MANY).items}
         self.files.remove_old(needed, UPLOAD_S)
         if self._remote is not None:
             loose = set() if config.shared else self._store.loose_files()

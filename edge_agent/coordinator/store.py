@@ -108,6 +108,14 @@ SET_OPTIONS_STATE = "UPDATE jobs SET options_state = :state WHERE id = :id"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, changed = :now WHERE id = :id"
 ASK_FORGET = "UPDATE jobs SET forget = 1, changed = :now WHERE id = :id"
 DELETE_JOB = "DELETE FROM jobs WHERE id = :id"
+ADD_JOB_FILE = "INSERT INTO job_files VALUES (:job, :sha256) ON CONFLICT DO NOTHING"
+FILES_OF_JOB = """SELECT sha256, EXISTS (SELECT 1 FROM job_files AS other
+WHERE other.sha256 = job_files.sha256 AND other.job <> :job) AS shared FROM job_files WHERE job = :job"""
+JOBS_OF_FILE = "SELECT id FROM jobs WHERE id IN (SELECT job FROM job_files WHERE sha256 = :sha256) ORDER BY number DESC"
+FILES_OF_JOBS = "SELECT DISTINCT sha256 FROM job_files"
+FILES_OF_OPEN_JOBS = "SELECT DISTINCT sha256 FROM job_files WHERE job IN (SELECT id FROM jobs WHERE phase != 'ended')"
+JOBS_WITHOUT_FILES = JOBS + " WHERE NOT EXISTS (SELECT 1 FROM job_files WHERE job = jobs.id)"  # noqa: S608
+DELETE_JOB_FILES = "DELETE FROM job_files WHERE job = :job"
 DELETE_HISTORY = "DELETE FROM history WHERE job = :id"
 INSERT_HISTORY = """INSERT INTO history (message, job, time, seq, attempt, phase, outcome, reason, text, late)
 VALUES (:message, :job, :time, :seq, :attempt, :phase, :outcome, :reason, :text, :late) ON CONFLICT (message) DO NOTHING RETURNING number"""
@@ -210,6 +218,9 @@ class CoordinatorStore:
         self.late = 0
         """Messages that came after newer ones, since the start."""
         self.epoch = int(self._db.execute(COUNT_EPOCH, now=int(time.time()))[0]["value"])
+        with self._db.transaction(FILES):
+            for view in self._jobs(JOBS_WITHOUT_FILES):  # of a database of before there was a table of them
+                self._add_files(view.id, view.files)
 
     @property
     def away(self) -> DatabaseAway | None:
@@ -275,6 +286,7 @@ class CoordinatorStore:
                 INSERT_JOB, id=order.id, node=order.node, model=order.job.model, digest=order.job.digest,
                 envelope=msgspec.json.encode(envelope), now=time.time(), retry_of=retry_of, rollout=rollout,
             )  # fmt: skip
+            self._add_files(order.id, {file.sha256 for file in order.files})
             if rollout is not None and not self._db.execute(SET_NODE_JOB, job=order.id, rollout=rollout, node=order.node):
                 raise Refused(f"node {order.node} has had its turn in rollout {rollout}, or that has ended")
 
@@ -377,7 +389,9 @@ class CoordinatorStore:
         object store.
         """
         with self._db.transaction(FILES):
-            unneeded = view.files - others() - self.files_of_jobs(but=view.id)
+            files = {row["sha256"]: bool(row["shared"]) for row in self._db.execute(FILES_OF_JOB, job=view.id)}
+            unneeded = {sha256 for sha256, shared in files.items() if not shared} - others()
+            self._db.execute(DELETE_JOB_FILES, job=view.id)
             self._db.execute(KEEP_OUTCOME, id=view.id)
             self._db.execute(DELETE_HISTORY, id=view.id)
             self._db.execute(DELETE_JOB, id=view.id)
@@ -387,9 +401,21 @@ class CoordinatorStore:
                     self.loosen(sha256)
         return unneeded
 
-    def files_of_jobs(self, but: str | None = None) -> set[str]:
-        """The files of all jobs that are kept, but one."""
-        return {sha256 for view in self.jobs(MANY) if view.id != but for sha256 in view.files}
+    def files_of_jobs(self) -> set[str]:
+        """The files of all jobs that are kept."""
+        return {row["sha256"] for row in self._db.execute(FILES_OF_JOBS)}
+
+    def files_of_open_jobs(self) -> set[str]:
+        """The files of jobs that have not ended."""
+        return {row["sha256"] for row in self._db.execute(FILES_OF_OPEN_JOBS)}
+
+    def _add_files(self, job: str, files: Collection[str]) -> None:
+        for sha256 in files:
+            self._db.execute(ADD_JOB_FILE, job=job, sha256=sha256)
+
+    def _users(self, sha256: str) -> list[str]:
+        """The jobs that have a file, the newest first."""
+        return [row["id"] for row in self._db.execute(JOBS_OF_FILE, sha256=sha256)]
 
     def end(self, job: str, outcome: str, reason: str | None, text: str | None, phase: str | None = None) -> bool:
         """End a job for good; False where it has ended, or is not in the given phase any more."""
@@ -431,6 +457,7 @@ class CoordinatorStore:
                     SET_RESULT, result=msgspec.json.encode(message.data), tokens_per_s=message.data.tokens_per_s,
                     attempt=message.attempt or view.attempt, boot=boot, seq=seq, now=time.time(), id=view.id,
                 )  # fmt: skip
+                self._add_files(view.id, [artifact.sha256 for artifact in message.data.artifacts])
         self.late += late
 
     def _keep(self, job: str, message: Message[Any], phase: Phase, late: bool) -> bool:
@@ -597,7 +624,7 @@ class CoordinatorStore:
         `loosen`: note that its file is to go from the object store.
         """
         with self._db.transaction(FILES):
-            users = [job.id for job in self.jobs(MANY) if sha256 in job.files]
+            users = self._users(sha256)
             if not users and sha256 not in others():
                 self.delete_dataset(sha256)
                 if loosen:
@@ -634,12 +661,13 @@ class CoordinatorStore:
         if not (old := self.loose_files(before)):
             return set()
         with self._db.transaction(FILES):
-            needed = self.files_of_jobs() | {view.sha256 for view in self.dataset_page(None, MANY).items} | others()
+            kept = others()
             for sha256 in old:
-                doomed = self.doomed(sha256)
-                if sha256 in needed and not doomed:
+                if self.doomed(sha256):
+                    continue
+                if sha256 in kept or self.dataset(sha256) is not None or self._users(sha256):
                     self.settle(sha256)
-                elif not doomed:
+                else:
                     self._db.execute(DOOM_FILE, sha256=sha256, before=before)
             return {sha256 for sha256 in old if self.doomed(sha256)}
 
