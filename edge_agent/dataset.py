@@ -198,7 +198,11 @@ def read_rows(path: Path) -> Iterator[Row]:
             problem = "not valid UTF-8"
         except RecursionError:
             problem = "nested too deeply"
-        except (msgspec.MsgspecError, ValueError) as error:
+        except msgspec.ValidationError as error:
+            problem = str(error)
+        except msgspec.DecodeError as error:
+            problem = f"it is no whole JSON object: {error}"
+        except ValueError as error:
             problem = str(error)
         yield Row(where, form, record, problem)
 

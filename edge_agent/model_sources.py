@@ -95,7 +95,7 @@ class Hub:
         with _explained(model):
             info = self._api.model_info(model, revision=revision, files_metadata=True)
         if _COMMIT.fullmatch(str(info.sha)) is None:
-            raise ModelSource(f"model {model!r} at the hub", f"its commit is {str(info.sha)[:80]!r}, which is none")
+            raise ModelSource(model, f"the commit that the hub has of it is {str(info.sha)[:80]!r}, which is none")
         files = {
             file.rfilename: Listed(file.rfilename, int(file.size or 0), file.lfs.sha256 if file.lfs else None)
             for file in info.siblings if is_wanted(file.rfilename)
@@ -116,7 +116,8 @@ def _explained(model: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, HTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ModelSource(f"model {model!r} at the hub", " ".join(str(error).split())[:400] or type(error).__name__) from None
+        said = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ModelSource(model, f"there is no directory of this name here, and the hub cannot give it: {said}") from None
 
 
 def at_hub(model: str, revision: str | None) -> ModelPlace:

@@ -47,7 +47,7 @@ def _append(path: Path, *lines: bytes) -> Path:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b'{"question": "a", "answer": "1"', "line 21: Input data was truncated"),
+        (b'{"question": "a", "answer": "1"', "line 21: it is no whole JSON object: Input data was truncated"),
         (b'{"question": "a", "answer": "1", "anwser": "2"}', "line 21: Object contains unknown field `anwser`"),
         (b'{"question": "a"}', "line 21: it has neither an `answer` nor an `output`"),
         (b'{"answer": "1"}', "line 21: Object missing required field `question`"),

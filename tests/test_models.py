@@ -543,3 +543,6 @@ def test_commands_from_the_hub_to_nothing(
     gone = cli("models", "remove", "mine-1.5", "--config", file, "--json")
     assert (gone.code, gone.json["error"]["code"]) == (5, "model_missing")
     assert cli("models", "list", "--config", file, "--json").json == []
+    assert "edge-agent models add SOURCE" in cli("models", "list", "--config", file).out
+    mistyped = cold_cli("models", "add", "demo/tyni", "--config", file)
+    assert (mistyped.code, "demo/tyni" in mistyped.err, "there is no directory of this name here" in mistyped.err) == (5, True, True)

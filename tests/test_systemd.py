@@ -472,6 +472,9 @@ def test_state_of_somebody_else_is_left_alone(place: Place) -> None:
     (place.state / "agent.sqlite").touch()
     with pytest.raises(ServiceUnusable, match=f"run `chown -R {OTHER}: "):
         install("agent", place.config, OTHER, place.units)
+    rehearsed = install("agent", place.config, OTHER, place.units, rehearsal=True)
+    assert rehearsed.done[0].startswith(f"ended here: {place.state} is not {OTHER}'s and not empty; run `chown -R {OTHER}: ")
+    assert "ExecStart=" in rehearsed.text
 
 
 def test_command_says_what_it_would_do_and_refuses_what_it_cannot(place: Place, cli: Cli) -> None:

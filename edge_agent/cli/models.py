@@ -76,12 +76,12 @@ def list_(config: AgentConfigOption = AGENT_CONFIG, as_json: JsonOption = False)
         if as_json:
             print_json(found)
         else:
-            Console().print(_table(found))
+            Console().print(_table(found) if found else "no models; `edge-agent models add SOURCE` brings one")
 
 
 def _table(models: list[ModelView]) -> Table:
     names = ("architecture", "parameters", "size", "in 4 bits", "source", "offered")
-    table = Table(Column("model", no_wrap=True), *names, box=None, padding=(0, 2))
+    table = Table(Column("model", no_wrap=True), *(Column(name, overflow="fold") for name in names), box=None, padding=(0, 1))
     for m in models:
         revision = f" at {m.source.revision[:12]}" if m.source and m.source.revision else ""
         table.add_row(
