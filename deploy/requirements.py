@@ -1,7 +1,7 @@
 """Prints what pyproject.toml asks for, one requirement a line: of the project and of the extras that are named, without some packages.
 
 `python3 deploy/requirements.py coordinator s3 --without torch peft`, where pyproject.toml is. So an image installs packages in a layer that
-a change of the project's code leaves alone, and a coordinator those that it imports. Needs Python 3.11, and no package.
+a change of the project's code leaves alone, and a coordinator those that it imports. Needs Python 3.11 and no package, or tomli.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tomllib
+try:
+    import tomllib
+except ModuleNotFoundError:
+    import tomli as tomllib
 
 
 def requirements(project: dict[str, Any], extras: list[str]) -> Iterator[str]:

@@ -119,7 +119,10 @@ def installed(config: AgentConfig) -> dict[str, Path]:
 
 def check_places(config: AgentConfig) -> None:
     """Raise ConfigInvalid for a directory of models that this user may not enter. One that is not there may come yet."""
-    for field, path in [("models_directory", home_of(config)), *((f"models.{name}", path) for name, path in config.models.items())]:
+    places = {f"models.{name}": path for name, path in config.models.items()}
+    if config.models_directory is not None:
+        places["models_directory"] = config.models_directory
+    for field, path in places.items():
         with suppress(FileNotFoundError):
             _check_place(field, path)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -19,6 +21,8 @@ MEMORY_TOLERANCE = 0.1
 """A GPU whose memory differs by more from that of a profile of its name is another variant of it."""
 FILE_PAGES_BYTES = 8 * 2**20
 """Of a budget, for pages of files, programs among them, which come without an allocation that could be refused."""
+CUDA_LIBRARIES_BYTES = 370_000_000
+"""What PyTorch's build with CUDA takes beyond the one for processors, on a processor too: its libraries once they are loaded."""
 GENERIC = ("jetson", "cuda", "cpu")
 """Profiles of any device of a kind, in the order in which they are tried."""
 
@@ -82,10 +86,19 @@ def profile_names() -> list[str]:
 
 
 def device_profile(name: str) -> DeviceProfile:
-    """Return a declared profile. Raises ProfileUnknown."""
+    """Return a declared profile; that of a processor with the overhead of the PyTorch that is installed here. Raises ProfileUnknown."""
     if name not in (known := profile_names()):
         raise ProfileUnknown(name, known)
-    return msgspec.toml.decode((files("profiles") / "devices" / f"{name}.toml").read_bytes(), type=DeviceProfile)
+    profile = msgspec.toml.decode((files("profiles") / "devices" / f"{name}.toml").read_bytes(), type=DeviceProfile)
+    if profile.kind == "cpu" and _has_cuda_libraries():
+        return msgspec.structs.replace(profile, overhead_bytes=profile.overhead_bytes + CUDA_LIBRARIES_BYTES)
+    return profile
+
+
+def _has_cuda_libraries() -> bool:
+    """Whether PyTorch is installed in its build with CUDA. It is not imported for that."""
+    found = find_spec("torch")
+    return found is not None and found.origin is not None and (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
 def detect_profile(wanted: str = "auto", machine: Machine = HERE) -> DeviceProfile:

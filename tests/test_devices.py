@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 from machines import AGX_RAILS, agx_orin, jetson, orin_nano, server, write
 
 from edge_agent.errors import DeviceMissing, ProfileUnknown
-from profiles.device import GENERIC, detect_profile, device_name, device_profile, free_bytes, profile_names, profile_of_gpu
+from profiles import device
+from profiles.device import (
+    CUDA_LIBRARIES_BYTES,
+    GENERIC,
+    detect_profile,
+    device_name,
+    device_profile,
+    free_bytes,
+    profile_names,
+    profile_of_gpu,
+)
 from profiles.nvidia import Gpu, find_gpu
 
 MIB = 2**20
@@ -46,6 +57,20 @@ def test_profile_states_where_its_figures_are_from(name: str) -> None:
     assert set(profile.source) == {figure for figure in figures if getattr(profile, figure) is not None}
     assert all(text.endswith(".") for text in profile.source.values())
     assert (profile.memory_bytes is None) == (name in GENERIC)
+
+
+def test_pytorch_with_cuda_takes_more_on_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a trainer's memory its libraries are the largest part where the model is small; a GPU's overhead has them already."""
+    library = tmp_path / "torch" / "lib" / "libtorch_cuda.so"
+    library.parent.mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").touch()
+    monkeypatch.setattr(device, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
+    plain, gpu = device_profile("cpu"), device_profile("rtx-3060-12gb")
+    library.touch()
+    assert device_profile("cpu").overhead_bytes == plain.overhead_bytes + CUDA_LIBRARIES_BYTES
+    assert device_profile("rtx-3060-12gb") == gpu
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    assert device_profile("cpu") == plain
 
 
 def test_profile_that_does_not_exist_is_an_error() -> None:

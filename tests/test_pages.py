@@ -596,7 +596,7 @@ def test_a_job_is_submitted_from_the_form(browser: Any, coordinator: Coordinator
         assert opened.page.locator(".checks .ill").all_inner_texts() == ["▲it lends 1 GiB, the budget is 2 GiB"]
         page.click("button:has-text('Submit')")
         opened.wait("document.querySelector('.told').textContent.includes('able lends')")
-        _field(opened, "Memory budget").fill("900MiB")
+        _field(opened, "Memory budget").fill("1GiB")
         _field(opened, "Epochs").fill("x")
         page.click("button:has-text('Submit')")
         opened.wait("document.querySelector('.told').textContent === 'Epochs: x is no number'")
@@ -616,7 +616,7 @@ def test_a_job_is_submitted_from_the_form(browser: Any, coordinator: Coordinator
         order = coordinator.call(lambda: coordinator.service.jobs(JobFilter(), None, 1)).items[0].order
         assert order.job == msgspec.convert(shown, Job)
         wanted = Job(
-            model="tiny", dataset=Dataset(file_sha256(good)), budget_bytes=900 * MIB, method=NlftOptions.released(), prompts="plain",
+            model="tiny", dataset=Dataset(file_sha256(good)), budget_bytes=1024 * MIB, method=NlftOptions.released(), prompts="plain",
             schedule=Schedule(epochs=5, learning_rate=0.002, warmup=0.25),
         )  # fmt: skip
         assert (order.job, order.priority) == (wanted, 4)
@@ -645,7 +645,7 @@ def test_a_rollout_is_begun_from_the_form(browser: Any, coordinator: Coordinator
         page.wait_for_selector(".checks li")
         _field(opened, "For").select_option("many")
         _field(opened, "Model").select_option("many")
-        _field(opened, "Memory budget").fill("900MiB")
+        _field(opened, "Memory budget").fill("1GiB")
         page.set_input_files("[aria-label='Dataset: a file']", data)
         page.wait_for_selector(".found .facts")
         opened.wait("document.body.innerText.includes('3 nodes would get this job')")
@@ -669,14 +669,14 @@ def test_a_rollout_is_begun_from_the_form(browser: Any, coordinator: Coordinator
         page.click("button:has-text('Begin the rollout')")
         opened.wait("location.hash.startsWith('#/rollouts/')")
         [made] = coordinator.call(lambda: coordinator.service.rollouts(None, None, 1)).items
-        assert made.plan.job == Job(model="many", dataset=Dataset(file_sha256(data)), budget_bytes=900 * MIB)
+        assert made.plan.job == Job(model="many", dataset=Dataset(file_sha256(data)), budget_bytes=1024 * MIB)
         assert (made.plan.selector.labels, made.plan.rate.maximum_per_minute) == ({"site": "north"}, 5)
         assert made.plan.abort == Abort(minimum_ended=4, threshold=0.25)
         opened.go("#/new")
         page.wait_for_selector(".checks")
         _field(opened, "For").select_option("best")
         _field(opened, "Model").select_option("many")
-        _field(opened, "Memory budget").fill("900MiB")
+        _field(opened, "Memory budget").fill("1GiB")
         _field(opened, "Nodes with the labels").fill("site=south")
         page.set_input_files("[aria-label='Dataset: a file']", data)
         page.wait_for_selector(".found .facts")
