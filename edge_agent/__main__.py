@@ -6,7 +6,12 @@ So does who looks every minute whether it lives: there they would cost time.
 from __future__ import annotations
 
 import gc
+import os
 import sys
+
+# bitsandbytes asks for compiled functions while it is imported, and with them for PyTorch's compiler: seconds and 40 MB of every trainer,
+# for functions that need none of it.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,14 @@ def test_daemon_side_imports_no_torch() -> None:
     """Everything that the daemon will import starts without torch and transformers."""
     code = f"import sys\nfor m in {TORCH_FREE!r}: __import__(m)\nprint([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_trainers_import_no_compiler() -> None:
+    """bitsandbytes comes without what PyTorch compiles with."""
+    code = "import sys, edge_agent.__main__, bitsandbytes\nprint([m for m in sys.modules if m == 'torch._inductor.compile_fx'])"
+    own = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=own)
     assert done.stdout.strip() == "[]"
 
 
