@@ -7,6 +7,7 @@ import json
 import random
 import re
 import socket
+import sqlite3
 import ssl
 import time
 from collections.abc import Iterator
@@ -580,6 +581,8 @@ def test_disk_that_fails_is_told_without_its_paths(lost: str, coordinator: ApiSe
     assert str(place) in caplog.text
     full = http._explain_disk(None, DiskFull(str(place), 7))  # type: ignore[arg-type]
     assert (full.status_code, full.content.detail.count("no space is left"), str(place) in full.content.detail) == (503, 1, False)
+    broken = http._explain_disk(None, sqlite3.OperationalError("disk I/O error"))  # type: ignore[arg-type]
+    assert (broken.status_code, broken.content.detail.count("disk I/O error")) == (503, 1)
 
 
 def test_metrics_count_what_happens(coordinator: ApiServer) -> None:

@@ -172,9 +172,12 @@ def _explain(_: Request[Any, Any, Any], error: EdgeAgentError) -> Response[Probl
 
 
 def _explain_disk(_: Request[Any, Any, Any], error: OSError | sqlite3.Error | DiskFull) -> Response[Problem]:
-    """The log names the file; where it lies is nothing to who asks."""
+    """The log names the file; where it lies is nothing to who asks. What SQLite says names none."""
     log.error("storage_error error=%r", f"{type(error).__name__}: {error}")
-    why = "no space is left" if isinstance(error, DiskFull) else getattr(error, "strerror", None) or type(error).__name__
+    if isinstance(error, DiskFull):
+        why = "no space is left"
+    else:
+        why = str(error) if isinstance(error, sqlite3.Error) else error.strerror or type(error).__name__
     return _problem(503, "state", f"the coordinator cannot use its disk: {why}; look whether it is full, and try again")
 
 
