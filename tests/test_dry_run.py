@@ -284,6 +284,21 @@ def test_plan_shows_what_a_run_would_do(tiny_model: Path, budget_bytes: int) -> 
     assert plan.keeps_freed == (plan.roomy_bytes <= budget_bytes)
 
 
+def test_a_plan_after_another_rehearses_what_is_new(tiny_model: Path) -> None:
+    """The same one nothing, one on a lower rung only that; each run is told to who may stop it."""
+    job = Job(model=str(tiny_model), dataset=Dataset("0" * 64), budget_bytes=2**30, method=SFT, evaluation=Evaluation(questions=2))
+    work, runs = prepare_files(job, judged_records(6), None, CPU), []
+    first = work.plan(on_run=lambda: runs.append("first"))
+    assert work.plan(on_run=lambda: runs.append("same")) == first
+    missed = max(stage.peak_bytes for stage in first.stages if stage.stage == "train")
+    lower = work.plan(missed={"train": missed}, on_run=lambda: runs.append("lower"))
+    assert lower.micro_batch < first.micro_batch or lower.number > first.number
+    assert set(runs) == {"first", "lower"}
+    known = len(runs)
+    assert prepare_files(job, judged_records(6), None, CPU).plan(missed={"train": missed}, on_run=lambda: runs.append("anew")) == lower
+    assert len(runs) - known == known
+
+
 def test_plan_for_plain_torch_has_no_moments_in_8_bits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their optimizer is of bitsandbytes: where its kernels do not run, as from a wheel on a Jetson, a run must not choose it."""
     job = Job(model=str(tiny_model), dataset=Dataset("0" * 64), budget_bytes=2**30, method=SFT, evaluation=Evaluation(questions=2))

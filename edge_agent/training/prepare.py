@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
@@ -96,6 +96,7 @@ class Prepared:
     held_out: list[Record]
     kernel: Kernel
     """What computes in 4 bits there."""
+    _rehearsals: dict[bool, Rehearsal] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def key(self) -> str:
@@ -252,8 +253,16 @@ class Prepared:
         return longest
 
     def rehearsal(self, padded: bool = False, on_run: Callable[[], None] = lambda: None) -> Rehearsal:
-        """Return the dry runs of the job; `padded` where the model turned out not to share the beginnings of rows."""
-        return Rehearsal(self.files, self.shape, self.job, self.lengths, self.device, self.method, padded, on_run, self.kernel)
+        """Return the dry runs of the job, each made once; `padded` where the model turned out to share no beginnings of rows.
+
+        `on_run` is called before each that is made from now on.
+        """
+        if padded not in self._rehearsals:
+            of = (self.files, self.shape, self.job, self.lengths, self.device, self.method)
+            self._rehearsals[padded] = Rehearsal(*of, padded, kernel=self.kernel)
+        made = self._rehearsals[padded]
+        made.on_run = on_run
+        return made
 
     def plan(self, padded: bool = False, missed: Missed = NONE_MISSED, on_run: Callable[[], None] = lambda: None) -> Plan:
         """Return the plan of the job by dry runs; one that lacked memory before has no room to keep what it frees. Raises DoesNotFit."""

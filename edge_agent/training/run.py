@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -76,9 +76,11 @@ def run_job(
         device = usable_profile(job.device)
         tell, pressure = _both(directory.append_event, listen), Pressure(device, machine)
         reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device), pressure.crowded, resting, ran_s)
+        # Attempts after the first know what was rehearsed before them.
+        stages = partial(_stages, directory, job, cache(partial(prepare, directory, job)), reporter, judges, trace, machine)
         with sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes, reporter):
             try:
-                result = persevere(partial(_stages, directory, job, reporter, judges, trace, machine), directory, reporter, pressure)
+                result = persevere(stages, directory, reporter, pressure)
             except Exception as error:
                 raise _failed(directory, job, reporter, error) from error
         reporter.emit("finished", seconds=result.seconds)
@@ -93,10 +95,13 @@ def _both(first: Listener, second: Listener) -> Listener:
     return tell
 
 
-def _stages(directory: JobDirectory, job: Job, reporter: Reporter, judges: Mapping[str, Endpoint], trace: bool, machine: Machine) -> Result:
+def _stages(
+    directory: JobDirectory, job: Job, prepared: Callable[[], Prepared], reporter: Reporter, judges: Mapping[str, Endpoint], trace: bool,
+    machine: Machine,
+) -> Result:  # fmt: skip
     fix_malloc()
     with reporter.stage("plan"):
-        work = prepare(directory, job)
+        work = prepared()
         endpoint = find_endpoint(job.judging, judges)
         plan = _plan(directory, work, reporter)
         admit(work, plan, directory, reporter.recorder.memory.current_bytes(), machine)
