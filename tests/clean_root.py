@@ -40,7 +40,7 @@ def debian() -> Path:
     archive = CACHE / f"{SUITE}.tar"
     if not archive.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        root = CACHE / f"{SUITE}.part"
+        root = CACHE / SUITE
         shutil.rmtree(root, ignore_errors=True)
         run("debootstrap", "--variant=minbase", SUITE, root, _mirror())
         (root / "etc/apt/apt.conf.d/docker-clean").write_text(AS_IN_IMAGES)
