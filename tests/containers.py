@@ -59,7 +59,7 @@ class Engine:
     def podman(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run Podman where the containers are."""
         if self._network is None:  # crun refuses to see control groups of both versions, and needs none here
-            script = "ip link set lo up && (umount /sys/fs/cgroup/unified 2>/dev/null; exec sleep infinity)"
+            script = "ip link set lo up && { umount /sys/fs/cgroup/unified 2>/dev/null; exec sleep infinity; }"
             self._network = subprocess.Popen(["unshare", "--net", "--mount", "--propagation=private", "sh", "-c", script])
             place = psutil.Process(self._network.pid)
             wait_for("a network", lambda: place.name() == "sleep")

@@ -81,7 +81,7 @@ def test_image_holds_what_it_needs_and_says_how_it_lives(target: str, engine: En
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"] == ["edge-agent"]
     assert config["Cmd"] == (["coordinator"] if target == "coordinator" else ["run"])
-    assert config["Healthcheck"]["Test"] == ["CMD", "edge-agent", "health", "coordinator" if target == "coordinator" else "node"]
+    assert image["Healthcheck"]["Test"] == ["CMD", "edge-agent", "health", "coordinator" if target == "coordinator" else "node"]
     assert set(config["Volumes"]) == {"/var/lib/edge-agent"}
     assert image["Size"] < LARGEST[target]
     layers = engine.layers(IMAGES[target])
