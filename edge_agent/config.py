@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.errors import ConfigInvalid, JobSchema, PackageMissing
+from edge_agent.hints import explain
 from edge_agent.job import Alias, Positive, Strict
 from edge_agent.sizes import parse_size
 from edge_agent.topics import COORDINATOR
@@ -430,7 +431,7 @@ def read_config(path: Path, kind: type[C]) -> C:
     except OSError as error:
         raise ConfigInvalid(path, error.strerror or type(error).__name__) from None
     except (msgspec.MsgspecError, ValueError) as error:
-        raise ConfigInvalid(path, str(error)) from None
+        raise ConfigInvalid(path, explain(error, kind)) from None
 
 
 def _read_value(base: Path, kind: type, value: object) -> object:

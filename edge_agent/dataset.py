@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.errors import DatasetChecksum, DatasetEmpty, DatasetSchema, DatasetTooLarge, human_bytes
+from edge_agent.hints import explain
 from edge_agent.json_items import json_items
 
 MAX_CHARACTERS = 2**18
@@ -199,7 +200,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         except RecursionError:
             problem = "nested too deeply"
         except msgspec.ValidationError as error:
-            problem = str(error)
+            problem = explain(error, FORMS[form].type) if form else str(error)
         except msgspec.DecodeError as error:
             problem = f"it is no whole JSON object: {error}"
         except ValueError as error:

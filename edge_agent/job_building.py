@@ -11,6 +11,7 @@ import msgspec
 
 from edge_agent.dataset import file_sha256
 from edge_agent.errors import DatasetEmpty, JobSchema
+from edge_agent.hints import explain
 from edge_agent.job import Evaluation, Job, Judging, Sampling, Seed, Strict
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -67,7 +68,7 @@ def _convert(document: dict[str, Any], given: Iterable[tuple[str, Any]], kind: t
     try:
         return msgspec.convert(document, type=kind)
     except msgspec.ValidationError as error:
-        raise JobSchema(what, str(error)) from None
+        raise JobSchema(what, explain(error, kind)) from None
 
 
 def named_verifier(text: str | None) -> str | dict[str, str] | None:

@@ -25,6 +25,7 @@ import msgspec
 from edge_agent.dataset import Record, check_sha256, file_sha256, read_records
 from edge_agent.errors import Busy, Conflict, DirectoryUnusable, JobSchema
 from edge_agent.files import copy_file, write_file
+from edge_agent.hints import explain
 from edge_agent.job import Job
 from edge_agent.new_options import NewOptions
 from edge_agent.report import Event, Miss, Result
@@ -90,7 +91,7 @@ class JobDirectory:
         except OSError as error:
             raise JobSchema(str(file), f"it cannot be read ({error.strerror}); give a job directory") from None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise JobSchema(str(file), str(error)) from None
+            raise JobSchema(str(file), explain(error, Job)) from None
 
     def read_options(self) -> NewOptions:
         """Return the new options that were laid down. Raises JobSchema with the path of what is wrong in them."""

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.errors import JobSchema
+from edge_agent.hints import explain
 from edge_agent.job import NlftOptions, Strict
 
 MOST_CHANGES = 256
@@ -37,7 +38,7 @@ def change(options: NlftOptions, fields: Mapping[str, Any]) -> NlftOptions:
     try:
         return msgspec.convert(msgspec.to_builtins(options) | dict(fields), type=NlftOptions)
     except msgspec.ValidationError as error:
-        raise JobSchema("method", str(error)) from None
+        raise JobSchema("method", explain(error, NlftOptions)) from None
 
 
 def check_change(own: object, new: NlftOptions) -> None:

@@ -17,6 +17,7 @@ LAYERS = (
         "edge_agent.errors",
         "edge_agent.clocks",
         "edge_agent.files",
+        "edge_agent.hints",
         "edge_agent.intervals",
         "edge_agent.journal",
         "edge_agent.lockdown",
@@ -151,6 +152,23 @@ def test_daemon_side_imports_no_torch() -> None:
     """Everything that the daemon will import starts without torch and transformers."""
     code = f"import sys\nfor m in {TORCH_FREE!r}: __import__(m)\nprint([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_a_plan_is_asked_for_is_checked_before_torch_comes() -> None:
+    """An unknown device, a missing file and an unknown field are refused at once, not after the seconds that an import takes."""
+    code = """if True:
+        import sys
+        from edge_agent.cli import app
+        for data, more in (__file__, ["--device", "jetsn"]), ("none.jsonl", []), (__file__, ["--set", "schedule.epoch=1"]):
+            try:
+                app(["plan", "--model", "m", "--data", data, "--budget", "1GiB", *more])
+            except SystemExit:
+                pass
+        print([m for m in ("torch", "transformers") if m in sys.modules])
+    """.replace("__file__", repr(__file__))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert [line.split()[1] for line in done.stderr.splitlines()] == ["profile_unknown:", "dataset_empty:", "job_schema:"]
     assert done.stdout.strip() == "[]"
 
 

@@ -22,6 +22,7 @@ from edge_agent.answers import Answer, accuracy, check_answers, free_text, measu
 from edge_agent.dataset import Record
 from edge_agent.errors import AdapterMismatch, JobSchema
 from edge_agent.files import write_file
+from edge_agent.hints import explain
 from edge_agent.job import Evaluation
 from edge_agent.prompts import PROMPTS, Prompts
 from edge_agent.report import Adapter, Model
@@ -184,7 +185,7 @@ def questions_of(sources: Iterable[Source], records: list[Record], given: dict[s
     try:
         evaluation = msgspec.convert(fields | {name: value for name, value in given.items() if value is not None}, type=Evaluation)
     except msgspec.ValidationError as error:
-        raise JobSchema("options", str(error)) from None
+        raise JobSchema("options", explain(error, Evaluation)) from None
     sets = {msgspec.json.encode(job.prompts): job.prompts for job in jobs}
     chosen = prompts or (sets.popitem()[1] if len(sets) == 1 else "worked")
     if isinstance(chosen, str) and chosen not in PROMPTS:

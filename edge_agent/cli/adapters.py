@@ -32,6 +32,7 @@ from edge_agent.cli.shared import (
 from edge_agent.config import COORDINATOR_CONFIG
 from edge_agent.errors import AdapterMismatch, JobSchema
 from edge_agent.files import write_file
+from edge_agent.hints import explain
 from edge_agent.job_building import named_verifier
 from edge_agent.messages import is_ulid
 from edge_agent.sizes import parse_size
@@ -225,7 +226,7 @@ def _merge(
     try:
         wanted = msgspec.convert(options, type=Options)
     except msgspec.ValidationError as error:
-        raise JobSchema("options", str(error)) from None
+        raise JobSchema("options", explain(error, Options)) from None
     questions = questions_of(sources, records, given, prompts) if evaluate else None
     console = Console(stderr=as_json)
     report: Merge = combine(sources, model, out, wanted, questions, _told(console))

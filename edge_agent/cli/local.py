@@ -49,6 +49,7 @@ from edge_agent.dataset_check import check
 from edge_agent.dataset_view import dataset_tables
 from edge_agent.errors import NOT_ACCEPTED_EXIT_CODE, DatasetSchema, EdgeAgentError, JobSchema, Stopped
 from edge_agent.files import write_file
+from edge_agent.hints import explain
 from edge_agent.job import Evaluation, Job, Judging
 from edge_agent.job_building import build_job, build_options, named_verifier
 from edge_agent.job_directory import JobDirectory
@@ -208,23 +209,22 @@ def plan(
     The model's weights need not be here: its config.json and its tokenizer will do.
     """
     with explained(as_json):
-        with imports():
-            from edge_agent.training.prepare import prepare_files
-
         profile = device_profile(device) if device not in (None, "auto") else None
         if directory is not None:
             _only_directory(model, data, budget, eval_data, limit, settings)
             source = JobDirectory(directory)
             job = source.read_job()
-            prepared = prepare_files(job, *source.read_dataset(job), profile, weights=False)
-        else:
-            if model is None or data is None or budget is None:
-                raise typer.BadParameter("give --model, --data and --budget, or a job directory")
+            records, questions = source.read_dataset(job)
+        elif model is not None and data is not None and budget is not None:
             fields = {"budget_bytes": parse_size(budget), "dataset.limit": limit, "method.name": "nlft"}
             job = build_job(model, data, eval_data, fields, settings or [])
-            questions = datasets.read_records(eval_data) if eval_data else None
-            prepared = prepare_files(job, datasets.read_records(data), questions, profile, weights=False)
-        survey = prepared.survey()
+            records, questions = datasets.read_records(data), datasets.read_records(eval_data) if eval_data else None
+        else:
+            raise typer.BadParameter("give --model, --data and --budget, or a job directory")
+        with imports():
+            from edge_agent.training.prepare import prepare_files
+
+        survey = prepare_files(job, records, questions, profile, weights=False).survey()
         if as_json:
             print_json(survey)
         else:
@@ -322,7 +322,7 @@ def dataset_check(
         try:
             options = msgspec.convert({"verifier": named_verifier(verifier or "numeric")}, type=Evaluation)
         except msgspec.ValidationError as error:
-            raise JobSchema("--verifier", str(error)) from None
+            raise JobSchema("--verifier", explain(error, Evaluation)) from None
         found, records = check(file, options.verifier, eval_data)
         if model is not None:
             with imports():

@@ -56,6 +56,7 @@ from edge_agent.errors import (
     Unauthorized,
     Unknown,
 )
+from edge_agent.hints import explain
 
 log = logging.getLogger(__name__)
 LONGEST_SOCKET_PATH = 107
@@ -131,7 +132,7 @@ async def check_body(connection: ASGIConnection[Any, Any, Any, Any], handler: Ba
     try:
         msgspec.json.decode(await connection.body(), type=body.annotation)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ValidationException(str(error)) from None
+        raise ValidationException(explain(error, body.annotation)) from None
 
 
 async def _account(message: Message, scope: Any) -> None:

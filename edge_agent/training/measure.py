@@ -13,6 +13,7 @@ import msgspec
 from edge_agent.answers import Answer, accuracy, check_answers, cut_off, free_text, pass_at
 from edge_agent.dataset import Record
 from edge_agent.errors import JobSchema
+from edge_agent.hints import explain
 from edge_agent.job import Evaluation
 from edge_agent.job_directory import JobDirectory
 from edge_agent.prompts import PROMPTS, Prompts
@@ -59,7 +60,7 @@ def measure_files(
     try:
         evaluation = msgspec.convert(dict(options), type=Evaluation)
     except msgspec.ValidationError as error:
-        raise JobSchema("options", str(error)) from None
+        raise JobSchema("options", explain(error, Evaluation)) from None
     held_out = measurable(records)[: evaluation.questions]
     check_answers("evaluation questions", [(r.id, r.reference) for r in held_out], evaluation.verifier)
     settings = {"batch": evaluation.batch, "seed": seed}

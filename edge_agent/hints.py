@@ -1,0 +1,75 @@
+"""What a strict reader would have taken: the field that was probably meant, or the words that a field has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from msgspec import inspect
+
+_REFUSED = re.compile(
+    r"(?:Object contains unknown field `(?P<field>[^`]*)`|Invalid (?:enum )?value '[^']*')(?: - at `\$(?P<path>[^`]*)`)?", re.DOTALL
+)
+
+
+def explain(error: Exception, kind: Any) -> str:
+    """Return what msgspec found wrong in a document of type `kind`, with a hint where it knows of one: for an unknown field the one
+    with a similar name, at its place or elsewhere in the document; for a wrong word those that would do."""
+    text = str(error)
+    if (refused := _REFUSED.fullmatch(text)) is None:
+        return text
+    path = [name for name in re.sub(r"\[[^]]*\]", "", refused["path"] or "").split(".") if name]
+    if (wrong := refused["field"]) is None:
+        words = {str(word) for found in _at(_type(kind), path) if isinstance(found, inspect.LiteralType) for word in found.values}
+        return f"{text} (it takes {', '.join(f'`{word}`' for word in sorted(words))})" if words else text
+    here = [field.encode_name for found in _at(_type(kind), path) if isinstance(found, inspect.StructType) for field in found.fields]
+    if close := get_close_matches(wrong, here, n=1):
+        meant = {".".join([*path, close[0]])}
+    else:
+        elsewhere = list(_names(_type(kind), ()))
+        close = get_close_matches(wrong, {names[-1] for names in elsewhere}, n=1)
+        meant = {".".join(names) for names in elsewhere if names[-1] in close}
+    return f"{text} (did you mean {' or '.join(f'`{name}`' for name in sorted(meant))}?)" if meant else text
+
+
+@cache
+def _type(kind: Any) -> inspect.Type:
+    return inspect.type_info(kind)
+
+
+def _at(kind: inspect.Type, path: Sequence[str]) -> Iterator[inspect.Type]:
+    """Yield the types that a document of a type may have at a path; lists and tables of any keys are no step of it."""
+    for part in _parts(kind):
+        if not path:
+            yield part
+        elif isinstance(part, inspect.StructType):
+            if [part.tag_field] == path:
+                yield inspect.LiteralType((part.tag,))
+            for field in part.fields:
+                if field.encode_name == path[0]:
+                    yield from _at(field.type, path[1:])
+
+
+def _names(kind: inspect.Type, parents: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield every field of a type with those that it is in."""
+    for part in _parts(kind):
+        for field in part.fields if isinstance(part, inspect.StructType) else ():
+            yield (*parents, field.encode_name)
+            yield from _names(field.type, (*parents, field.encode_name))
+
+
+def _parts(kind: inspect.Type) -> Iterator[inspect.Type]:
+    if isinstance(kind, inspect.Metadata):
+        yield from _parts(kind.type)
+    elif isinstance(kind, inspect.UnionType):
+        for part in kind.types:
+            yield from _parts(part)
+    elif isinstance(kind, inspect.DictType):
+        yield from _parts(kind.value_type)
+    elif isinstance(kind, inspect.ListType | inspect.VarTupleType):
+        yield from _parts(kind.item_type)
+    else:
+        yield kind

@@ -1,0 +1,73 @@
+"""Strict reading says what it would have taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from edge_agent.config import AgentConfig
+from edge_agent.dataset import FORMS
+from edge_agent.hints import explain
+from edge_agent.job import Job
+
+JOB: dict[str, Any] = {"model": "tiny", "dataset": {"sha256": "0" * 64}}
+RECORD: dict[str, Any] = {"question": "1 + 1?", "answer": "2"}
+
+
+def _explained(document: Any, kind: Any) -> str:
+    with pytest.raises(msgspec.ValidationError) as refused:
+        msgspec.convert(document, type=kind)
+    text = explain(refused.value, kind)
+    assert text.startswith(str(refused.value))
+    return text.removeprefix(str(refused.value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "hint"),
+    [
+        ({"schedule": {"epoch": 3}}, " (did you mean `schedule.epochs`?)"),
+        ({"epochs": 3}, " (did you mean `schedule.epochs`?)"),
+        ({"sampling": {"temprature": 1}}, " (did you mean `sampling.temperature`?)"),
+        ({"temperatur": 1}, " (did you mean `evaluation.temperature` or `sampling.temperature`?)"),
+        ({"method": {"name": "nlft", "turning_rato": 0.1}}, " (did you mean `method.turning_ratio`?)"),
+        ({"budget_byte": 1}, " (did you mean `budget_bytes`?)"),
+        ({"zzz": 1}, ""),
+        ({"schedule": {"a` - at `$.b": 1}}, ""),
+        ({"method": {"name": "nlft", "references": "onec"}}, " (it takes `epoch`, `live`, `once`)"),
+        ({"device": "gpu"}, " (it takes `auto`, `cpu`, `cuda`)"),
+        ({"evaluation": {"verifier": "numric"}}, " (it takes `choice`, `exact`, `none`, `numeric`)"),
+        ({"evaluation": {"verifier": {"name": "regx"}}}, " (it takes `regex`)"),
+        ({"schedule": {"epochs": "many"}}, ""),
+        ({"schedule": {"epochs": -1}}, ""),
+    ],
+)
+def test_jobs(fields: dict[str, Any], hint: str) -> None:
+    """A field with a similar name is told where it stands, words in alphabetical order; what nothing is like gets no hint."""
+    assert _explained(JOB | fields, Job) == hint
+
+
+def test_methods() -> None:
+    """A wrong name of a method is answered with every name that there is."""
+    assert _explained(JOB | {"method": {"name": "nflt"}}, Job) == " (it takes `cut`, `dft`, `nlft`, `reft`, `sft`)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "hint"),
+    [
+        ({"broker": {"hots": "x"}}, " (did you mean `broker.host`?)"),
+        ({"broker": {"host": "x", "protocol": "5.0"}}, " (it takes `3.1.1`, `5`, `auto`)"),
+        ({"judges": {"one": {"ulr": "x"}}}, " (did you mean `judges.url`?)"),
+    ],
+)
+def test_configurations(fields: dict[str, Any], hint: str) -> None:
+    """Tables of any names are no step of the path."""
+    assert _explained({"node": "a", "fleet": "f"} | fields, AgentConfig) == hint
+
+
+def test_records() -> None:
+    """Fields of a record, and of what lies in it."""
+    native, chat = FORMS["native"].type, FORMS["chat"].type
+    assert _explained(RECORD | {"anwser": "2"}, native) == " (did you mean `answer`?)"
+    assert _explained({"messages": [{"role": "usr", "content": "a"}]}, chat) == " (it takes `assistant`, `system`, `user`)"
