@@ -111,11 +111,13 @@ def _options(service: Service, place: Path, secrets: dict[str, Path]) -> dict[st
     assert set(service) <= KNOWN, set(service) - KNOWN
     options = ["--read-only-tmpfs=false"]
     options += ["--init"] * service.get("init", False) + ["--read-only"] * service.get("read_only", False)
-    options += [f"--user={service['user']}"] * ("user" in service)
+    if user := service.get("user"):
+        options.append(f"--user={user}")
     for key, option in (("cap_drop", "cap-drop"), ("cap_add", "cap-add"), ("security_opt", "security-opt"), ("tmpfs", "tmpfs")):
         options += [f"--{option}={value.replace('privileges:true', 'privileges')}" for value in service.get(key, [])]
     options += [f"--env={name}={_default(value)}" for name, value in service.get("environment", {}).items()]
-    options += [f"--entrypoint={json.dumps(service['entrypoint'])}"] * ("entrypoint" in service)
+    if words := service.get("entrypoint"):
+        options.append(f"--entrypoint={json.dumps(words)}")
     for volume in service.get("volumes", []):
         source, _, rest = volume.partition(":")
         options.append(f"--volume={(place / source).resolve() if source.startswith('.') else source}:{rest}")

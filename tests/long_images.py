@@ -34,8 +34,9 @@ FROM base AS mosquitto
 ENTRYPOINT ["/usr/sbin/mosquitto", "-c", "/mosquitto/config/mosquitto.conf"]
 FROM base AS database
 ENTRYPOINT ["sh", "-ec", "cd /usr/lib/postgresql/*/bin; data=/var/lib/postgresql/data; [ -e $data/PG_VERSION ] || ./initdb --pgdata=$data \\
-    --username=$POSTGRES_USER --pwfile=$POSTGRES_PASSWORD_FILE --auth=scram-sha-256; (until PGPASSWORD=$(cat $POSTGRES_PASSWORD_FILE) \\
-    ./createdb -U $POSTGRES_USER -h 127.0.0.1 $POSTGRES_DB; do sleep 1; done) & exec ./postgres -D $data -k /run/postgresql"]
+    --username=$POSTGRES_USER --pwfile=$POSTGRES_PASSWORD_FILE --auth=scram-sha-256 --encoding=UTF8 --locale=C.UTF-8; \\
+    (until PGPASSWORD=$(cat $POSTGRES_PASSWORD_FILE) ./createdb -U $POSTGRES_USER -h 127.0.0.1 $POSTGRES_DB; do sleep 1; done) & \\
+    exec ./postgres -D $data -k /run/postgresql"]
 """
 LARGEST = {"coordinator": 600e6, "agent-cpu": 1.8e9}
 """Bytes of an image: no PyTorch in the one, nothing of CUDA in the other."""

@@ -52,7 +52,8 @@ class Postgres:
             shutil.chown(path, self._user or os.geteuid())
         self._names = count()
         options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"]
-        if bin_directory.parent.name >= "15":  # sorted as people do, which is not how SQLite does
+        self._has_icu = bin_directory.parent.name >= "15"
+        if self._has_icu:  # sorted as people do, which is not how SQLite does
             options += ["--locale-provider=icu", "--icu-locale=en"]
         self._run("initdb", f"--pgdata={self.data}", f"--username={ADMINISTRATOR}", f"--pwfile={administrators}", *options)
         self.start()
@@ -80,6 +81,12 @@ class Postgres:
         name = f"s{next(self._names)}"
         self.ask(f'CREATE SCHEMA {name} AUTHORIZATION "{USER}"')
         return self.database(name)
+
+    def of_ascii(self) -> Database:
+        """Return an empty database of the encoding that a server has where nobody has chosen a locale."""
+        provider = "LOCALE_PROVIDER libc" if self._has_icu else ""
+        self.ask(f"CREATE DATABASE narrow OWNER \"{USER}\" TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C' {provider}")
+        return Database(url=f"postgresql+psycopg://{USER}@/narrow?host={self.directory}", password_file=self.password_file)
 
     def database(self, schema: str, **more: str) -> Database:
         query = "&".join(f"{k}={v}" for k, v in {"host": str(self.directory), "options": f"-csearch_path%3D{schema}", **more}.items())

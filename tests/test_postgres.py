@@ -109,6 +109,12 @@ def test_session_whose_connection_was_cut_gives_way(postgres: Postgres, tmp_path
         assert [row.seq for row in store.history(job)] == [1]
 
 
+def test_text_that_the_server_could_not_hold_is_refused_at_the_start(postgres: Postgres, tmp_path: Path) -> None:
+    """A cluster that was made without a locale has SQL_ASCII."""
+    with pytest.raises(DatabaseUnusable, match=r"its encoding is SQL_ASCII, .*createdb --encoding UTF8"):
+        _open(tmp_path, postgres.of_ascii())
+
+
 def test_tables_of_another_program_are_left_alone(postgres: Postgres, tmp_path: Path) -> None:
     """So are those of a later version of this one."""
     server = postgres.schema()

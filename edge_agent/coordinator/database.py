@@ -265,6 +265,7 @@ class Sessions:
         session = psycopg.connect(
             self._server.address, application_name=self._name, autocommit=True, prepare_threshold=None, connect_timeout=CONNECT_S,
             keepalives_idle=15, keepalives_interval=5, keepalives_count=3, tcp_user_timeout=30_000, password=self._server.password,
+            client_encoding="UTF8",
         )  # fmt: skip
         try:
             session.execute(SETTINGS)
@@ -305,6 +306,10 @@ def _bring_up(engine: Engine, where: str, before: Path, *, shared: bool) -> None
     with engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         connection.exec_driver_sql(TABLES_LOCK)
+        if (encoding := connection.exec_driver_sql("SHOW server_encoding").scalar_one()) != "UTF8":
+            raise DatabaseUnusable(
+                where, f"its encoding is {encoding}, which cannot hold every text; make one with `createdb --encoding UTF8`"
+            )
         tables = {row[0] for row in connection.exec_driver_sql(TABLES_THERE)}
         if tables and not tables.issuperset(NAMES):
             raise DatabaseUnusable(where, "it has tables of another program; give the coordinator a database or schema of its own")
