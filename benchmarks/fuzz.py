@@ -152,7 +152,7 @@ class Trial:
         acknowledged, changes = side.wire.acknowledged, place.changes()
         signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
         try:
-            side.hear(delivery.topic.encode("latin-1"), delivery.payload.encode("latin-1"), delivery.retained)
+            place.hear(delivery)
         except Exception as error:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._blame(f"{delivery.to}: {type(error).__name__}: {error}"[:300], delivery)

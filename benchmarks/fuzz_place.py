@@ -32,6 +32,7 @@ from fuzz_messages import (
     RESULT,
     SETTLED,
     STAGING,
+    Delivery,
     Receiver,
     make_ack,
     make_large,
@@ -62,6 +63,7 @@ from edge_agent.topics import down, up
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "edge_agent" / "demo" / "tiny"
+OTHERS_OWN = up(FLEET, OTHER, "job", OTHERS)
 PACKET_LIMIT = Size(16 * 2**10)
 """Of the broker: blocks are as long as it lets them."""
 
@@ -201,6 +203,13 @@ class Place:
             side.close()
         self.sides = self.start()
         return self.settle()
+
+    def hear(self, delivery: Delivery) -> None:
+        """Have a receiver hear a message. What comes on the other node's own topic may change that node's job."""
+        side = self.sides[delivery.to]
+        side.hear(delivery.topic.encode("latin-1"), delivery.payload.encode("latin-1"), delivery.retained)
+        if delivery.to == "coordinator" and delivery.topic.startswith(OTHERS_OWN):
+            self.jobs["coordinator"][OTHERS] = self._jobs()["coordinator"][OTHERS]
 
     def close(self) -> None:
         for side in self.sides.values():

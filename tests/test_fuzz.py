@@ -23,7 +23,7 @@ from edge_agent.topics import coordinator_state, down, up
 
 sys.path.append(str(ROOT / "benchmarks"))
 from fuzz import Kept, Trial, corpus, fuzz, replay
-from fuzz_messages import DONE, FLEET, KEY, NEW, NODE, STAGING, Delivery, label, make_offer, make_order, seeds
+from fuzz_messages import DONE, FLEET, KEY, NEW, NODE, OTHER, OTHERS, STAGING, Delivery, label, make_offer, make_order, seeds
 
 KEPT = corpus()
 NEVER_MADE = {"disk_full", "busy", "draining", "replayed"}
@@ -90,6 +90,22 @@ def test_trial_sees_what_should_not_be(tmp_path: Path) -> None:
         assert trial.wrong[0] == f"after a batch: open {tmp_path}/file"[: len(trial.wrong[0])]
         assert "subprocess.Popen" in trial.wrong[1]
         assert trial.wrong[2:] == [f"signed has jobs {{{NEW!r}}}"]
+
+
+def test_trial_tells_whose_words_changed_a_job() -> None:
+    """A job of another node changes by what that node says on its own topic; a change without such words is found."""
+    own = up(FLEET, OTHER, "job", OTHERS, "status")
+    said = next(d for d in seeds() if d.topic == up(FLEET, NODE, "job", OTHERS, "status"))
+    with Trial(("coordinator",)) as trial:
+        assert trial.deliver(said) == "job_unknown"
+        trial.examine([])
+        assert trial.deliver(msgspec.structs.replace(said, topic=own)) == "answered"
+        trial.examine([])
+        assert trial.wrong == []
+    with Trial(("coordinator",)) as trial:
+        trial.place.sides["coordinator"].hear(own.encode(), said.payload.encode())
+        trial.examine([])
+        assert trial.wrong == [f"coordinator: {OTHERS} has changed"]
 
 
 @pytest.mark.parametrize(
