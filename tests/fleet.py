@@ -43,6 +43,8 @@ from edge_agent.signing import make_key, read_private_key, seal
 from edge_agent.topics import down
 
 DEADLINE_S = 120.0
+BUDGET = 2 * 2**30
+"""So much that a job runs as asked with PyTorch's CUDA build too, and whatever the jobs before it have taught the node."""
 PROTOCOL = os.environ.get("EDGE_AGENT_TEST_PROTOCOL", "auto")
 """Of MQTT, where a test does not say."""
 MOSQUITTO = shutil.which("mosquitto", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
@@ -117,7 +119,7 @@ class Fleet:
 
     @staticmethod
     def _agent_toml(more: str) -> str:
-        own = f'node = "{NODE}"\nlabels = {{ site = "bench" }}\nstate_directory = "node"\nbudget = "1GiB"\nthreads = 1\n'
+        own = f'node = "{NODE}"\nlabels = {{ site = "bench" }}\nstate_directory = "node"\nbudget = "{BUDGET}"\nthreads = 1\n'
         return f'{own}{more}\n[models]\ntiny = "{TINY}"\n'
 
     def _broker_toml(self, user: str, protocol: str) -> str:
@@ -234,7 +236,7 @@ class Fleet:
 
     def submit(self, data: Path, questions: Path | None = None, **fields: Any) -> JobView:
         """Submit a quick job on this fleet's node."""
-        chosen = {"budget_bytes": 2**30, "method.name": "nlft"} | QUICK | {k.replace("__", "."): v for k, v in fields.items()}
+        chosen = {"budget_bytes": BUDGET, "method.name": "nlft"} | QUICK | {k.replace("__", "."): v for k, v in fields.items()}
         job = build_job("tiny", data, questions, chosen, [])
         files = {job.dataset.sha256: data}
         if questions is not None:

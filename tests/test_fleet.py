@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import TINY, Cli, write_domain
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from fleet import QUICK, Fleet, wait_for
+from fleet import BUDGET, QUICK, Fleet, wait_for
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from orders import NODE, make_offer, make_order
@@ -61,7 +61,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, cli: Cli, tiny_model: Path) 
     base = tmp_path_factory.mktemp("local")
     data, questions = write_domain(base / "data.jsonl", "chain", 40, 5), write_domain(base / "questions.jsonl", "chain", 400, 77)
     files = ("--model", tiny_model, "--data", data, "--eval-data", questions)
-    ran = cli("train", *files, "--budget", "1GiB", "--out", base / "job", *SETTINGS, "--json")
+    ran = cli("train", *files, "--budget", BUDGET, "--out", base / "job", *SETTINGS, "--json")
     assert ran.code == 0, ran.out + ran.err
     return base
 
@@ -92,7 +92,7 @@ def _travel(fleet: Fleet, directory: Path, cli: Cli, local: Path) -> None:
     assert NODE in listed.out
     assert "ready" in listed.out
     at = ("--label", "site=bench")  # as the agent's configuration says
-    submitted = cli("submit", *at, "--model", "tiny", "--data", data, "--eval-data", questions, "--budget", "1GiB", *SETTINGS, *config)
+    submitted = cli("submit", *at, "--model", "tiny", "--data", data, "--eval-data", questions, "--budget", BUDGET, *SETTINGS, *config)
     assert submitted.code == 0, submitted.err
     assert submitted.err.startswith(f"to {NODE}: no job there, ")
     job = submitted.out.strip()
@@ -206,7 +206,7 @@ def test_options_change_while_a_job_runs(fleet: Fleet, cli: Cli) -> None:
 
 
 def _order(data: Path, job: str, updates: int = 2, model: str = "tiny", **changes: object) -> Order:
-    fields = {"budget_bytes": 2**30, "method.name": "nlft"} | QUICK | {"schedule.updates": updates} | changes
+    fields = {"budget_bytes": BUDGET, "method.name": "nlft"} | QUICK | {"schedule.updates": updates} | changes
     return make_order(build_job(model, data, None, fields, []), data.stat().st_size, id=job)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 from conftest import Cli, write_domain
-from fleet import MOSQUITTO, PROTOCOL, QUICK, Fleet, free_port, wait_for
+from fleet import BUDGET, MOSQUITTO, PROTOCOL, QUICK, Fleet, free_port, wait_for
 from orders import NODE
 from paho.mqtt.enums import CallbackAPIVersion
 from websockets import Subprotocol
@@ -37,7 +37,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cli: Cli, tiny_model: 
     base = tmp_path_factory.mktemp("undisturbed")
     settings = [part for name, value in QUICK.items() for part in ("--set", f"{name}={json.dumps(value)}")]
     data = write_domain(base / "data.jsonl", "chain", 24, 5)
-    ran = cli("train", "--model", tiny_model, "--data", data, "--budget", "1GiB", "--out", base / "job", *settings, "--json")
+    ran = cli("train", "--model", tiny_model, "--data", data, "--budget", BUDGET, "--out", base / "job", *settings, "--json")
     assert ran.code == 0, ran.out + ran.err
     return (base / "job" / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -134,7 +134,7 @@ def test_an_offer_that_expires_while_its_node_is_away_is_not_given(fleet: Fleet)
     if PROTOCOL == "3.1.1":
         wait_for("the last will", lambda: not fleet.present())
     data = fleet.data()
-    document = build_job("tiny", data, None, {"budget_bytes": 2**30, "method.name": "nlft"} | QUICK, [])
+    document = build_job("tiny", data, None, {"budget_bytes": BUDGET, "method.name": "nlft"} | QUICK, [])
     job = fleet.client.submit(NODE, document, {document.dataset.sha256: data}, priority=4, expires_s=2).id
     assert fleet.ended(job).outcome == "expired"
     offered = [topic for _, topic, _ in fleet.messages if topic.endswith(f"{job}/offer")]
