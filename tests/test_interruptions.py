@@ -29,6 +29,7 @@ from edge_agent.messages import Cancel, encode, new_id
 from edge_agent.mqtt import Connected, Link
 from edge_agent.signing import seal
 from edge_agent.topics import down
+from profiles.device import device_profile
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_a_trainer_that_the_kernel_ends_goes_on_one_rung_lower(fleet: Fleet, tmp
     kills = tmp_path / "kills"
     kills.write_text("0")
     fleet.start_agent((str(Path(__file__).parent / "counted_agent.py"), str(kills)))
-    job = fleet.submit(fleet.data()).id
+    job = fleet.submit(fleet.data(), budget_bytes=device_profile("cpu").overhead_bytes + 400 * 2**20).id
     fleet.trained(job, 2)
     first = json.loads((fleet.directory / "node" / "jobs" / job / "plan.json").read_text())
     kills.write_text("1")
