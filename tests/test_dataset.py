@@ -295,7 +295,7 @@ def test_plain_alpaca_trains_with_sft(tmp_path: Path, tiny_model: Path) -> None:
         "method.targets=outputs", "schedule.updates=2", "evaluation.max_new_tokens=8", "evaluation.held_out.fold=2",
         "evaluation.held_out.of=5", "evaluation.development=0.25", "schedule.patience=9",
     ]  # fmt: skip
-    job = build_job(str(tiny_model), data, None, {"budget_bytes": 2**30, "method.name": "sft", "device": "cpu"}, settings)
+    job = build_job(str(tiny_model), data, None, {"budget_bytes": 2**31, "method.name": "sft", "device": "cpu"}, settings)
     work = prepare_files(job, read_records(data), None)
     parts = [{r.question for r in part} for part in (work.training, work.development, work.held_out)]
     assert [len(part) for part in parts] == [12, 4, 4]
@@ -317,7 +317,7 @@ def test_plain_alpaca_trains_with_sft(tmp_path: Path, tiny_model: Path) -> None:
 def test_a_reference_without_a_number_is_refused_before_a_model_is_loaded(tmp_path: Path, tiny_model: Path) -> None:
     """Held-out demonstrations that the verifier cannot compare with would make every answer wrong: the job names the record."""
     data = write_lines(tmp_path / "d.jsonl", *({"instruction": f"Say {word}.", "output": word} for word in ("a", "b", "c", "d", "e")))
-    job = build_job(str(tiny_model), data, None, {"budget_bytes": 2**30, "method.name": "sft", "device": "cpu"}, ["method.targets=outputs"])
+    job = build_job(str(tiny_model), data, None, {"budget_bytes": 2**31, "method.name": "sft", "device": "cpu"}, ["method.targets=outputs"])
     with pytest.raises(EdgeAgentError, match=r"held-out questions, record line-.: its answer holds nothing that the verifier 'numeric'"):
         prepare_files(job, read_records(data), None).plan()
 

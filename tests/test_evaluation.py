@@ -128,7 +128,7 @@ def ruined(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     base = tmp_path_factory.mktemp("ruined")
     data = write_domain(base / "chain.jsonl", "chain", 24, 1)
     ran = _run(
-        "train", "--model", tiny_model, "--data", data, "--budget", "1GiB", "--out", base / "job", "--method", "sft", "--verifier", "none",
+        "train", "--model", tiny_model, "--data", data, "--budget", "2GiB", "--out", base / "job", "--method", "sft", "--verifier", "none",
         "--learning-rate", 0.2, "--set", "schedule.updates=3", "--set", "evaluation.max_new_tokens=24", "--set", "evaluation.held_out=0.5",
     )  # fmt: skip
     assert ran.exit_code == 16, ran.output

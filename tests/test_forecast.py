@@ -70,10 +70,10 @@ def test_it_is_cheap_whatever_is_asked(method: Any) -> None:
 
 def test_it_says_what_a_job_lacks(tmp_path: Path, tiny_model: Path) -> None:
     """As an offer of the job would be answered."""
-    config, texts = _config(tmp_path, tiny_model, 2**30), Texts(24, 200, 150)
-    job = Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**30)
+    config, texts = _config(tmp_path, tiny_model, 2**31), Texts(24, 200, 150)
+    job = Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**31)
     for changed, reason in (
-        ({"budget_bytes": 2**31}, "oom_predicted"),
+        ({"budget_bytes": 2**32}, "oom_predicted"),
         ({"model": "other"}, "model_missing"),
         ({"device": "cuda"}, "device_missing"),
     ):
