@@ -20,7 +20,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, cli: Cli) ->
     """A finished NLFT job on 50 questions of the unseen domain "chain", with 300 held-out questions."""
     base = tmp_path_factory.mktemp("train")
     data, questions = write_domain(base / "chain.jsonl", "chain", 50, 1), write_domain(base / "questions.jsonl", "chain", 300, 1001)
-    ran = cli("train", "--model", tiny_model, "--data", data, "--eval-data", questions, "--budget", "1GiB", "--out", base / "job", *QUICK)
+    ran = cli("train", "--model", tiny_model, "--data", data, "--eval-data", questions, "--budget", "2GiB", "--out", base / "job", *QUICK)
     assert ran.code == 0, ran.err
     for words in ("Accuracy on held-out questions", "Stages", "Answers before and after", "adapter", "saliency"):
         assert words in ran.out
