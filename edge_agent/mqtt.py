@@ -49,7 +49,7 @@ PACKET_SHARE = 0.8
 LONGEST_PACKET_BYTES = 16 * 2**20
 """The broker is asked to drop longer ones (MQTT 5): paho would take them into memory whole. Those below get an answer."""
 MAX_IN_FLIGHT = 8
-"""QoS 1 messages on their way at once: below the Receive Maximum of every broker in use (10 to 100), which paho does not heed."""
+"""QoS 1 messages on their way at once, or the broker's Receive Maximum where that is less: paho does not heed it."""
 MOST_SUBSCRIBED = 8
 """Subscriptions of one message: what AWS IoT Core takes."""
 NO_VERSION_5 = "the broker does not answer in MQTT 5"
@@ -403,6 +403,8 @@ class _Connection:
             return
         self.answered = True
         self._packet_limit = int(getattr(properties, "MaximumPacketSize", self._broker.packet_limit))
+        # Its setter takes no change of an open connection, and the broker says only now what it takes.
+        client._max_inflight_messages = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
         for first in range(0, len(self._subscriptions), MOST_SUBSCRIBED):
             topics = self._subscriptions[first : first + MOST_SUBSCRIBED]
             self._ungranted[client.subscribe([(topic, 1) for topic in topics])[1]] = topics

@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
+import psutil
 import pytest
 from fleet import free_port, open_broker, wait_for
 
@@ -218,3 +220,22 @@ def test_pauses_are_short_again_after_a_good_connection() -> None:
     assert max(drawn) > 60
     assert all(pauses.after(STEADY_S + 1) <= RETRY_S for _ in range(100))
     assert max(pauses.after(0.0) for _ in range(2)) <= 4 * RETRY_S
+
+
+def test_no_more_is_on_its_way_than_the_broker_takes(tmp_path: Path) -> None:
+    """While a broker that takes two messages at once acknowledges none, two are sent; the others come when it does."""
+    with open_broker(tmp_path, "max_inflight_messages 2") as port, ExitStack() as stack:
+        there, events = stack.enter_context(linked(port, "5", "there", "many"))
+        here, _ = stack.enter_context(linked(port, "5", "here", "none"))
+        [broker] = [child for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())]
+        assert here.client is not None
+        sent: list[str] = []
+        here.client.on_log = lambda _c, _u, _level, text: sent.append(text) if text.startswith("Sending PUBLISH") else None
+        broker.suspend()
+        try:
+            assert all(here.publish("many", b"%d" % number, qos=1) for number in range(6))
+            assert len(sent) == 2
+        finally:
+            broker.resume()
+        assert heard(there, events, "5") == [str(number) for number in range(6)]
+        assert len(sent) == 6
