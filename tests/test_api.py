@@ -399,6 +399,7 @@ def test_artifact_comes_whole_or_by_ranges(coordinator: ApiServer, tmp_path: Pat
         _ended(coordinator, job, data)
         assert [path.name for path in client.fetch(job.id, tmp_path)] == ["result.json"]
     assert (tmp_path / "result.json").read_bytes() == data
+    assert (tmp_path / "result.json").stat().st_mode & 0o777 == 0o600, "what it says of questions is for who fetched it"
     whole = coordinator.ask("GET", place, "read")
     tag = whole.headers["etag"]
     assert (whole.status_code, whole.content) == (200, data)

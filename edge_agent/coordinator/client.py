@@ -281,6 +281,8 @@ class Client:
     def _save(self, place: str, sha256: str, path: Path) -> None:
         part = path.with_name(f".{path.name}.part")
         try:
+            part.unlink(missing_ok=True)
+            part.touch(mode=0o600)  # saliency and answers are dataset text
             with self._http.stream("GET", place) as response, part.open("wb") as file:
                 self._check(response)
                 for chunk in response.iter_bytes():
