@@ -16,6 +16,7 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Power = Annotated[float, Meta(ge=0, le=100)]
 Ratio = Annotated[float, Meta(ge=0, le=1_000_000)]
+LONGEST_RUN_S = 30 * 24 * 3600
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Alias = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,64}\Z", max_length=64)]
 References = Literal["live", "epoch", "once"]
@@ -98,11 +99,11 @@ class CutOptions(Strict, frozen=True, tag_field="name", tag="cut"):
     standard_answers: bool = False
     """Train on the standard answer of a record as one more correct output, which the paper does not."""
     references: References = "live"
-    judge_base_ratio: Annotated[float, Meta(gt=0)] = 1.1
+    judge_base_ratio: Annotated[float, Meta(gt=0, le=1_000_000)] = 1.1
     """lambda: tokens of incorrect outputs with j > lambda * b are made unlikely; the paper chooses 1.1 or 1.2."""
-    unlikelihood_scale: Annotated[float, Meta(ge=0)] = 1.0
+    unlikelihood_scale: Ratio = 1.0
     """alpha: factor of their weight; the paper chooses 0.25, 0.5 or 1."""
-    unlikelihood_power: Annotated[float, Meta(ge=0)] = 1.0
+    unlikelihood_power: Power = 1.0
     """gamma: their weight is alpha * j^gamma; the paper chooses 0.25, 0.5, 1 or 2, its released code has 0."""
 
 
@@ -111,17 +112,17 @@ class ReftOptions(Strict, frozen=True, tag_field="name", tag="reft"):
 
     warmup_epochs: Annotated[int, Meta(ge=0, le=1_000_000)] = 2
     """Epochs of supervised fine-tuning on the standard answers before PPO; 1 or 2 in the paper."""
-    learning_rate_ratio: Annotated[float, Meta(gt=0)] = 0.03
+    learning_rate_ratio: Annotated[float, Meta(gt=0, le=1_000_000)] = 0.03
     """Learning rate of PPO over that of the warm-up; 3e-7 over 1e-5 in the paper."""
-    kl_coefficient: Annotated[float, Meta(ge=0)] = 0.05
+    kl_coefficient: Ratio = 0.05
     """beta: penalty of the log-ratio to the warm-up model; 0.05 in the paper for answers in natural language."""
     gamma: Fraction = 1.0
     """Discount of later rewards."""
     gae_lambda: Fraction = 0.95
     """Decay of the generalized advantage estimate."""
-    clip_range: Annotated[float, Meta(gt=0)] = 0.2
+    clip_range: Annotated[float, Meta(gt=0, le=1_000_000)] = 0.2
     """epsilon: how far ratio and value may move from those at sampling."""
-    value_coefficient: Annotated[float, Meta(ge=0)] = 5.0
+    value_coefficient: Ratio = 5.0
     """alpha: weight of the value loss."""
     inner_updates: Annotated[int, Meta(ge=1, le=64)] = 2
     """U: updates on the answers of each step."""
@@ -133,7 +134,7 @@ class Lora(Strict, frozen=True):
     """Low-rank adapters (arXiv 2106.09685)."""
 
     rank: Annotated[int, Meta(ge=1, le=512)] = 16
-    alpha: Annotated[float, Meta(gt=0)] = 16.0
+    alpha: Annotated[float, Meta(gt=0, le=1_000_000)] = 16.0
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     targets: Literal["all", "mlp"] = "all"
     """All linear layers but the output head, or those of the MLP only (the paper's choice)."""
@@ -149,11 +150,11 @@ class Schedule(Strict, frozen=True):
     """Number of optimizer updates; None for `epochs` passes over the samples."""
     learning_rate: Annotated[float, Meta(gt=0, lt=1)] = 2e-4
     warmup: Fraction = 0.1
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+    weight_decay: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    max_grad_norm: Annotated[float, Meta(gt=0, le=1_000_000)] = 1.0
     patience: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     """Stop after this many epochs without a lower loss on the development records, and keep the adapter of the lowest; None: off."""
-    checkpoint_s: Annotated[float, Meta(ge=0)] = 60.0
+    checkpoint_s: Annotated[float, Meta(ge=0, le=LONGEST_RUN_S)] = 60.0
     """Seconds between checkpoints at most; 0 writes one after every update."""
 
 
@@ -251,7 +252,7 @@ class Job(Strict, frozen=True, kw_only=True):
     judging: Judging = Judging()
     evaluation: Evaluation = Evaluation()
     seed: Seed = 42
-    max_run_s: Annotated[float, Meta(gt=0)] = 24 * 3600.0
+    max_run_s: Annotated[float, Meta(gt=0, le=LONGEST_RUN_S)] = 24 * 3600.0
     """Seconds that one run may take; at the limit it checkpoints and ends."""
 
     @property

@@ -162,6 +162,22 @@ def test_asyncapi_document_is_the_generated_one() -> None:
     assert (ROOT / "docs" / "asyncapi.yaml").read_text(encoding="utf-8") == made
 
 
+@pytest.mark.parametrize("kind", [c.payload or c.kind for c in CHANNELS.values() if "/down/" in c.address and (c.payload or c.kind)])
+def test_every_number_that_a_node_is_told_has_bounds(kind: Any) -> None:
+    """Below and above, whether it is whole or not: no order takes a node beyond what was thought of."""
+
+    def numbers(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(part, dict) and part.get("type") in ("integer", "number") and "enum" not in part:
+            yield name, part
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
+            yield from numbers(value, f"{name}/{key}")
+
+    _, schemas = msgspec.json.schema_components([kind])
+    for name, number in numbers(schemas):
+        assert number.keys() & {"minimum", "exclusiveMinimum"}, name
+        assert number.keys() & {"maximum", "exclusiveMaximum"}, name
+
+
 def test_references_of_the_document_lead_somewhere() -> None:
     """Every `$ref` of the document names a part of it."""
     made = document()
