@@ -128,6 +128,8 @@ class Timers(Strict, frozen=True):
     """Without any sign of the trainer."""
     cooling_s: Seconds = 24 * 3600.0
     """That a job's trainer waits for the device to cool, all its waits together."""
+    finalizing_s: Seconds = 24 * 3600.0
+    """From the end of a job's trainer until what it made is kept."""
     stop_s: Seconds = 10.0
     """From the request to stop until the trainer is killed."""
 

@@ -20,7 +20,7 @@ from edge_agent.clocks import ToldTime
 from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.dataset import file_sha256
 from edge_agent.delivery import Uplink
-from edge_agent.errors import ConfigInvalid, DiskFull, EdgeAgentError, JobSchema, ModelMissing
+from edge_agent.errors import Busy, ConfigInvalid, DiskFull, EdgeAgentError, JobSchema, ModelMissing
 from edge_agent.files import lock_file
 from edge_agent.https import Carried, Courier
 from edge_agent.job import Job, NlftOptions
@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 
 ORPHAN_S = 10.0
 """The trainer of a daemon that died ends by itself within 8 s; later it is killed."""
+RECORD = "trainer.pid"
+"""The file that says which process the trainer is; it outlives a database that was set aside."""
 SUSPENDED_S = 5.0
 """Between two looks at the jobs, which are a second apart otherwise."""
 PHASE_OF: dict[EventKind, Phase] = {"paused": "paused", "continued": "running"}
@@ -76,6 +78,8 @@ class Jobs:
         self._courier = Courier(config.file_servers, events)
         self._incoming: dict[str, Incoming] = {}
         self._orphan_since: float | None = None
+        self._finalizing: dict[str, float] = {}
+        """Since when what a job made is to be kept, in seconds that the agent has run."""
         self._ticked_at = self._spent_at = time.monotonic()
         self.trainer: Trainer | None = None
         self._told_time = ToldTime()
@@ -276,7 +280,7 @@ class Jobs:
             if row.phase in ("accepted", "staging"):
                 self._stage(row)
             elif row.phase == "finalizing":
-                self._end(row, "succeeded", None, None)
+                self._finalize(row)
             elif row.phase in HAS_TRAINER and self.trainer is None:  # the disk failed while it was to be started
                 self._interrupted(row, "its trainer was not started")
         self._forget_settled()
@@ -330,6 +334,8 @@ class Jobs:
             if not missing:
                 self._lay_down(row.id, order.job)
                 self._store.move(row.id, "ready")
+        except Busy:  # its trainer outlived an agent whose database is lost
+            self._wait_for_orphan()
         except EdgeAgentError as error:
             self._end(row, "failed", known_reason(error.code), str(error))
 
@@ -389,16 +395,17 @@ class Jobs:
             lock.close()
             self._interrupted(row, f"the trainer cannot be started: {error}")
             return
-        self._store.set_trainer(row.id, self.trainer.pid, self.trainer.start_ticks)
+        self.trainer.record(self._config.state_directory / RECORD)
         log.info("trainer_started job=%s attempt=%d pid=%d", row.id, row.attempt, self.trainer.pid)
 
     def _wait_for_orphan(self) -> None:
         """The trainer of an earlier agent still holds the device."""
         now = time.monotonic()
-        self._orphan_since = self._orphan_since or now
-        last = self._store.last_trainer()
-        if now - self._orphan_since > ORPHAN_S and last is not None and end_orphan(*last):
-            log.warning("orphan_killed pid=%d", last[0])
+        if self._orphan_since is None:
+            self._orphan_since = now
+            log.info("orphan_awaited")
+        if now - self._orphan_since > ORPHAN_S and (pid := end_orphan(self._config.state_directory / RECORD)) is not None:
+            log.warning("orphan_killed pid=%d", pid)
 
     def _let_rest(self, trainer: Trainer, rest: Rests | None) -> None:
         """Have the trainer do what the node does.
@@ -497,12 +504,29 @@ class Jobs:
 
     # the end
 
+    def _finalize(self, row: JobRow) -> None:
+        """End a job that has succeeded with what it made; as failed where that could not be kept for too long."""
+        now, limit_s = self._store.clock.now(), self._config.timers.finalizing_s
+        since = self._finalizing.setdefault(row.id, now)
+        try:
+            self._end(row, "succeeded", None, None)
+        except (OSError, EdgeAgentError) as error:
+            if now - since <= limit_s:
+                raise
+            reason = known_reason(error.code) if isinstance(error, EdgeAgentError) else "internal"
+            text = f"what it made could not be kept for {limit_s:,.0f} s: {error}; it is still in the job's directory on the node"
+            self._tell_end(row, JobResult(row.digest or None, "failed", reason, text[:1024]))
+        del self._finalizing[row.id]
+
     def _end(self, row: JobRow, outcome: Outcome, reason: Reason | None, text: str | None) -> None:
-        result = self._result(row.id, row.digest, outcome, reason, text)
+        self._tell_end(row, self._result(row.id, row.digest, outcome, reason, text))
+
+    def _tell_end(self, row: JobRow, result: JobResult) -> None:
+        """Store the end of a job, and delete what only it needed."""
         self._store.end(row.id, result)
         log.info(
             "job_ended job=%s outcome=%s reason=%s attempt=%d seconds=%s peak_bytes=%s text=%r",
-            row.id, outcome, reason, row.attempt, result.seconds, result.peak_bytes, text,
+            row.id, result.outcome, result.reason, row.attempt, result.seconds, result.peak_bytes, result.text,
         )  # fmt: skip
         needed = {sha256 for r in self._store.open_jobs() for sha256 in _contents(r)}
         for sha256 in set(self._incoming) - needed:

@@ -24,6 +24,7 @@ from typing import IO, Any
 import msgspec
 
 from edge_agent.config import JUDGES_VARIABLE, RAN_VARIABLE, Endpoint, write_judges
+from edge_agent.files import write_file
 from edge_agent.messages import Artifact, Outcome, Reason, StageDone
 from edge_agent.report import Event
 from edge_agent.rest import Rests
@@ -101,10 +102,9 @@ class Trainer:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def start_ticks(self) -> int:
-        """Start of the process in ticks since the machine's own; 0 where it is gone."""
-        return start_ticks(self.pid) or 0
+    def record(self, path: Path) -> None:
+        """Write down which process it is, for `end_orphan`. Raises DiskFull."""
+        write_file(path, f"{self.pid} {start_ticks(self.pid) or 0}\n".encode(), private=True)
 
     def hear(self, event: Event) -> None:
         """Keep what an event says."""
@@ -220,13 +220,17 @@ def start_ticks(pid: int) -> int | None:
         return None
 
 
-def end_orphan(pid: int, started: int) -> bool:
-    """Kill the trainer of an earlier daemon by its id and start ticks; False where there is no such process any more."""
+def end_orphan(record: Path) -> int | None:
+    """Kill the trainer of an earlier daemon, known by its id and start ticks, and return its id; None where no such process is left."""
+    try:
+        pid, started = map(int, record.read_text().split())
+    except (OSError, ValueError):
+        return None
     if start_ticks(pid) != started:
-        return False
+        return None
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return True
+    return pid
 
 
 def _environment(threads: int | None, judges: Mapping[str, Endpoint], settings: Mapping[str, str]) -> dict[str, str]:

@@ -86,6 +86,11 @@ UPDATE closed SET until = 5184000;
 ALTER TABLE jobs ADD COLUMN options BLOB;          -- JSON of the NewOptions that its trainer is to go on with; null: its own
 ALTER TABLE jobs ADD COLUMN options_state BLOB;    -- JSON of the OptionsState that is told of them; null: it was sent none
 """,
+    """
+-- Which trainer was started last is in a file of its own, which outlives this one.
+ALTER TABLE jobs DROP COLUMN pid;
+ALTER TABLE jobs DROP COLUMN pid_ticks;
+""",
 )
 """The tables. A later version of the file is a further text that leads to it; those that are here never change."""
 # Begins at the clock: an agent whose disk was wiped is newer than its last will. Where the clock was wrong, the coordinator says so.
@@ -102,9 +107,6 @@ MOVE_JOB = "UPDATE jobs SET phase = ? WHERE id = ?"
 END_JOB = "UPDATE jobs SET phase = 'ended', outcome = ?, result = ? WHERE id = ?"
 COUNT_START = "UPDATE jobs SET attempt = attempt + 1 WHERE id = ?"
 COUNT_CRASH = "UPDATE jobs SET crashes = crashes + 1 WHERE id = ?"
-NO_TRAINER = "UPDATE jobs SET pid = NULL, pid_ticks = NULL WHERE pid IS NOT NULL"
-SET_TRAINER = "UPDATE jobs SET pid = ?, pid_ticks = ? WHERE id = ?"
-LAST_TRAINER = "SELECT pid, pid_ticks FROM jobs WHERE pid IS NOT NULL"
 SPEND_TIME = "UPDATE jobs SET ran_s = ?, cooled_s = ? WHERE id = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1 WHERE id = ?"
 SET_OPTIONS = "UPDATE jobs SET options = coalesce(?, options), options_state = ? WHERE id = ?"
@@ -143,8 +145,6 @@ class JobRow:
     cancel: bool
     seq: int
     settled: float | None
-    pid: int | None
-    pid_ticks: int | None
     ran_s: float
     cooled_s: float
     options: bytes | None
@@ -279,16 +279,6 @@ class Store:
         with transaction(self._db):
             self._db.execute(SET_OPTIONS, (msgspec.json.encode(options) if options else None, msgspec.json.encode(state), job))
             self._tell(job, JobStatus(row.digest, row.phase))
-
-    def set_trainer(self, job: str, pid: int, ticks: int) -> None:
-        """Remember the process of a job's trainer by its id and its start in ticks since the machine's own."""
-        with transaction(self._db):
-            self._db.execute(NO_TRAINER)
-            self._db.execute(SET_TRAINER, (pid, ticks, job))
-
-    def last_trainer(self) -> tuple[int, int] | None:
-        row = self._db.execute(LAST_TRAINER).fetchone()
-        return (row[0], row[1]) if row else None
 
     def forget(self, job: str, status: JobStatus) -> None:
         """Delete a job that has ended, or is unknown, with what was still to be said of it, and close it."""

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from contextlib import closing
 
+import pytest
 from conftest import Cli
 from fleet import Fleet, wait_for
 from test_interruptions import check_end, fleet, outbox, undisturbed  # noqa: F401
@@ -29,15 +30,20 @@ def test_broker_stopped_for_30_seconds(fleet: Fleet, undisturbed: bytes) -> None
     check_end(fleet, job, undisturbed)
 
 
-def test_a_stuck_child_of_a_killed_agent_is_killed(fleet: Fleet, undisturbed: bytes) -> None:
-    """A child that cannot end by itself (it is stopped by a signal) is killed by the next agent before another one starts."""
+@pytest.mark.parametrize("database", ["kept", "lost"])
+def test_a_stuck_child_of_a_killed_agent_is_killed(database: str, fleet: Fleet, undisturbed: bytes) -> None:
+    """A child that cannot end by itself (it is stopped by a signal) is killed by the next agent before another one starts, also where
+    the agent's database is gone."""
     job = fleet.submit(fleet.data()).id
     fleet.trained(job, 2)
     stuck = fleet.trainers()[0]
     stuck.suspend()
     fleet.stop("agent", signal.SIGKILL)
+    if database == "lost":
+        for file in (fleet.directory / "node").glob("agent.sqlite*"):
+            file.unlink()
     fleet.start_agent()
-    wait_for("the orphan's end", lambda: not stuck.is_running(), deadline_s=30)
+    wait_for("the orphan's end", lambda: not stuck.is_running())
     check_end(fleet, job, undisturbed)
 
 

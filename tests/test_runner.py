@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -273,6 +273,33 @@ def test_device_that_never_cools_ends_the_job(bench: Bench) -> None:
         assert "more than 1,000 s" in told.text
 
 
+@pytest.mark.parametrize("mended", [True, False])
+def test_what_a_job_made_is_kept_sooner_or_later(bench: Bench, mended: bool) -> None:
+    """While the disk takes nothing the job is `finalizing`, tried again and again; after `finalizing_s` it has failed, and all is there."""
+    now = [0.0]
+    with closing(Store(bench.place / "agent.sqlite", "f", "n", lambda: now[0])) as store:
+        jobs = _jobs(bench, store, RestLimits(), [20.0], Timers(finalizing_s=1000.0))
+        store.move("j", "finalizing")
+        adapter = bench.place / "jobs" / "j" / "adapter"
+        adapter.mkdir(parents=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (adapter / name).write_text(name)
+        (bench.place / "files").rename(bench.place / "away")
+        for now[0] in (0.0, 500.0, 1000.0):
+            with pytest.raises(FileNotFoundError):
+                jobs.tick()
+            assert _row(store).phase == "finalizing"
+        now[0] = 1001.0
+        if mended:
+            (bench.place / "away").rename(bench.place / "files")
+        with nullcontext() if mended else suppress(FileNotFoundError):  # what it would delete there is not there either
+            jobs.tick()
+        told = _told(store, JobResult)
+        assert (told.outcome, told.reason, len(told.artifacts)) == (("succeeded", None, 2) if mended else ("failed", "internal", 0))
+        assert mended or "could not be kept for 1,000 s" in told.text
+        assert len(list(adapter.iterdir())) == 2
+
+
 def test_time_of_earlier_starts_counts(bench: Bench) -> None:
     """A restart of the agent takes up how long the job has run: the next trainer is told, and its own limit is what is left."""
     order = msgspec.json.encode(make_order(Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**30, max_run_s=7.0), 9))
@@ -351,14 +378,20 @@ def test_device_is_taken_for_as_long_as_the_trainer_lives(bench: Bench) -> None:
 
 def test_orphan_is_known_by_its_start(bench: Bench) -> None:
     """The recorded process is killed; another one that has got the same id since is not, and one that is gone is no error."""
-    trainer = bench.start("time.sleep(60)")
-    assert trainer.start_ticks > 0
-    for other in (trainer.start_ticks - 1, trainer.start_ticks + 1):
-        assert not end_orphan(trainer.pid, other)
+    trainer, record = bench.start("time.sleep(60)"), bench.place / "trainer.pid"
+    assert end_orphan(record) is None
+    trainer.record(record)
+    pid, ticks = map(int, record.read_text().split())
+    assert pid == trainer.pid
+    for wrong in (f"{pid} {ticks - 1}", f"{pid} {ticks + 1}", f"{pid}", "", "x y", f"-1 {ticks}"):
+        record.write_text(wrong)
+        assert end_orphan(record) is None
     assert not trainer.wait(0.05)
-    assert end_orphan(trainer.pid, trainer.start_ticks)
+    trainer.record(record)
+    assert record.stat().st_mode & 0o777 == 0o600
+    assert end_orphan(record) == pid
     assert bench.end(trainer)[0] == -signal.SIGKILL
-    assert not end_orphan(trainer.pid, trainer.start_ticks)
+    assert end_orphan(record) is None
 
 
 # the lock

@@ -333,15 +333,6 @@ def test_job_is_settled_when_its_end_is_acknowledged(store: Store, clock: Clock)
     assert not store.acknowledged(last.id)
 
 
-def test_last_trainer_is_the_one_that_started_last(store: Store) -> None:
-    """The process to look for after a crash is the one that was recorded last, whichever job it served."""
-    assert store.last_trainer() is None
-    first, second = _at(store, "running"), _at(store, "running")
-    store.set_trainer(second, 40, 2000)
-    store.set_trainer(first, 41, 1000)
-    assert store.last_trainer() == (41, 1000)
-
-
 def test_everything_survives_a_restart(tmp_path: Path) -> None:
     """A closed and opened store has the same jobs, requests to cancel, messages and answer to whether the node is draining."""
     path = tmp_path / "agent.sqlite"
