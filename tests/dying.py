@@ -1,8 +1,8 @@
-"""A daemon that is struck once, at one change of a job's phase: `python tests/dying.py agent killed PHASE MARK --config FILE`.
+"""A daemon that is struck once, at one change of a job's state: `python tests/dying.py agent killed STATE MARK --config FILE`.
 
-`killed`: by SIGKILL, right after the phase is on disk; `error`: its disk fails once instead of storing the phase. A mark in a file says
-that it has happened. In `paused` there is the word of the trainer that it waits for memory, which the test cannot make scarce. `options`
-is no phase: there an agent keeps new options of a job.
+The state is a phase, an outcome other than `succeeded` for `ended`, or what is asked of a job: `options` and `canceling`.
+`killed`: by SIGKILL, right after the state is on disk; `error`: its disk fails once instead of storing it. A mark in a file says
+that it has happened. In `paused` there is the word of the trainer that it waits for memory, which the test cannot make scarce.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from edge_agent.store import Store
 AGENT: dict[str, Callable[..., str]] = {
     "accept": lambda *_: "accepted",
     "move": lambda job, phase, **_: phase,
-    "end": lambda *_: "ended",
+    "end": lambda job, result: "ended" if result.outcome == "succeeded" else result.outcome,
+    "close_job": lambda job, status: status.outcome,
     "set_options": lambda *_: "options",
 }
 COORDINATOR: dict[str, Callable[..., str]] = {
@@ -34,23 +35,24 @@ COORDINATOR: dict[str, Callable[..., str]] = {
     "apply_status": lambda view, message: message.data.phase,
     "apply_result": lambda *_: "finalizing",
     "end": lambda *_: "ended",
+    "ask_cancel": lambda *_: "canceling",
 }
-"""The methods that store a phase, and which one it is by their arguments."""
+"""The methods that store a state, and which one it is by their arguments."""
 
 
-def strike(store: type, methods: dict[str, Callable[..., str]], how: str, phase: str, mark: Path) -> None:
+def strike(store: type, methods: dict[str, Callable[..., str]], how: str, state: str, mark: Path) -> None:
     """Have the methods of a store do what this module says."""
     for name, reached in methods.items():
-        setattr(store, name, _struck(getattr(store, name), reached, how, phase, mark))
+        setattr(store, name, _struck(getattr(store, name), reached, how, state, mark))
 
 
-def _struck(store_phase: Callable[..., Any], reached: Callable[..., str], how: str, phase: str, mark: Path) -> Callable[..., Any]:
+def _struck(keep: Callable[..., Any], reached: Callable[..., str], how: str, state: str, mark: Path) -> Callable[..., Any]:
     def struck(self: Any, *arguments: Any, **options: Any) -> Any:
-        due = reached(*arguments, **options) == phase and not mark.exists()
+        due = reached(*arguments, **options) == state and not mark.exists()
         if due and how == "error":
             mark.touch()
             raise sqlite3.OperationalError("disk I/O error")
-        found = store_phase(self, *arguments, **options)
+        found = keep(self, *arguments, **options)
         if due:
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -72,17 +74,17 @@ def pause_once(jobs: type[Jobs]) -> None:
 
 
 def main() -> None:
-    daemon, how, phase, mark, *rest = sys.argv[1:]
+    daemon, how, state, mark, *rest = sys.argv[1:]
     if daemon == "agent":
         from edge_agent.agent import main as run
 
-        strike(Store, AGENT, how, phase, Path(mark))
-        if phase == "paused":
+        strike(Store, AGENT, how, state, Path(mark))
+        if state == "paused":
             pause_once(Jobs)
         sys.exit(run(rest))
     from edge_agent.cli import app
 
-    strike(CoordinatorStore, COORDINATOR, how, phase, Path(mark))
+    strike(CoordinatorStore, COORDINATOR, how, state, Path(mark))
     app(["coordinator", *rest])
 
 

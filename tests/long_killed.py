@@ -11,16 +11,18 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from fleet import Fleet, wait_for
-from test_killed import PHASES, check, restart, submitted
+from test_killed import BRIEF, PHASES, check, restart, submitted
 
 from edge_agent.coordinator.client import Answered
 from edge_agent.errors import CoordinatorUnreachable
-from edge_agent.messages import Phase
+from edge_agent.messages import Outcome, Phase
 
 COORDINATOR_PHASES = ("created", "offered", *(p for p in PHASES if p != "paused"))  # no memory is scarce here
+ENDS: tuple[Outcome, ...] = tuple(outcome for outcome in get_args(Outcome) if outcome != "succeeded")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,55 @@ def test_agent_whose_disk_fails_at(phase: Phase, fleet: Fleet) -> None:
     check(fleet, job, 1)
     assert mark.exists()
     assert fleet.log("agent").count("storage_error") == before + 1
+
+
+def _heading_for(outcome: Outcome, fleet: Fleet) -> str:
+    """Submit a job that ends in another way than well; return its id."""
+    data, brief = fleet.data(f"heading for {outcome}", 16, 3), BRIEF
+    if outcome == "rejected":
+        return fleet.submit(data, **brief | {"budget_bytes": 2**21}).id
+    if outcome == "failed":
+        with data.open("a") as file:
+            file.write(json.dumps({"question": "How long? " * 3000, "answer": "#### 1"}))  # for the context of the model
+        return fleet.submit(data, **brief).id
+    if outcome == "timed_out":
+        return fleet.submit(data, **brief | {"max_run_s": 0.5}).id
+    job = fleet.submit(data, **brief | {"schedule__updates": 5000}).id
+    fleet.trained(job, 1)
+    with suppress(CoordinatorUnreachable):
+        fleet.client.cancel(job)
+    return job
+
+
+@pytest.mark.parametrize("how", ["killed", "error"])
+@pytest.mark.parametrize("outcome", ENDS)
+def test_agent_struck_at_the_end(outcome: Outcome, how: str, fleet: Fleet) -> None:
+    """Where a job is rejected, canceled, fails or runs out of time it has that one end too, whatever befalls its agent there."""
+    mark = restart(fleet, "agent", how, outcome)
+    job = _heading_for(outcome, fleet)
+    if how == "killed":
+        wait_for("the end of the agent", lambda: not fleet.alive("agent"))
+        fleet.start_agent()
+    check(fleet, job, outcome != "rejected", outcome)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("how", ["killed", "error"])
+def test_coordinator_struck_when_it_is_to_cancel(how: str, fleet: Fleet) -> None:
+    """Killed, it has kept what was asked; where its disk failed it says so, and nothing is canceled before it is asked again."""
+    mark = restart(fleet, "coordinator", how, "canceling")
+    job = fleet.submit(fleet.data(f"canceling {how}", 16, 3), **BRIEF | {"schedule__updates": 5000}).id
+    fleet.trained(job, 1)
+    with pytest.raises(CoordinatorUnreachable if how == "killed" else Answered):
+        fleet.client.cancel(job)
+    assert mark.exists()
+    if how == "killed":
+        wait_for("the end of the coordinator", lambda: not fleet.alive("coordinator"))
+        fleet.start_coordinator()
+    else:
+        assert not fleet.client.job(job).cancel
+        fleet.client.cancel(job)
+    check(fleet, job, 1, "canceled")
 
 
 @pytest.mark.parametrize("phase", COORDINATOR_PHASES)
