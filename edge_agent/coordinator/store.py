@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -58,6 +58,14 @@ MOST_HISTORY = 1000
 """Messages of a job that are kept, and up to a twentieth more; the oldest go first, so that no node can fill the disk with them."""
 MOST_COUNTED = 100_000
 """Jobs of which it is counted how much was said of them, since some time."""
+AT_NODE: frozenset[str] = frozenset(get_args(Phase))
+TRANSITIONS: dict[str, frozenset[str]] = {
+    "created": AT_NODE | {"offered"},  # a node may answer before it is stored that its offer was sent
+    "offered": AT_NODE,
+    **dict.fromkeys(AT_NODE, AT_NODE),  # the node says which, by the numbers of its messages; one without its disk begins again
+    "ended": frozenset(),
+}
+"""The phases that a job may go to, as this coordinator knows it. `lost` is none, but a node's silence; nor is a cancel, which is asked."""
 MOST_MEASURED = 3
 """Jobs of a node whose speed counts."""
 MOST_AUDITED = 100_000
@@ -430,7 +438,7 @@ class CoordinatorStore:
             # A rejection of a job that the node has taken answers an offer that came again, unless it has lost its disk or deleted the job.
             again = status.outcome == "rejected" and view.phase not in ("created", "offered")
             taken = again and status.reason != "replayed" and place[0] <= view.boot
-            late = view.phase == "ended" or taken or place <= (view.boot, view.seq)
+            late = status.phase not in TRANSITIONS[view.phase] or taken or place <= (view.boot, view.seq)
             if not self._keep(view.id, message, status.phase, late):
                 return True
             if not late:
@@ -448,7 +456,7 @@ class CoordinatorStore:
         """Keep the end of a job; it becomes the job's own when every artifact is here."""
         with self._db.transaction():
             view = self._held(view)
-            late = view.result is not None or view.phase == "ended"
+            late = view.result is not None or "ended" not in TRANSITIONS[view.phase]
             boot, seq = _place(message, view)
             if not self._keep(view.id, message, "ended", late):
                 return
