@@ -55,7 +55,8 @@ test-torch-kernel: venv
 test-all: test test-torch-kernel
 	$(BIN)/python -m pytest --timeout 3600 $(LONG_TESTS)
 	$(BIN)/python -m pytest --timeout 7200 tests/long_tutorial.py tests/long_images.py
-	EDGE_AGENT_TEST_PROTOCOL=3.1.1 $(BIN)/python -m pytest --timeout 3600 tests/test_interruptions.py tests/long_interruptions.py tests/test_killed.py
+	EDGE_AGENT_TEST_PROTOCOL=3.1.1 $(BIN)/python -m pytest --timeout 3600 \
+	    $(addprefix tests/,$(addsuffix .py,test_interruptions long_interruptions test_killed long_killed long_chaos))
 	$(PIP) 'xllamacpp>=2026.10' && $(BIN)/python -m pytest --timeout 3600 tests/long_llama_cpp.py
 	mkdir -p build && $(BIN)/python benchmarks/fuzz.py --messages 1000000 --out build/fuzz.json
 	$(BIN)/python benchmarks/week.py --jobs 1000 --out build/week.json

@@ -56,6 +56,8 @@ class Outcome(msgspec.Struct):
     date: str
     machine: str
     versions: dict[str, str]
+    protocol: str
+    """Version of MQTT; auto: 5 where the broker has it."""
     seed: int
     seconds: float
     jobs: int
@@ -109,12 +111,12 @@ class Chaos:
     """One run: jobs that are handed in, strikes at random, and what is found at the end."""
 
     def __init__(
-        self, jobs: int, kills: int, seed: int, agent: Sequence[str], coordinator: Sequence[str], strikes: Mapping[str, int]
+        self, jobs: int, kills: int, seed: int, agent: Sequence[str], coordinator: Sequence[str], strikes: Mapping[str, int], protocol: str
     ) -> None:
-        """`strikes` says how often each is struck beside the others."""
-        self._wanted, self._kills, self._kinds, self.seed = jobs, kills, strikes, seed
+        """`strikes` says how often each is struck beside the others; `protocol` is the version of MQTT."""
+        self._wanted, self._kills, self._kinds, self.seed, self._protocol = jobs, kills, strikes, seed, protocol
         self._rng, self._console = random.Random(seed), Console(stderr=True)
-        self.fleet = SmallFleet(agent, coordinator)
+        self.fleet = SmallFleet(agent, coordinator, protocol=protocol)
         self.jobs: list[str] = []
         self.strikes: Counter[str] = Counter()
         self.broker_defects = 0
@@ -243,8 +245,8 @@ class Chaos:
             )
         today = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
         return Outcome(
-            today, device_name("cpu"), versions(), self.seed, round(seconds, 1), len(self.jobs), dict(self.strikes), self.broker_defects,
-            repeated, outcomes, attempts, late, self.wrong,
+            today, device_name("cpu"), versions(), self._protocol, self.seed, round(seconds, 1), len(self.jobs), dict(self.strikes),
+            self.broker_defects, repeated, outcomes, attempts, late, self.wrong,
         )  # fmt: skip
 
 
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=20, help="at least; more are handed in while there are strikes left")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--strike", nargs="+", choices=tuple(STRIKES), default=list(STRIKES), help="what is struck")
+    parser.add_argument("--protocol", choices=("auto", "5", "3.1.1"), default="auto", help="version of MQTT")
     parser.add_argument("--settle-s", type=float, default=SETTLE_S, help="from the last strike to the end of all jobs, at most")
     parser.add_argument("--agent", nargs="+", default=AGENT, help="another agent, to try this program itself")
     parser.add_argument("--coordinator", nargs="+", default=COORDINATOR, help="likewise")
@@ -261,7 +264,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the state and the logs, and say where they are")
     options: Any = parser.parse_args()
     strikes = {what: STRIKES[what] for what in options.strike}
-    chaos = Chaos(options.jobs, options.kills, options.seed, options.agent, options.coordinator, strikes)
+    chaos = Chaos(options.jobs, options.kills, options.seed, options.agent, options.coordinator, strikes, options.protocol)
     outcome = chaos.run(options.settle_s)
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
     sys.stdout.write(json.dumps(msgspec.to_builtins(outcome), indent=2) + "\n")

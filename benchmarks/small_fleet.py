@@ -97,11 +97,11 @@ class SmallFleet:
 
     def __init__(
         self, agent: Sequence[str] | None = AGENT, coordinator: Sequence[str] = COORDINATOR, settings: str = "",
-        coordinator_settings: str = "",
+        coordinator_settings: str = "", protocol: str = "auto",
     ) -> None:  # fmt: skip
         """`agent` and `coordinator` are the commands of Python that are these, the settings more lines of their configurations.
 
-        Without an agent there is no node.
+        Without an agent there is no node. `protocol` is the version of MQTT that they speak.
         """
         self.directory = Path(tempfile.mkdtemp(prefix="ea-fleet-"))
         self.data = self.directory / "data.jsonl"
@@ -111,7 +111,7 @@ class SmallFleet:
         self.cable = Cable(self._broker_port)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.most_trainers = 0
-        link = f'[broker]\nport = {self.cable.port}\nkeepalive_s = 10\nprotocol = "auto"\n'
+        link = f'[broker]\nport = {self.cable.port}\nkeepalive_s = 10\nprotocol = "{protocol}"\n'
         (self.directory / "agent.toml").write_text(
             f'node = "{NODE}"\nstate_directory = "node"\nbudget = "1GiB"\nthreads = 1\nmax_attempts = 1000\ndevice = "cpu"\n{settings}'
             f'[models]\ntiny = "{MODEL}"\n{link}'

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT
+from fleet import PROTOCOL
 
 
 def chaos(out: Path, *options: object) -> Any:
     """Run the benchmark; return what it found."""
-    command = [sys.executable, ROOT / "benchmarks" / "chaos.py", "--out", out, *options]
+    command = [sys.executable, ROOT / "benchmarks" / "chaos.py", "--protocol", PROTOCOL, "--out", out, *options]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert ran.stdout, ran.stderr
     found = json.loads(out.read_text())
