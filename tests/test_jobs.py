@@ -1,11 +1,15 @@
-"""The jobs of a node that no broker reaches: what its timers end."""
+"""The jobs of a node that no broker reaches: what its timers end, what the kernel ends, and what it has no room for."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -263,3 +267,57 @@ def test_job_whose_turn_comes_too_late_has_expired(made: Callable[..., Node], cl
     clock.now += HOUR_S + 1
     node.jobs.tick()
     assert node.left("jobs") == {begun}
+
+
+# reasons
+
+
+def test_trainer_that_the_kernel_always_ends_is_oom_host(made: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `max_attempts` starts, each ended for want of memory, its job has failed with that reason, told once. The machine's own count
+    of such ends rises only where it lacks memory: here it rises with every look."""
+    monkeypatch.setattr(runner, "_oom_kills", count().__next__)
+    node = made(max_attempts=3)
+    job = node.offer()
+    node.jobs.tick()
+    node.let_train("os.kill(os.getpid(), signal.SIGKILL)", job)
+    for attempt in (1, 2, 3):
+        assert node.results(job) == []
+        node.jobs.tick()
+        assert node.row(job).attempt == attempt
+        assert node.next() == TrainerEnded(job, -signal.SIGKILL)
+    text = "3 starts ended without a result; the last: the kernel ended the trainer for want of memory"
+    _check_end(node, job, "failed", "oom_host", text)
+    assert node.phases(job) == ["accepted", "staging", "ready", *("running", "ready") * 2, "running"]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"NOT ALLOWED TO MOUNT, so the full disk was not tested: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_offer_for_whose_file_there_is_no_room_is_rejected(disk: Path, clock: Clock) -> None:
+    """As `disk_full`, with nothing left of it, where the disk has room for that word alone; it is kept, and the same offer does not come in
+    when there is room. Another one does."""
+    with closing(Node(disk, clock)) as node:
+        data = bytes(60_000)
+        sha256 = hashlib.sha256(data).hexdigest()
+        order = make_order(Job(model="tiny", dataset=Dataset(sha256), budget_bytes=2**30), len(data))
+        filler = disk / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - 48 * 1024))
+        for _ in range(2):
+            node.hear(order, data)
+            status = node.store.closed(order.id)
+            assert status is not None
+            assert (status.phase, status.outcome, status.reason) == ("ended", "rejected", "disk_full")
+            assert f"no space left for {disk}" in (status.text or "")
+            assert (node.store.jobs(), node.left("files", "sha256"), node.left("jobs")) == ([], set(), set())
+            filler.unlink(missing_ok=True)
+        assert node.row(node.offer(data)).phase == "accepted"
+        assert node.left("files", "sha256") == {sha256}
