@@ -62,7 +62,10 @@ class Outbox:
         self._tries: dict[str, Try] = {}
 
     def tick(self) -> None:
-        """Send what is due: what was never sent first, so that messages that nobody ever acknowledges hold up no others."""
+        """Send what is due: what was never sent first, so that messages that nobody ever acknowledges hold up no others.
+
+        Nor does one that is too long for this broker: it is tried again as if it had been sent.
+        """
         now = time.monotonic()
         room = IN_FLIGHT - sum(now - t.sent_at < RETRY_S for t in self._tries.values())
         if room <= 0:
@@ -72,7 +75,9 @@ class Outbox:
         due += sorted((m for m in waiting if m in self._tries and self._due_at(m) <= now), key=self._due_at)
         for message in due[:room]:
             found, earlier = self._store.message(message), self._tries.get(message)
-            if found is None or not self._link.publish(found.topic, found.payload, qos=1):
+            if found is None:
+                return
+            if not self._link.publish(found.topic, found.payload, qos=1) and len(found.payload) <= self._link.payload_limit:
                 return
             self._tries[message] = Try(now, min(2 * earlier.pause_s, LONGEST_RETRY_S) if earlier else RETRY_S)
 

@@ -84,14 +84,20 @@ class _Wrong(Exception):
 
 
 def _state(config: AgentConfig) -> str:
-    config.state_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    probe = config.state_directory / f".doctor-{new_id()}"
-    probe.write_bytes(b"")
-    probe.unlink()
-    free = psutil.disk_usage(str(config.state_directory)).free
+    place = config.state_directory
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        probe = place / f".doctor-{new_id()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        told = f"{place} cannot be written: {error.strerror}"
+        raise _Wrong(f"{told}; mend it for the agent's user, or name another `state_directory`") from None
+    free = psutil.disk_usage(str(place)).free
     if free < SPARE_DISK_BYTES:
-        raise _Wrong(f"{config.state_directory} has {human_bytes(free)} free; a job may need more than {human_bytes(SPARE_DISK_BYTES)}")
-    return f"{config.state_directory} can be written, {human_bytes(free)} are free"
+        told = f"{place} has {human_bytes(free)} free; a job may need more than {human_bytes(SPARE_DISK_BYTES)}"
+        raise _Wrong(f"{told}; free some, or name another `state_directory`")
+    return f"{place} can be written, {human_bytes(free)} are free"
 
 
 def _device(config: AgentConfig) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -15,13 +17,17 @@ from typing import Any
 
 import msgspec
 import pytest
+import typer
+from conftest import TINY
 from fleet import MOSQUITTO, free_port, open_broker, wait_for
 from orders import NODE
 from test_access import FLEET, OTHER, STOLEN, Place
 
 from edge_agent import doctor
+from edge_agent.cli import fleet
 from edge_agent.config import AgentConfig, Broker, Proxy, Size, Trust
 from edge_agent.doctor import BROKER_CHECKS, CHECKS, _Wrong, at_the_broker
+from edge_agent.errors import EdgeAgentError
 from edge_agent.messages import Ack, Hello, decode, encode, new_id
 from edge_agent.mqtt import Connected, Link, Received
 from edge_agent.signing import make_key, seal
@@ -273,3 +279,98 @@ def test_4_bits_that_cannot_be_computed_with(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(doctor, "SMOKE_S", 0.01)
     with pytest.raises(_Wrong, match="was not computed with on cpu in 0 s"):
         CHECKS["4 bits"](config)
+
+
+def _wrong(check: str, config: AgentConfig, says: str) -> None:
+    with pytest.raises((_Wrong, EdgeAgentError), match=says):
+        CHECKS[check](config)
+
+
+def test_state_directory_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in its place, one above it, a directory that nobody may write, a disk that is nearly full; of the trial nothing is left."""
+    (tmp_path / "file").touch()
+    config = msgspec.structs.replace(_open_config(1), state_directory=tmp_path / "state")
+    for place, why in (("file", "File exists"), ("file/state", "Not a directory")):
+        said = f"{place} cannot be written: {why}; mend it for the agent's user, or name another `state_directory`$"
+        _wrong("state directory", msgspec.structs.replace(config, state_directory=tmp_path / place), said)
+    closed = msgspec.structs.replace(config, state_directory=Path("/proc/self/fd"))  # to root too
+    _wrong("state directory", closed, "^/proc/self/fd cannot be written: .*; mend it for")
+    assert re.search("state can be written, .* are free$", CHECKS["state directory"](config))
+    monkeypatch.setattr(doctor, "SPARE_DISK_BYTES", 2**60)
+    _wrong("state directory", config, "state has .* free; a job may need more than .*; free some, or name another `state_directory`$")
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_device_that_is_not_there_or_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that nobody finds, and a budget that does not fit what is free."""
+    config = msgspec.structs.replace(_open_config(1), device="cpu")
+    assert re.search("free, 1,024 MiB lent to jobs$", CHECKS["device"](config))
+    _wrong("device", msgspec.structs.replace(config, budget=Size(2**50)), "are free; a budget of .* does not fit; lower it$")
+    monkeypatch.setattr("profiles.device.nvidia.find_gpu", lambda: None)
+    monkeypatch.setattr("profiles.device.jetson.board", lambda _: "")
+    _wrong("device", msgspec.structs.replace(config, device="cuda"), "there is no GPU to use: .*; run with --device cpu, or install")
+
+
+def test_models_that_cannot_be_read(tmp_path: Path) -> None:
+    """None at all, a directory that is not there, an empty one, and one with broken weights: each names the place, and what to do."""
+    config = msgspec.structs.replace(_open_config(1), state_directory=tmp_path / "state")
+    _wrong("models", config, r"^there is none; `edge-agent models add` fetches one, or name a directory in \[models\]$")
+    for name, says in (
+        ("gone", "there is no such directory; give a directory with config.json"),
+        ("empty", "there is no config.json .*; give a directory with config.json"),
+        ("broken", "model.safetensors is cut off or no safetensors file; fetch the model again"),
+    ):
+        if name != "gone":
+            (tmp_path / name).mkdir()
+        if name == "broken":
+            (tmp_path / name / "config.json").write_bytes((TINY / "config.json").read_bytes())
+            (tmp_path / name / "model.safetensors").write_bytes(b"?")
+        named = msgspec.structs.replace(config, models={"tiny": TINY, "other": tmp_path / name})
+        _wrong("models", named, f"{tmp_path / name}.*{says}")
+    assert CHECKS["models"](msgspec.structs.replace(config, models={"tiny": TINY})) == f"tiny ({TINY})"
+
+
+def test_keys_that_nobody_can_be_trusted_by(tmp_path: Path) -> None:
+    """A file that is not there, without a key, that others can change, or with something else in it."""
+    keys = tmp_path / "keys"
+    config = msgspec.structs.replace(_open_config(1), trust=Trust(keys))
+    _wrong("trust", config, "keys: trust.keys_file: .*No such file or directory.*; see docs/config.md$")
+    keys.write_text("# none yet\n")
+    _wrong("trust", config, "keys holds no key, so no signed order is taken; add the line of `edge-agent keys show`$")
+    line = make_key(tmp_path / "signing.key", "the operator").line
+    keys.write_text(f"{line}\nssh-rsa something\n")
+    _wrong("trust", config, "trust.keys_file: line 2 is no public key .*; it begins with ssh-ed25519")
+    keys.write_text(f"{line}\n")
+    keys.chmod(0o666)
+    _wrong("trust", config, f"others can change it; run `chmod go-w {keys}`")
+    keys.chmod(0o644)
+    assert re.search(r"^orders must be signed by .* \(the operator\)$", CHECKS["trust"](config))
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., None]]:
+    """`edge-agent doctor`, in this process; the log says afterwards what it said before."""
+    logger = logging.getLogger("edge_agent.mqtt")
+    level = logger.level
+    yield fleet.doctor
+    logger.setLevel(level)
+
+
+def test_node_on_which_much_is_wrong(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every check is made and told, whatever those before it have found, and the exit code is 1."""
+    for name in ("state", "keys"):
+        (tmp_path / name).touch()
+    (tmp_path / "agent.toml").write_text(
+        f'node = "{NODE}"\nstate_directory = "state"\nbudget = "99999GiB"\ndevice = "cpu"\n[models]\ntiny = "gone"\n'
+        f'[trust]\nkeys_file = "keys"\n[broker]\nport = {free_port()}\n'
+    )
+    monkeypatch.setitem(CHECKS, "4 bits", lambda _: "this takes long, and is tried elsewhere")
+    with pytest.raises(typer.Exit) as ended:
+        command(tmp_path / "agent.toml", as_json=True)
+    assert ended.value.exit_code == 1
+    told = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert list(told) == ["configuration", *CHECKS, "link", "clock"], told
+    failed = [name for name, check in told.items() if not check["passed"] and name != "clock"]
+    assert failed == ["state directory", "device", "models", "trust", "link"]

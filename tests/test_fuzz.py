@@ -27,7 +27,7 @@ from fuzz_messages import DONE, FLEET, KEY, NEW, NODE, OTHER, OTHERS, STAGING, D
 
 KEPT = corpus()
 NEVER_MADE = {"disk_full", "busy", "draining", "replayed"}
-"""Reasons of a rejection that need a full disk (test_transfer.py) or more than one message."""
+"""Reasons of a rejection that need a full disk (test_jobs.py) or more than one message."""
 
 
 def _refusal(delivery: Delivery) -> str:

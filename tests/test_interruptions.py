@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import paho.mqtt.client as paho
+import psutil
 import pytest
 from conftest import Cli, write_domain
 from fleet import BUDGET, MOSQUITTO, PROTOCOL, QUICK, Fleet, free_port, wait_for
@@ -148,6 +149,39 @@ def test_an_offer_that_expires_while_its_node_is_away_is_not_given(fleet: Fleet)
     assert "offer_waits" not in fleet.log("agent")
     lost = "state=lost" in fleet.log("coordinator")
     assert lost if PROTOCOL == "3.1.1" else not lost or time.monotonic() - killed > 9  # the keepalive, and so the delay, is 10 s
+
+
+def test_a_trainer_that_stands_still_costs_no_connection() -> None:
+    """It is stopped in mid-job, as by native code that lets nothing else run, for longer than it takes until a last will is told where the
+    agent itself is stopped: that one stays connected, and no will is told. The job goes on."""
+    fleet = Fleet(protocol="3.1.1")  # which knows no delay of a will
+    config = fleet.config("agent")
+    config.write_text(config.read_text().replace("keepalive_s = 10", "keepalive_s = 5"))
+
+    def states() -> list[str]:
+        return [state["data"]["state"] for state in fleet.heard("state")]
+
+    with fleet:
+        job = fleet.submit(fleet.data(), schedule__updates=5000).id
+        fleet.trained(job, 1)
+        agent, [trainer] = psutil.Process(fleet.pid("agent")), fleet.trainers()
+        agent.suspend()
+        stopped = time.monotonic()
+        wait_for("the last will", lambda: states()[-1] == "lost")
+        took_s = time.monotonic() - stopped
+        agent.resume()
+        wait_for("the node", lambda: states()[-1] == "ready" and fleet.present())
+        said = states()
+        trainer.suspend()
+        over = time.monotonic() + 1.5 * took_s
+        wait_for("the end of that time", lambda: time.monotonic() > over)
+        assert trainer.status() == psutil.STATUS_STOPPED
+        assert (states(), fleet.present()) == (said, True)
+        trainer.resume()
+        fleet.client.cancel(job)
+        view = fleet.ended(job)
+        assert (view.outcome, view.attempt) == ("canceled", 1)
+        fleet.check_messages()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

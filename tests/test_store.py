@@ -31,11 +31,12 @@ from edge_agent.messages import (
     OptionsState,
     Phase,
     decode,
+    encode,
     new_id,
 )
 from edge_agent.new_options import NewOptions
 from edge_agent.serving import serve
-from edge_agent.store import CLOSED_S, MOST_CLOSED, TRANSITIONS, JobRow, Store, Waiting
+from edge_agent.store import CLOSED_S, MOST_CLOSED, TRANSITIONS, VERSIONS, JobRow, Store, Waiting
 from edge_agent.topics import up
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -537,6 +538,89 @@ def test_database_is_brought_up_version_by_version(tmp_path: Path) -> None:
             assert [tuple(row) for row in db.execute("SELECT * FROM a")] == [(1, 7)]
             assert db.execute("PRAGMA user_version").fetchone()[0] == 2
             assert db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'b'").fetchone()[0] == 0
+
+
+# older versions
+
+REPLAYED = JobStatus(DIGEST, "ended", "rejected", "replayed")
+ENDED = JobResult(DIGEST, "failed", "non_finite_loss", "as it was then")
+
+INSERT_OLDER = """INSERT INTO jobs (id, digest, payload, priority, arrived, phase, outcome, result, attempt, crashes, cancel, seq, settled,
+pid, pid_ticks) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+
+
+def _fill_older(path: Path, version: int) -> dict[str, str]:
+    """Make a database as an agent of an older version left it; return its jobs, the oldest first, by what they are to show.
+
+    One is acknowledged and settled, one is ended, with its result in the outbox, one runs, one waits; another was deleted.
+    """
+    names = ("settled", "ended", "running", "ready", "deleted")
+    jobs = dict(zip(names, sorted(new_id() for _ in names), strict=True))
+    with closing(open_database(path, VERSIONS[:version])) as db:
+        result = msgspec.json.encode(ENDED)
+        for arrived, (name, phase) in enumerate((("settled", "ended"), ("ended", "ended"), ("running", "running"), ("ready", "ready"))):
+            outcome, kept = ("failed", result) if phase == "ended" else (None, None)
+            row = (jobs[name], DIGEST, b"{%d}" % arrived, 4, 1.7e9 + arrived, phase, outcome, kept, 2, 1, name == "running", 7)
+            more = (1.7e9 if name == "settled" else None, *((40, 2000) if name == "running" else (None, None)))
+            db.execute(INSERT_OLDER, row + more)
+        for name, data in (("ended", ENDED), ("running", JobStatus(DIGEST, "running"))):
+            message, kind = new_id(), "result" if data is ENDED else "status"
+            payload = encode(data, "edge1/f/n", boot=1_600_000_000, attempt=2, seq=7, message_id=message)
+            topic = up("f", "n", "job", jobs[name], kind)
+            db.execute("INSERT INTO outbox (id, job, topic, payload) VALUES (?, ?, ?, ?)", (message, jobs[name], topic, payload))
+        db.execute("INSERT INTO closed VALUES (?, ?, ?)", (jobs["deleted"], 1.8e9, msgspec.json.encode(REPLAYED)))
+        db.executemany("INSERT INTO meta VALUES (?, ?)", [("boot", 4_000_000_000), ("draining", 1), ("command", 3)])
+        if version >= 2:
+            db.execute("UPDATE jobs SET ran_s = 60, cooled_s = 5 WHERE id = ?", (jobs["running"],))
+        if version >= 3:
+            db.execute("UPDATE jobs SET arrived = arrived - 1.7e9 + 50, settled = iif(settled IS NULL, NULL, 90)")
+            db.execute("INSERT INTO meta VALUES ('ran_s', 100)")
+            db.execute("UPDATE closed SET until = 5184100")
+    return jobs
+
+
+@pytest.mark.parametrize("version", range(1, len(VERSIONS) + 1))
+def test_database_of_an_older_version_comes_up_with_all_that_is_in_it(version: int, tmp_path: Path, clock: Clock) -> None:
+    """Jobs in their phases, in the order of their ids, what waits to be acknowledged byte for byte, who is closed, and numbers; each job
+    goes on from there. Times of day have become time that the agent has run, so that nothing is deleted or ended early."""
+    path = tmp_path / "agent.sqlite"
+    jobs = _fill_older(path, version)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (version,)
+        outbox = [Waiting(*row) for row in db.execute("SELECT id, topic, payload FROM outbox ORDER BY number")]
+    for boot in (4_000_000_001, 4_000_000_002):
+        with closing(_open(path, clock)) as store:
+            assert store._db.execute("PRAGMA user_version").fetchone()[0] == len(VERSIONS)
+            assert (store.boot, store.draining, store.command) == (boot, True, 3)
+            assert _waiting(store) == outbox
+            assert [row.id for row in store.jobs()] == [jobs[name] for name in ("settled", "ended", "running", "ready")]
+            assert [row.phase for row in store.open_jobs()] == ["running", "ready"]
+            assert [(row.attempt, row.crashes, row.seq) for row in store.jobs()] == [(2, 1, 7)] * 4
+            assert [row.payload for row in store.jobs()] == [b"{%d}" % n for n in range(4)]
+            running = _row(store, jobs["running"])
+            assert (running.cancel, running.ran_s, running.cooled_s) == (True, 60.0 * (version > 1), 5.0 * (version > 1))
+            assert (running.new_options, running.sent_options) == (None, OptionsState())
+            assert store.last_trainer() == (40, 2000)
+            for name in ("settled", "ended"):
+                result = _row(store, jobs[name]).result
+                assert result is not None
+                assert msgspec.json.decode(result, type=JobResult) == ENDED
+            assert store.closed(jobs["deleted"]) == REPLAYED
+            assert [row.id for row in store.unacknowledged_jobs()] == [jobs[name] for name in ("ended", "running", "ready")]
+            assert store.settled_for(60) is None
+            now = store.clock.now()
+            assert all(row.arrived <= now < row.arrived + 60 for row in store.jobs())
+    with closing(_open(path, clock)) as store:
+        for message in outbox:
+            assert store.acknowledged(message.id)
+        clock.now += 61
+        assert None not in [_row(store, jobs[name]).settled for name in ("settled", "ended")]
+        assert store.settled_for(60) == jobs["settled"]
+        store.move(jobs["running"], "paused")
+        store.set_options(jobs["ready"], OptionsState(1), NewOptions(1, NlftOptions(correct_threshold=0.5)))
+        store.end(jobs["ready"], SUCCEEDED)
+        told = [(m.data.outcome, m.seq, m.attempt) for m in _told(store, jobs["ready"])]
+        assert told == [(None, 8, 2), ("succeeded", 9, 2)]
 
 
 def test_damage_while_it_serves_ends_a_daemon() -> None:

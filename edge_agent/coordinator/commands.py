@@ -133,9 +133,8 @@ class Commands:
     def report(self, node: str) -> None:
         """Ask a node where its jobs stand."""
         now = time.monotonic()
-        if now >= self._reports.get(node, 0.0):
+        if now >= self._reports.get(node, 0.0) and self._send(node, Report(), "command", "report"):
             self._reports[node] = now + REPORT_PAUSE_S
-            self._send(node, Report(), "command", "report")
 
     def _expired(self, job: DueJob) -> bool:
         """End a job that its node has not answered in time; whether it was one."""
