@@ -545,8 +545,8 @@ def test_database_is_brought_up_version_by_version(tmp_path: Path) -> None:
 REPLAYED = JobStatus(DIGEST, "ended", "rejected", "replayed")
 ENDED = JobResult(DIGEST, "failed", "non_finite_loss", "as it was then")
 
-INSERT_OLDER = """INSERT INTO jobs (id, digest, payload, priority, arrived, phase, outcome, result, attempt, crashes, cancel, seq, settled,
-pid, pid_ticks) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+INSERT_OLDER = """INSERT INTO jobs (id, digest, payload, priority, arrived, phase, outcome, result, attempt, crashes, cancel, seq, settled)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
 
 def _fill_older(path: Path, version: int) -> dict[str, str]:
@@ -561,8 +561,7 @@ def _fill_older(path: Path, version: int) -> dict[str, str]:
         for arrived, (name, phase) in enumerate((("settled", "ended"), ("ended", "ended"), ("running", "running"), ("ready", "ready"))):
             outcome, kept = ("failed", result) if phase == "ended" else (None, None)
             row = (jobs[name], DIGEST, b"{%d}" % arrived, 4, 1.7e9 + arrived, phase, outcome, kept, 2, 1, name == "running", 7)
-            more = (1.7e9 if name == "settled" else None, *((40, 2000) if name == "running" else (None, None)))
-            db.execute(INSERT_OLDER, row + more)
+            db.execute(INSERT_OLDER, (*row, 1.7e9 if name == "settled" else None))
         for name, data in (("ended", ENDED), ("running", JobStatus(DIGEST, "running"))):
             message, kind = new_id(), "result" if data is ENDED else "status"
             payload = encode(data, "edge1/f/n", boot=1_600_000_000, attempt=2, seq=7, message_id=message)
@@ -570,6 +569,8 @@ def _fill_older(path: Path, version: int) -> dict[str, str]:
             db.execute("INSERT INTO outbox (id, job, topic, payload) VALUES (?, ?, ?, ?)", (message, jobs[name], topic, payload))
         db.execute("INSERT INTO closed VALUES (?, ?, ?)", (jobs["deleted"], 1.8e9, msgspec.json.encode(REPLAYED)))
         db.executemany("INSERT INTO meta VALUES (?, ?)", [("boot", 4_000_000_000), ("draining", 1), ("command", 3)])
+        if version < 5:
+            db.execute("UPDATE jobs SET pid = 40, pid_ticks = 2000 WHERE id = ?", (jobs["running"],))
         if version >= 2:
             db.execute("UPDATE jobs SET ran_s = 60, cooled_s = 5 WHERE id = ?", (jobs["running"],))
         if version >= 3:
@@ -600,7 +601,6 @@ def test_database_of_an_older_version_comes_up_with_all_that_is_in_it(version: i
             running = _row(store, jobs["running"])
             assert (running.cancel, running.ran_s, running.cooled_s) == (True, 60.0 * (version > 1), 5.0 * (version > 1))
             assert (running.new_options, running.sent_options) == (None, OptionsState())
-            assert store.last_trainer() == (40, 2000)
             for name in ("settled", "ended"):
                 result = _row(store, jobs[name]).result
                 assert result is not None
