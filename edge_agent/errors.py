@@ -394,9 +394,11 @@ class JudgeRefused(EdgeAgentError):
     exit_code = 15
 
     def __init__(self, alias: str, status: int) -> None:
+        redirects = 300 <= status < 400
         super().__init__(
-            f"endpoint {alias!r} refuses requests for judgments with status {status}; check `key_file`, `model` and `url` of "
-            f"[judges.{alias}], then run the same command again"
+            f"endpoint {alias!r} {'redirects' if redirects else 'refuses'} requests for judgments with status {status}"
+            f"{', and no redirect is followed' if redirects else ''}; check `key_file`, `model` and `url` of [judges.{alias}], "
+            f"then run the same command again"
         )
 
 

@@ -131,6 +131,22 @@ def test_endpoint_that_takes_no_request_ends_the_run_at_once(status: int, ask: A
     assert _spent(judge) == pytest.approx(3 * COST)
 
 
+@pytest.mark.parametrize("status", [307, 308])
+def test_redirect_is_not_followed(status: int, ask: Ask, server: Server) -> None:
+    """Wherever it points, nothing goes there: the run ends at once with an error that says so, and it costs nothing."""
+    elsewhere = Server()
+    try:
+        server.script = [(status, {"Location": f"{elsewhere.url}/chat/completions"}, b"")]
+        with pytest.raises(JudgeRefused, match=rf"'stub' redirects requests for judgments with status {status}, and no redirect is"):
+            ask(3)
+        assert len(server.requests) == 1
+        assert not elsewhere.requests
+    finally:
+        elsewhere.close()
+    judge, _ = ask(3)
+    assert _spent(judge) == pytest.approx(3 * COST)
+
+
 def test_spending_stops_below_the_cap(ask: Ask, server: Server) -> None:
     """Nothing is asked that could pass the cap with all its repetitions; later runs ask nothing either, the rest has no judgment."""
     most = (1 + RETRIES) * (len("question 0") + 64 + 50 * 10.0) / 1e6
