@@ -221,6 +221,23 @@ def test_judges_are_configured_and_their_keys_private(tmp_path: Path, key_file: 
         read_config(path, AgentConfig)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:sk-1@judge.example.org/v1", "https://sk-1@judge.example.org", "https://judge.example.org/v1?key=sk-1",
+        "https://judge.example.org/v1#sk-1", "https:///v1", "https://judge.example.org:port/v1", "ftp://judge.example.org",
+    ],
+)  # fmt: skip
+def test_key_in_the_address_of_a_judge_is_refused(url: str, tmp_path: Path) -> None:
+    """It would stand in the trainer's environment; the error does not quote it."""
+    path = tmp_path / "agent.toml"
+    lines = [f"url = {json.dumps(url)}", 'model = "m"', "input_price = 1", "output_price = 2", "spending_cap = 3"]
+    path.write_text('node = "n"\nstate_directory = "s"\nbudget = "1GiB"\n[judges.stub]\n' + "\n".join(lines))
+    with pytest.raises(ConfigInvalid, match=r"at `\$\.judges\[\.\.\.\]") as raised:
+        read_config(path, AgentConfig)
+    assert "sk-1" not in str(raised.value)
+
+
 @pytest.mark.parametrize("judge", ["oracle", "endpoint", "endpoint:", "model:x", "endpoint:UP"])
 def test_judge_that_does_not_exist_is_refused(judge: str) -> None:
     """A source is one of three, and an alias belongs to the endpoint alone."""
