@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 
 from edge_agent.config import AgentConfig
 from edge_agent.dataset import FORMS
-from edge_agent.hints import explain
+from edge_agent.hints import LONGEST_TEXT, explain
 from edge_agent.job import Job
 
 JOB: dict[str, Any] = {"model": "tiny", "dataset": {"sha256": "0" * 64}}
@@ -64,6 +65,23 @@ def test_methods() -> None:
 def test_configurations(fields: dict[str, Any], hint: str) -> None:
     """Tables of any names are no step of the path."""
     assert _explained({"node": "a", "fleet": "f"} | fields, AgentConfig) == hint
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 2**20, "[" * 2**20, "` - at `$." * 2**17, "a` - at `$." + "[.]" * 2**18, "a` - at `$.b" + "." * 2**20]
+)
+def test_name_without_end(name: str) -> None:
+    """A megabyte that is no field is neither repeated nor compared, in whatever characters; the words that would do are told still."""
+    for document, kind, hint in (
+        (JOB | {name: 1}, Job, ""),
+        (JOB | {"device": name}, Job, " (it takes `auto`, `cpu`, `cuda`)"),
+    ):
+        with pytest.raises(msgspec.ValidationError) as refused:
+            msgspec.convert(document, type=kind)
+        started = time.process_time()
+        texts = [explain(refused.value, kind) for _ in range(10)]
+        assert time.process_time() - started < 0.1
+        assert set(texts) == {str(refused.value)[:LONGEST_TEXT] + hint}
 
 
 def test_records() -> None:
