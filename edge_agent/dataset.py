@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.errors import DatasetChecksum, DatasetEmpty, DatasetSchema, DatasetTooLarge, human_bytes
-from edge_agent.hints import explain
+from edge_agent.hints import explain_unquoted
 from edge_agent.json_items import json_items
 
 MAX_CHARACTERS = 2**18
@@ -160,6 +160,7 @@ class Row(NamedTuple):
     form: FormName | None
     record: Record | None
     problem: str = ""
+    """Quotes no text of the file."""
 
 
 def read_records(path: Path, room_bytes: int | None = None) -> list[Record]:
@@ -200,7 +201,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         except RecursionError:
             problem = "nested too deeply"
         except msgspec.ValidationError as error:
-            problem = explain(error, FORMS[form].type) if form else str(error)
+            problem = explain_unquoted(error, FORMS[form].type) if form else str(error)
         except msgspec.DecodeError as error:
             problem = f"it is no whole JSON object: {error}"
         except ValueError as error:
