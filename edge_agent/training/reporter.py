@@ -140,7 +140,7 @@ class Reporter:
             self.look(row.stage)
 
 
-def out_of_memory(stage: str, error: Exception) -> OutOfMemory | None:
+def out_of_memory(stage: str, error: BaseException) -> OutOfMemory | None:
     """Return what a lack of memory is reported as; None for another error."""
     if isinstance(error, OutOfMemory):
         return error
