@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import Whitespace
 
 from edge_agent.cli.shared import explained
-from edge_agent.errors import WHOLE_TEXT
+from edge_agent.errors import WHOLE_TEXT, OutOfMemory
 from edge_agent.files import lock_file
 from edge_agent.job_building import build_job
 from edge_agent.job_directory import JobDirectory
@@ -77,6 +77,18 @@ def test_error_that_nobody_expected(fail: Callable[[], None], kind: str, what: s
     assert re.fullmatch(rf"{what} at edge_agent/training/run\.py:[0-9]+; {WHOLE_TEXT}, or on standard error", result.error.text)
     assert (events[-1].event, events[-1].code, events[-1].text) == ("failed", "internal", result.error.text)
     assert PRIVATE not in directory.events.read_text()
+
+
+def test_error_that_speaks_of_memory(directory: JobDirectory) -> None:
+    """What is no lack of memory of the system or of PyTorch is not quoted, whatever its text says."""
+
+    def listen(event: Event) -> None:
+        if event.event == "stage_started":
+            raise KeyError(f"{PRIVATE} cannot allocate memory")
+
+    with pytest.raises(OutOfMemory, match=r"\(KeyError\)"):
+        run_job(directory, listen)
+    assert PRIVATE not in directory.events.read_text() + directory.result_file.read_text()
 
 
 def test_whole_text_is_in_the_log_of_the_trainer(directory: JobDirectory, tmp_path: Path) -> None:
