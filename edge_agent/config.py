@@ -160,8 +160,8 @@ class RestLimits(Strict, frozen=True):
 class Endpoint(Strict, frozen=True, kw_only=True):
     """An OpenAI-compatible server that writes judgments, and what it may cost."""
 
-    url: Annotated[str, Meta(pattern="^https?://", max_length=2048)]
-    """Base of its API, such as `https://api.openai.com/v1`."""
+    url: Annotated[str, Meta(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?\Z", max_length=2048)]
+    """Base of its API, such as `https://api.openai.com/v1`; a trainer's environment has it, so no key stands in it."""
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     input_price: Price
     """Of a million input tokens."""
@@ -179,6 +179,9 @@ class Endpoint(Strict, frozen=True, kw_only=True):
     """A reasoning model: it takes `max_completion_tokens`, and no temperature."""
     parallel: Annotated[int, Meta(ge=1, le=64)] = 4
     """Requests at once."""
+
+    def __post_init__(self) -> None:
+        _ = urlsplit(self.url).port  # ValueError for what is none
 
     @property
     def key(self) -> str | None:

@@ -12,8 +12,8 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.errors import DatasetChecksum, DatasetEmpty, DatasetSchema, DatasetTooLarge, human_bytes
-from edge_agent.hints import explain
-from edge_agent.json_items import json_items
+from edge_agent.hints import explain_unquoted
+from edge_agent.json_items import MAX_RECORDS, json_items
 
 MAX_CHARACTERS = 2**18
 """Of one text."""
@@ -160,6 +160,7 @@ class Row(NamedTuple):
     form: FormName | None
     record: Record | None
     problem: str = ""
+    """Quotes no text of the file; blank past the wrong rows that are explained."""
 
 
 def read_records(path: Path, room_bytes: int | None = None) -> list[Record]:
@@ -181,14 +182,16 @@ def read_records(path: Path, room_bytes: int | None = None) -> list[Record]:
     return records
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield every record of a file and every wrong line in its place; the first record decides the form of all.
+def read_rows(path: Path, explained: int = MAX_RECORDS) -> Iterator[Row]:
+    """Yield every record of a file and every wrong line in its place, the first `explained` of these with what is wrong; the first record
+    decides the form of all.
 
     Raises DatasetTooLarge, and DatasetEmpty where there is no file.
     """
     if not path.is_file():
         raise DatasetEmpty(str(path), "does not exist, or is no file")
     form: FormName | None = None
+    wrong = 0
     for where, raw, problem in json_items(path):
         record = None
         try:
@@ -200,11 +203,13 @@ def read_rows(path: Path) -> Iterator[Row]:
         except RecursionError:
             problem = "nested too deeply"
         except msgspec.ValidationError as error:
-            problem = explain(error, FORMS[form].type) if form else str(error)
+            if wrong < explained:
+                problem = explain_unquoted(error, FORMS[form].type) if form else str(error)
         except msgspec.DecodeError as error:
             problem = f"it is no whole JSON object: {error}"
         except ValueError as error:
             problem = str(error)
+        wrong += record is None
         yield Row(where, form, record, problem)
 
 

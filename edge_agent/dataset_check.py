@@ -128,7 +128,7 @@ def check(path: Path, verifier: Verifier = "numeric", evaluation: Path | None = 
 
     Raises DatasetEmpty where there is no line, DatasetTooLarge at a limit, and DatasetSchema for a wrong line of the evaluation file.
     """
-    rows = list(read_rows(path))
+    rows = list(read_rows(path, SHOWN))
     if not rows:
         raise DatasetEmpty(path.name)
     records = [row.record for row in rows if row.record]

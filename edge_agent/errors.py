@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from traceback import walk_tb
 
 
 def human_bytes(n: float) -> str:
@@ -17,6 +19,23 @@ class EdgeAgentError(Exception):
 
     code = "internal"
     exit_code = 1
+
+
+PACKAGES = ("edge_agent", "profiles", "quantization")
+WHOLE_TEXT = "what it wrote is in trainer.log of the job on its node"
+
+
+def describe_unexpected(error: BaseException) -> str:
+    """Return what may be told anywhere of an error that nobody expected: its type, and the last line of these packages that it passed.
+
+    Its text may quote a dataset and is left out, but for what the system says of a file.
+    """
+    root = Path(__file__).parent.parent
+    files = ((Path(frame.f_code.co_filename), line) for frame, line in walk_tb(error.__traceback__))
+    ours = [(file.relative_to(root), line) for file, line in files if file.is_relative_to(root)]
+    places = [f" at {file.as_posix()}:{line}" for file, line in ours if file.parts[0] in PACKAGES]
+    why = f" ({os.strerror(error.errno)})" if isinstance(error, OSError) and error.errno else ""
+    return f"{type(error).__name__}{why}{places[-1] if places else ''}; {WHOLE_TEXT}, or on standard error"
 
 
 class DatasetSchema(EdgeAgentError):
@@ -394,9 +413,11 @@ class JudgeRefused(EdgeAgentError):
     exit_code = 15
 
     def __init__(self, alias: str, status: int) -> None:
+        redirects = 300 <= status < 400
         super().__init__(
-            f"endpoint {alias!r} refuses requests for judgments with status {status}; check `key_file`, `model` and `url` of "
-            f"[judges.{alias}], then run the same command again"
+            f"endpoint {alias!r} {'redirects' if redirects else 'refuses'} requests for judgments with status {status}"
+            f"{', and no redirect is followed' if redirects else ''}; check `key_file`, `model` and `url` of [judges.{alias}], "
+            f"then run the same command again"
         )
 
 

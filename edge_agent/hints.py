@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -11,28 +11,75 @@ from typing import Any
 from msgspec import inspect
 
 _REFUSED = re.compile(
-    r"(?:Object contains unknown field `(?P<field>[^`]*)`|Invalid (?:enum )?value '[^']*')(?: - at `\$(?P<path>[^`]*)`)?", re.DOTALL
+    r"(?:Object contains unknown field `(?P<field>.*?)`|Invalid (?:enum )?value (?P<word>.*?))(?: - at `\$(?P<path>[^`]*)`)?", re.DOTALL
 )
+_PLACE = re.compile(r"(?:\.\w+(?:\[[0-9]{1,4}\])?)*", re.ASCII)
+_END = 1024
+"""Characters of a text at each end, more than all the fields to a place take."""
+LONGEST_TEXT = 200
+"""Characters of what is said of a field or word; where it is longer, no similar field is looked for."""
+LONGEST_QUOTED, LIKE = 64, 0.8
+"""Of an unknown field that is quoted where the text is not: its characters, and how like a known one it is (difflib's ratio)."""
 
 
 def explain(error: Exception, kind: Any) -> str:
     """Return what msgspec found wrong in a document of type `kind`, with a hint where it knows of one: for an unknown field the one
     with a similar name, at its place or elsewhere in the document; for a wrong word those that would do."""
     text = str(error)
-    if (refused := _REFUSED.fullmatch(text)) is None:
+    if (refused := _refused(text)) is None:
         return text
-    path = [name for name in re.sub(r"\[[^]]*\]", "", refused["path"] or "").split(".") if name]
+    said, path = text[:LONGEST_TEXT], _names_in(refused["path"])
     if (wrong := refused["field"]) is None:
-        words = {str(word) for found in _at(_type(kind), path) if isinstance(found, inspect.LiteralType) for word in found.values}
-        return f"{text} (it takes {', '.join(f'`{word}`' for word in sorted(words))})" if words else text
-    here = [field.encode_name for found in _at(_type(kind), path) if isinstance(found, inspect.StructType) for field in found.fields]
-    if close := get_close_matches(wrong, here, n=1):
-        meant = {".".join([*path, close[0]])}
-    else:
-        elsewhere = list(_names(_type(kind), ()))
-        close = get_close_matches(wrong, {names[-1] for names in elsewhere}, n=1)
-        meant = {".".join(names) for names in elsewhere if names[-1] in close}
-    return f"{text} (did you mean {' or '.join(f'`{name}`' for name in sorted(meant))}?)" if meant else text
+        return f"{said}{_takes(_words(kind, path))}"
+    return f"{said}{_did_you_mean(_meant(wrong, kind, path))}" if said == text else said
+
+
+def explain_unquoted(error: Exception, kind: Any) -> str:
+    """Return the same for a document whose text is not repeated: nothing of it is quoted but an unknown field that is like a known one."""
+    if (refused := _refused(str(error))) is None:
+        return str(error)
+    path, wrong = _names_in(refused["path"]), refused["field"]
+    told = _PLACE.fullmatch(refused["path"] or "") and any(_at(_type(kind), path))  # else it is part of the field's own name
+    place = f" - at `${refused['path']}`" if told and path else ""
+    if wrong is None:
+        return f"Invalid value{place}{_takes(_words(kind, path))}"
+    if told and len(wrong) <= LONGEST_QUOTED and (meant := _meant(wrong, kind, path, LIKE)):
+        return f"Object contains unknown field `{wrong}`{place}{_did_you_mean(meant)}"
+    return f"Object contains an unknown field{place}{_takes(_fields(kind, path if told else ()))}"
+
+
+def _refused(text: str) -> re.Match[str] | None:
+    """Read what msgspec says; a field or word without end is not read to its end."""
+    return _REFUSED.fullmatch(text if len(text) <= 2 * _END else text[:_END] + text[-_END:])
+
+
+def _names_in(path: str | None) -> list[str]:
+    return [name for part in (path or "").replace("[...]", "").split(".") if (name := part.partition("[")[0])]
+
+
+def _fields(kind: Any, path: Sequence[str]) -> set[str]:
+    return {field.encode_name for found in _at(_type(kind), path) if isinstance(found, inspect.StructType) for field in found.fields}
+
+
+def _words(kind: Any, path: Sequence[str]) -> set[str]:
+    return {str(word) for found in _at(_type(kind), path) if isinstance(found, inspect.LiteralType) for word in found.values}
+
+
+def _meant(wrong: str, kind: Any, path: Sequence[str], like: float = 0.6) -> set[str]:
+    """Return the fields that one of another name at a path may be meant for, each with those that it is in."""
+    if close := get_close_matches(wrong, sorted(_fields(kind, path)), 1, like):
+        return {".".join([*path, close[0]])}
+    elsewhere = list(_names(_type(kind), ()))
+    close = get_close_matches(wrong, sorted({names[-1] for names in elsewhere}), 1, like)
+    return {".".join(names) for names in elsewhere if names[-1] in close}
+
+
+def _did_you_mean(names: Set[str]) -> str:
+    return f" (did you mean {' or '.join(f'`{name}`' for name in sorted(names))}?)" if names else ""
+
+
+def _takes(words: Set[str]) -> str:
+    return f" (it takes {', '.join(f'`{word}`' for word in sorted(words))})" if words else ""
 
 
 @cache

@@ -29,8 +29,8 @@ GIVE_UP_AFTER = 5
 """Requests in a row without a usable answer; the rest is not asked for."""
 TEMPLATE_TOKENS = 64
 """What a server may put around the messages of a request."""
-MISCONFIGURED = frozenset({401, 403, 404, 405})
-"""Statuses that no other record would change: key, rights, model or address are wrong."""
+MISCONFIGURED = frozenset({*range(300, 400), 401, 403, 404, 405})
+"""Statuses that no other record would change: key, rights, model or address are wrong. No redirect is followed."""
 BEAT_S = 1.0
 
 
@@ -83,7 +83,7 @@ class _Reply:
 
 @dataclass
 class _Traffic:
-    """Requests that went out, and those that were answered with an error, which costs nothing."""
+    """Requests that went out, and those that were answered with an error or a redirect, which costs nothing."""
 
     sent: int = 0
     refused: int = 0
@@ -92,7 +92,7 @@ class _Traffic:
         self.sent += 1
 
     async def on_response(self, response: Any) -> None:
-        self.refused += response.status_code >= 400
+        self.refused += response.status_code >= 300
 
 
 class EndpointJudge:
@@ -179,7 +179,7 @@ class EndpointJudge:
         hooks: dict[str, list[Callable[..., Any]]] = {"request": [traffic.on_request], "response": [traffic.on_response]}
         async with AsyncOpenAI(
             base_url=self._endpoint.url, api_key=self._key, timeout=self._endpoint.timeout_s, max_retries=RETRIES,
-            http_client=DefaultAsyncHttpxClient(event_hooks=hooks),
+            http_client=DefaultAsyncHttpxClient(event_hooks=hooks, follow_redirects=False),
         ) as client:  # fmt: skip
             tasks = [asyncio.create_task(self._ask_one(client, messages)) for messages in group]
             try:

@@ -24,6 +24,7 @@ from typing import IO, Any
 import msgspec
 
 from edge_agent.config import JUDGES_VARIABLE, RAN_VARIABLE, Endpoint, write_judges
+from edge_agent.errors import WHOLE_TEXT
 from edge_agent.files import write_file
 from edge_agent.messages import Artifact, Outcome, Reason, StageDone
 from edge_agent.report import Event
@@ -31,8 +32,6 @@ from edge_agent.rest import Rests
 from edge_agent.supervised import REST, WORK
 
 log = logging.getLogger(__name__)
-
-LOG_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,10 @@ class Trainer:
         self.ended_for: Ending | None = None
         self._earlier_s, self._cooled_s = ran_s, cooled_s
         self._cooling_since: float | None = None
-        self._events, self._log_file = events, directory / "trainer.log"
+        self._events = events
         self._oom_kills = _oom_kills()
         command = [sys.executable, "-m", "edge_agent", "train", str(directory), "--supervised"]
-        with self._log_file.open("wb") as errors:
+        with open(directory / "trainer.log", "wb", opener=_private) as errors:
             self._process = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 env=_environment(threads, judges or {}, settings or {}) | {RAN_VARIABLE: str(ran_s)}, start_new_session=True,
@@ -177,7 +176,7 @@ class Trainer:
         self._events.put(TrainerEnded(self.job, code))
 
     def ending(self, code: int) -> Ending:
-        """Read the exit status and the last words of the process."""
+        """Read the exit status, and what the process has told; its last words may quote a dataset, and stay on the node."""
         if self.ended_for is not None:
             return self.ended_for
         if code == 0:
@@ -190,14 +189,14 @@ class Trainer:
         if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
             return Ending(None, "oom_host", "the kernel ended the trainer for want of memory", again=True)
         how = f"by signal {_signal_name(-code)}" if code < 0 else f"with exit code {code}"
-        return Ending(None, "crash_loop", f"the trainer ended {how}: {self._last_words()}", again=True)
+        return Ending(None, "crash_loop", f"the trainer ended {how}; {WHOLE_TEXT}", again=True)
 
-    def _last_words(self) -> str:
-        """The end of what it wrote to standard error."""
-        with self._log_file.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_BYTES))
-            text = log.read().decode(errors="replace").strip()
-        return text.splitlines()[-1][-400:] if text else "it said nothing"
+
+def _private(path: str, flags: int) -> int:
+    """Open a file for its owner alone, also one that was there."""
+    opened = os.open(path, flags, 0o600)
+    os.fchmod(opened, 0o600)
+    return opened
 
 
 def _signal_name(number: int) -> str:

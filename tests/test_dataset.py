@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,7 @@ WRONG = [
     (b'{"question": "q", "answer": "1", "judgment": "j"}', "line 1", "`judgment` and no `output`"),
     (b'{"question": "q"}', "line 1", "neither an `answer` nor an `output`"),
     (b'{"instruction": "i", "output": "\\n"}', "line 1", "`output` is blank"),
-    (b'{"instruction": "i", "output": "o", "text": "t"}', "line 1", "`text`"),
+    (b'{"instruction": "i", "output": "o", "text": "t"}', "line 1", "an unknown field (it takes `answer`, `id`, `input`, `instruction`, "),
     (b'{"instruction": "i", "output": "o", "id": -1}', "line 1", "`$.id`"),
     ({"instruction": "i" * 200_000, "input": "i" * 200_000, "output": "o"}, "line 1", "`instruction` and `input` together"),
     (b'{"messages": []}', "line 1", "`$.messages`"),
@@ -127,6 +128,37 @@ def test_what_is_wrong_is_named_with_its_place(content: bytes | dict[str, Any], 
         read_records(write_lines(tmp_path / "d.jsonl", content))
     assert str(raised.value).startswith(f"d.jsonl, {where}: ")
     assert says in str(raised.value)
+
+
+PRIVATE = "Jane Doe, born 1971"
+QUOTING: list[dict[str, Any] | bytes] = [
+    {"messages": [{"role": PRIVATE, "content": "c"}]},
+    {"messages": [{"role": f"{PRIVATE}'s", "content": "c"}]},
+    {"messages": [{"role": "user", "content": "c", PRIVATE: "c"}]},
+    GOOD | {PRIVATE: "1"},
+    GOOD | {f"answers` - at `$.{PRIVATE}": "1"},
+    GOOD | {"answer": {PRIVATE: PRIVATE}},
+    GOOD | {"id": [PRIVATE]},
+    {"instruction": PRIVATE, "id": -1},
+    {PRIVATE: PRIVATE},
+    {"question": PRIVATE},
+    {"question": PRIVATE, "answer": " "},
+    _chat(("user", PRIVATE), ("user", PRIVATE)),
+    json.dumps(PRIVATE).encode(),
+    json.dumps(GOOD).encode() + PRIVATE.encode(),
+    b'{"question": "' + PRIVATE.encode(),
+    b'{"question": "' + PRIVATE.encode() + b'\xff"}',
+    b'{"question": "\\x' + PRIVATE.encode() + b'"}',
+    b'{"question": ' + PRIVATE.encode() + b"}",
+]
+
+
+@pytest.mark.parametrize("line", QUOTING, ids=range(len(QUOTING)))
+def test_what_is_wrong_quotes_no_text(line: dict[str, Any] | bytes, tmp_path: Path) -> None:
+    """What a file holds stays in it, whatever is wrong there: errors go to logs and topics."""
+    with pytest.raises(DatasetSchema) as raised:
+        read_records(write_lines(tmp_path / "d.jsonl", line))
+    assert not {"Jane", "Doe", "born", "1971"} & set(re.findall(r"\w+", str(raised.value)))
 
 
 def test_a_file_has_one_form(tmp_path: Path) -> None:

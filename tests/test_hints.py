@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 
 from edge_agent.config import AgentConfig
 from edge_agent.dataset import FORMS
-from edge_agent.hints import explain
+from edge_agent.hints import LONGEST_TEXT, explain, explain_unquoted
 from edge_agent.job import Job
 
 JOB: dict[str, Any] = {"model": "tiny", "dataset": {"sha256": "0" * 64}}
@@ -66,8 +67,66 @@ def test_configurations(fields: dict[str, Any], hint: str) -> None:
     assert _explained({"node": "a", "fleet": "f"} | fields, AgentConfig) == hint
 
 
-def test_records() -> None:
-    """Fields of a record, and of what lies in it."""
-    native, chat = FORMS["native"].type, FORMS["chat"].type
-    assert _explained(RECORD | {"anwser": "2"}, native) == " (did you mean `answer`?)"
-    assert _explained({"messages": [{"role": "usr", "content": "a"}]}, chat) == " (it takes `assistant`, `system`, `user`)"
+@pytest.mark.parametrize(
+    "name", ["x" * 2**20, "[" * 2**20, "` - at `$." * 2**17, "a` - at `$." + "[.]" * 2**18, "a` - at `$.b" + "." * 2**20]
+)
+def test_name_without_end(name: str) -> None:
+    """A megabyte that is no field is neither repeated nor compared, in whatever characters; the words that would do are told still."""
+    for document, kind, hint in (
+        (JOB | {name: 1}, Job, ""),
+        (JOB | {"device": name}, Job, " (it takes `auto`, `cpu`, `cuda`)"),
+    ):
+        with pytest.raises(msgspec.ValidationError) as refused:
+            msgspec.convert(document, type=kind)
+        started = time.process_time()
+        texts = [explain(refused.value, kind) for _ in range(10)]
+        assert time.process_time() - started < 0.1
+        assert set(texts) == {str(refused.value)[:LONGEST_TEXT] + hint}
+
+
+def _explained_unquoted(document: Any, kind: Any) -> str:
+    with pytest.raises(msgspec.ValidationError) as refused:
+        msgspec.convert(document, type=kind)
+    return explain_unquoted(refused.value, kind)
+
+
+NATIVE_FIELDS = "`answer`, `id`, `instruction`, `judgment`, `output`, `question`"
+ROLES = " - at `$.messages[0].role` (it takes `assistant`, `system`, `user`)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"anwser": "2"}, "Object contains unknown field `anwser` (did you mean `answer`?)"),
+        *(
+            ({name: "2"}, f"Object contains an unknown field (it takes {NATIVE_FIELDS})")
+            for name in ("Jane Doe", "", "answer Jane Doe", "answe` - at `$.Jane Doe", "a` - at `$.b", "answer" * 11)
+        ),
+        ({"answer": 7}, "Expected `str | null`, got `int` - at `$.answer`"),
+        ({"question": " "}, "`question` is blank"),
+    ],
+)
+def test_records(fields: dict[str, Any], says: str) -> None:
+    """Of a record nothing is quoted, but the name of a field that is hardly another than a known one."""
+    assert _explained_unquoted(RECORD | fields, FORMS["native"].type) == says
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"role": "usr", "content": "a"}, f"Invalid value{ROLES}"),
+        ({"role": "Jane Doe, born 1971", "content": "a"}, f"Invalid value{ROLES}"),
+        ({"role": "it's Jane` - at `$.messages", "content": "a"}, f"Invalid value{ROLES}"),
+        (
+            {"role": "user", "content": "a", "contents": "b"},
+            "Object contains unknown field `contents` - at `$.messages[0]` (did you mean `messages.content`?)",
+        ),
+        (
+            {"role": "user", "content": "a", "Jane Doe": "b"},
+            "Object contains an unknown field - at `$.messages[0]` (it takes `content`, `role`)",
+        ),
+    ],
+)
+def test_messages_of_records(message: dict[str, Any], says: str) -> None:
+    """Within a chat likewise, with the place in it."""
+    assert _explained_unquoted({"messages": [message]}, FORMS["chat"].type) == says

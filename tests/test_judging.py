@@ -131,6 +131,22 @@ def test_endpoint_that_takes_no_request_ends_the_run_at_once(status: int, ask: A
     assert _spent(judge) == pytest.approx(3 * COST)
 
 
+@pytest.mark.parametrize("status", [307, 308])
+def test_redirect_is_not_followed(status: int, ask: Ask, server: Server) -> None:
+    """Wherever it points, nothing goes there: the run ends at once with an error that says so, and it costs nothing."""
+    elsewhere = Server()
+    try:
+        server.script = [(status, {"Location": f"{elsewhere.url}/chat/completions"}, b"")]
+        with pytest.raises(JudgeRefused, match=rf"'stub' redirects requests for judgments with status {status}, and no redirect is"):
+            ask(3)
+        assert len(server.requests) == 1
+        assert not elsewhere.requests
+    finally:
+        elsewhere.close()
+    judge, _ = ask(3)
+    assert _spent(judge) == pytest.approx(3 * COST)
+
+
 def test_spending_stops_below_the_cap(ask: Ask, server: Server) -> None:
     """Nothing is asked that could pass the cap with all its repetitions; later runs ask nothing either, the rest has no judgment."""
     most = (1 + RETRIES) * (len("question 0") + 64 + 50 * 10.0) / 1e6
@@ -203,6 +219,23 @@ def test_judges_are_configured_and_their_keys_private(tmp_path: Path, key_file: 
     path.write_text(text)
     with pytest.raises(ConfigInvalid, match="missing required field `input_price`"):
         read_config(path, AgentConfig)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:sk-1@judge.example.org/v1", "https://sk-1@judge.example.org", "https://judge.example.org/v1?key=sk-1",
+        "https://judge.example.org/v1#sk-1", "https:///v1", "https://judge.example.org:port/v1", "ftp://judge.example.org",
+    ],
+)  # fmt: skip
+def test_key_in_the_address_of_a_judge_is_refused(url: str, tmp_path: Path) -> None:
+    """It would stand in the trainer's environment; the error does not quote it."""
+    path = tmp_path / "agent.toml"
+    lines = [f"url = {json.dumps(url)}", 'model = "m"', "input_price = 1", "output_price = 2", "spending_cap = 3"]
+    path.write_text('node = "n"\nstate_directory = "s"\nbudget = "1GiB"\n[judges.stub]\n' + "\n".join(lines))
+    with pytest.raises(ConfigInvalid, match=r"at `\$\.judges\[\.\.\.\]") as raised:
+        read_config(path, AgentConfig)
+    assert "sk-1" not in str(raised.value)
 
 
 @pytest.mark.parametrize("judge", ["oracle", "endpoint", "endpoint:", "model:x", "endpoint:UP"])

@@ -32,6 +32,7 @@ from profiles.device import device_profile
 from tests.test_supervised import gone, start
 
 DEADLINE_S = 60.0
+WHOLE = "what it wrote is in trainer.log of the job on its node"
 
 
 PROGRAM = """
@@ -102,30 +103,42 @@ class Bench:
         ("failed('timeout_run'); sys.exit(10)", 10, Ending("timed_out", "timeout_run", "what it says")),
         ("failed('state'); sys.exit(1)", 1, Ending("failed", "internal", "what it says")),
         ("cry('first'); cry('the last word'); sys.exit(3)", 3,
-         Ending(None, "crash_loop", "the trainer ended with exit code 3: the last word", again=True)),
-        ("sys.exit(12)", 12, Ending(None, "crash_loop", "the trainer ended with exit code 12: it said nothing", again=True)),
+         Ending(None, "crash_loop", f"the trainer ended with exit code 3; {WHOLE}", again=True)),
+        ("sys.exit(12)", 12, Ending(None, "crash_loop", f"the trainer ended with exit code 12; {WHOLE}", again=True)),
         ("cry('x'); os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV,
-         Ending(None, "crash_loop", "the trainer ended by signal SIGSEGV: x", again=True)),
+         Ending(None, "crash_loop", f"the trainer ended by signal SIGSEGV; {WHOLE}", again=True)),
         ("failed('oom_device'); os.kill(os.getpid(), signal.SIGABRT)", -signal.SIGABRT,
-         Ending(None, "crash_loop", "the trainer ended by signal SIGABRT: it said nothing", again=True)),
+         Ending(None, "crash_loop", f"the trainer ended by signal SIGABRT; {WHOLE}", again=True)),
         ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL,
-         Ending(None, "crash_loop", "the trainer ended by signal SIGKILL: it said nothing", again=True)),
+         Ending(None, "crash_loop", f"the trainer ended by signal SIGKILL; {WHOLE}", again=True)),
         ("os.kill(os.getpid(), signal.SIGRTMIN + 6)", -signal.SIGRTMIN - 6,
-         Ending(None, "crash_loop", "the trainer ended by signal 40: it said nothing", again=True)),
+         Ending(None, "crash_loop", f"the trainer ended by signal 40; {WHOLE}", again=True)),
     ],
 )  # fmt: skip
 def test_ending_that_nobody_asked_for(program: str, code: int, ending: Ending, bench: Bench) -> None:
-    """Success, a failure that was told, and a crash are told apart by exit status and last words; only a crash asks for another start."""
+    """Success, a failure that was told, and a crash are told apart by exit status and events; only a crash asks for another start."""
     assert bench.end(bench.start(program)) == (code, ending)
 
 
 def test_ending_of_a_program_that_is_not_there(bench: Bench) -> None:
-    """A trainer that cannot even begin is a crash, with Python's own words."""
+    """A trainer that cannot even begin is a crash; what Python says of it is in its log."""
     trainer = bench.start("import no_such_module")
     code, ending = bench.end(trainer)
     assert code == 1
     assert (ending.reason, ending.again) == ("crash_loop", True)
-    assert ending.text == "the trainer ended with exit code 1: ModuleNotFoundError: No module named 'no_such_module'"
+    assert ending.text == f"the trainer ended with exit code 1; {WHOLE}"
+    assert (bench.place / "job" / "trainer.log").read_text().endswith("ModuleNotFoundError: No module named 'no_such_module'\n")
+
+
+def test_last_words_stay_on_the_node(bench: Bench) -> None:
+    """They may quote a dataset: they are in the log of the trainer, which is its owner's alone, those of the last start."""
+    log = bench.place / "job" / "trainer.log"
+    log.write_text("of the start before")
+    log.chmod(0o644)
+    _, ending = bench.end(bench.start("cry(\"KeyError: 'Jane Doe, born 1971'\"); sys.exit(1)"))
+    assert "Jane" not in str(ending)
+    assert log.read_text() == "KeyError: 'Jane Doe, born 1971'\n"
+    assert log.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(
@@ -360,9 +373,8 @@ def test_trainer_is_cut_off_from_the_daemon(bench: Bench) -> None:
     program = "import json; cry(json.dumps([os.getsid(0), os.environ['HF_HUB_OFFLINE'], os.environ.get('OMP_NUM_THREADS')])); sys.exit(3)"
     for threads, wanted in ((3, "3"), (None, os.environ.get("OMP_NUM_THREADS"))):
         trainer = bench.start(program, threads)
-        _, ending = bench.end(trainer)
-        assert ending.text is not None
-        assert json.loads(ending.text.partition("code 3: ")[2]) == [trainer.pid, "1", wanted]
+        assert bench.end(trainer)[0] == 3
+        assert json.loads((bench.place / "job" / "trainer.log").read_text()) == [trainer.pid, "1", wanted]
 
 
 def test_device_is_taken_for_as_long_as_the_trainer_lives(bench: Bench) -> None:

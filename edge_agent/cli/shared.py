@@ -78,9 +78,12 @@ def explained(as_json: bool) -> Iterator[None]:
     except EdgeAgentError as error:
         _print_error(error.code, str(error), as_json)
         raise typer.Exit(error.exit_code) from None
-    except (typer.Exit, typer.BadParameter):
+    except (typer.Exit, typer.BadParameter, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
+        raise typer.Exit(130) from None
+    except BaseException as error:  # libraries in Rust panic by one that is no Exception
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             missing = PackageMissing(error.name, EXTRAS[error.name])
             _print_error(missing.code, str(missing), as_json)
@@ -88,9 +91,6 @@ def explained(as_json: bool) -> Iterator[None]:
         _print_error(EdgeAgentError.code, f"{type(error).__name__}: {error}", as_json)
         Console(stderr=True).print_exception()
         raise typer.Exit(EdgeAgentError.exit_code) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
-        raise typer.Exit(130) from None
 
 
 def _print_error(code: str, text: str, as_json: bool) -> None:

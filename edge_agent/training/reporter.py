@@ -140,12 +140,13 @@ class Reporter:
             self.look(row.stage)
 
 
-def out_of_memory(stage: str, error: Exception) -> OutOfMemory | None:
+def out_of_memory(stage: str, error: BaseException) -> OutOfMemory | None:
     """Return what a lack of memory is reported as; None for another error."""
     if isinstance(error, OutOfMemory):
         return error
     if lacks_memory(error):
-        return OutOfMemory(stage, str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+        own = isinstance(error, MemoryError | OSError | RuntimeError)  # of others the text may quote a dataset
+        return OutOfMemory(stage, str(error).splitlines()[0][:200] if own and str(error) else type(error).__name__)
     return None
 
 

@@ -16,7 +16,17 @@ import msgspec
 from edge_agent.answers import Answer, accept, examples, measure
 from edge_agent.config import Endpoint
 from edge_agent.dataset import Record
-from edge_agent.errors import NO_SPACE, Conflict, DatasetEmpty, DiskFull, DoesNotFit, EdgeAgentError, OutOfMemory, Stopped
+from edge_agent.errors import (
+    NO_SPACE,
+    Conflict,
+    DatasetEmpty,
+    DiskFull,
+    DoesNotFit,
+    EdgeAgentError,
+    OutOfMemory,
+    Stopped,
+    describe_unexpected,
+)
 from edge_agent.files import write_file
 from edge_agent.job import Job, NlftOptions
 from edge_agent.job_directory import JobDirectory
@@ -81,7 +91,9 @@ def run_job(
         with sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes, reporter):
             try:
                 result = persevere(stages, directory, reporter, pressure)
-            except Exception as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # libraries in Rust panic by one that is no Exception
                 raise _failed(directory, job, reporter, error) from error
         reporter.emit("finished", seconds=result.seconds)
         return result
@@ -296,7 +308,7 @@ def _result(job: Job, reporter: Reporter, state: Any, records: int = 0) -> Resul
     )  # fmt: skip
 
 
-def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: Exception) -> Exception:
+def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: BaseException) -> BaseException:
     """Record a failure as well as the disk allows, and return the error to raise."""
     stage = reporter.recorder.current_stage
     error = out_of_memory(stage, error) or error
@@ -305,8 +317,7 @@ def _failed(directory: JobDirectory, job: Job, reporter: Reporter, error: Except
     elif isinstance(error, Stopped):
         reporter.emit("stopped", stage=stage)
         return error
-    code = error.code if isinstance(error, EdgeAgentError) else EdgeAgentError.code
-    text = str(error) or type(error).__name__
+    code, text = (error.code, str(error)) if isinstance(error, EdgeAgentError) else (EdgeAgentError.code, describe_unexpected(error))
     with suppress(OSError, EdgeAgentError):
         reporter.emit("failed", stage=stage, code=code, text=text[:1024])
         directory.write_result(msgspec.structs.replace(_result(job, reporter, "failed"), error=Failure(code, text[:1024])))
