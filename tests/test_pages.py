@@ -587,7 +587,9 @@ def test_a_job_is_submitted_from_the_form(browser: Any, coordinator: Coordinator
         page.set_input_files("[aria-label='Dataset: a file']", bad)
         page.wait_for_selector(".notice.wrong")
         assert "1 wrong line, so it is not kept" in opened.text(".notice.wrong")
-        assert HOSTILE[1] in opened.text("table[aria-label='Wrong lines']")
+        wrong = opened.text("table[aria-label='Wrong lines']")
+        assert "line 2\tObject contains an unknown field (it takes `answer`" in wrong
+        assert not any(text in wrong for text in HOSTILE), "nothing of a dataset is quoted"
         page.set_input_files("[aria-label='Dataset: a file']", good)
         page.wait_for_selector(".found .facts")
         assert opened.text(".dataset select option:checked").startswith("good <b>.jsonl, 12 records")
