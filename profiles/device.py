@@ -41,6 +41,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     compute_dtype: Literal["float32", "bfloat16"]
     overhead_bytes: int
     """Memory of a trainer that has loaded no model yet."""
+    context_bytes: int | None = None
+    """Of that, on shared memory, CUDA's context and workspaces, which nothing there shows; the rest is the process's own, and measured."""
     learned_bytes: dict[str, int] = {}
     """Of stages, what they took beyond all that can be counted, as finished jobs have shown (profiles/calibration.py); empty in files."""
     spread_bytes: int = 0
@@ -63,8 +65,15 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def file_pages_bytes(self) -> int:
-        """What the cap on a processor leaves for pages of files (profiles/memory.py)."""
-        return FILE_PAGES_BYTES if self.kind == "cpu" else 0
+        """What the cap on the host leaves for pages of files (profiles/memory.py)."""
+        return 0 if self.kind == "discrete" else FILE_PAGES_BYTES
+
+    @property
+    def unseen_bytes(self) -> int:
+        """Of a trainer's memory, what is declared because nothing shows it."""
+        if self.kind == "cpu":
+            return 0
+        return self.overhead_bytes if self.context_bytes is None else self.context_bytes
 
     @property
     def spare_bytes(self) -> int:
