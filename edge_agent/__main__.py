@@ -13,6 +13,9 @@ import sys
 # for functions that need none of it.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+# CUDA would begin with the fastest GPU, NVML and nvidia-smi with the first on the bus.
+os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+
 
 def main() -> None:
     """Entry point of the console script."""

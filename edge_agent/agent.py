@@ -70,7 +70,7 @@ from edge_agent.store import Store
 from edge_agent.tls import client_context
 from edge_agent.topics import COORDINATOR, block_number, node_subscriptions, split, up
 from edge_agent.watchdog import Heart
-from profiles.device import detect_profile, device_name
+from profiles.device import device_name, gpu_uuid, take_device
 from profiles.sensors import Sensors
 from quantization.model_files import find_model
 
@@ -95,7 +95,7 @@ class Agent:
         self._lock = lock_state(config.state_directory)
         self._signs = Signs(config.state_directory)
         self._store = Store(config.state_directory / "agent.sqlite", config.fleet, config.node)
-        self._device = detect_profile(config.device)
+        self._device = take_device(config.device)
         self._sensors = Sensors(self._device, int(config.budget), config.state_directory)
         self._link = Link(config.broker, config.node, node_subscriptions(config.fleet, config.node), self._events, self._birth)
         self._uplink = Uplink(self._link, config.fleet, config.node, self._store)
@@ -119,8 +119,9 @@ class Agent:
             if not os.access(path / "config.json", os.R_OK):
                 log.warning("model_not_there name=%s path=%s", name, path)
         log.info(
-            "agent_started node=%s boot=%d device=%s pid=%d", self._config.node, self._store.boot, self._device.torch_device, os.getpid()
-        )
+            "agent_started node=%s boot=%d device=%s gpu=%s pid=%d", self._config.node, self._store.boot, self._device.torch_device,
+            gpu_uuid(self._device), os.getpid(),
+        )  # fmt: skip
         self._heart.ready()
         try:
             serve(self._events, self._handle, self._tick, self._drop, TICK_S, self._turned)

@@ -137,6 +137,7 @@ class Timers(Strict, frozen=True):
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY, _TIME = f"({'|'.join(DAYS)})", "([01][0-9]|2[0-3]):[0-5][0-9]"
 _HOURS = re.compile(f"({_DAY}(-{_DAY})? )?{_TIME}-{_TIME}")
+_DEVICE = re.compile("auto|cpu|cuda|GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SECRET = re.compile("^key$|^sas$|secret|passw|passphrase|token|credential|access_key|account_key|connection_string")
 """Names of options of file systems whose values are not for a configuration file."""
 
@@ -345,7 +346,8 @@ class AgentConfig(Strict, frozen=True):
     fleet: Name = "default"
     labels: Labels = msgspec.field(default_factory=dict)
     """What selectors of jobs and rollouts may ask for."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, or one of several GPUs by its UUID: each has an agent of its own."""
     judges: dict[Alias, Endpoint] = msgspec.field(default_factory=dict)
     """Endpoints that jobs may ask for judgments, by the aliases that jobs know."""
     file_servers: dict[Alias, FileServer] = msgspec.field(default_factory=dict)
@@ -379,6 +381,14 @@ class AgentConfig(Strict, frozen=True):
     def __post_init__(self) -> None:
         if self.node == COORDINATOR:
             raise ValueError(f"`node` may not be {COORDINATOR!r}")
+        if _DEVICE.fullmatch(self.device) is None:
+            raise ValueError(f"`device` {self.device!r} is none of `auto`, `cpu`, `cuda`, and no UUID of a GPU as `nvidia-smi -L` says it")
+
+    @property
+    def job_device(self) -> Literal["auto", "cpu", "cuda"]:
+        """The device as jobs name it."""
+        kinds: dict[str, Literal["auto", "cpu"]] = {"auto": "auto", "cpu": "cpu"}
+        return kinds.get(self.device, "cuda")
 
     @property
     def cache_directory(self) -> Path:

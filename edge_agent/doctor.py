@@ -24,7 +24,8 @@ from edge_agent.models import offered
 from edge_agent.proxy import with_way
 from edge_agent.signing import read_trusted
 from edge_agent.visit import Visit, visit
-from profiles.device import detect_profile, device_name, free_bytes
+from profiles.device import device_name, free_bytes, gpu_uuid, take_device
+from profiles.gpu_lock import describe_lock
 from quantization.model_files import find_model
 
 ANSWER_S = 10.0
@@ -101,16 +102,19 @@ def _state(config: AgentConfig) -> str:
 
 
 def _device(config: AgentConfig) -> str:
-    device = detect_profile(config.device)
+    device = take_device(config.device)
     name, free = device_name(device.torch_device), free_bytes(device)
+    if uuid := gpu_uuid(device):
+        name = f"{name}, {uuid}"
     if config.budget > free - device.reserve_bytes:
         raise _Wrong(f"{human_bytes(free)} of {name} are free; a budget of {human_bytes(config.budget)} does not fit; lower it")
-    return f"{name} (profile {device.title}): {human_bytes(free)} free, {human_bytes(config.budget)} lent to jobs"
+    told = f"{name} (profile {device.title}): {human_bytes(free)} free, {human_bytes(config.budget)} lent to jobs"
+    return f"{told}; {describe_lock(device)}" if device.kind == "discrete" else told
 
 
 def _four_bits(config: AgentConfig) -> str:
     """Have a process compute with a matrix in NF4 as a trainer would, and hold it against plain PyTorch."""
-    device = detect_profile(config.device)
+    device = take_device(config.device)
     command = [sys.executable, "-m", "quantization.smoke", device.torch_device, device.compute_dtype]
     try:
         done = subprocess.run(command, capture_output=True, timeout=SMOKE_S, check=False)  # noqa: S603

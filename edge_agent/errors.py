@@ -291,13 +291,23 @@ class DeviceTooSmall(EdgeAgentError):
 
 
 class DeviceMissing(EdgeAgentError):
-    """The device that the job asks for is not there, or PyTorch cannot use it."""
+    """The device that a job or a configuration asks for is not there, or PyTorch cannot use it."""
 
     code = "device_missing"
     exit_code = 11
 
-    def __init__(self, why: str) -> None:
-        super().__init__(f"there is no GPU to use: {why}; run with --device cpu, or install the driver and a CUDA build of PyTorch")
+    def __init__(self, why: str, cure: str = "run with --device cpu, or install the driver and a CUDA build of PyTorch") -> None:
+        super().__init__(f"there is no GPU to use: {why}; {cure}")
+
+
+class DeviceBusy(EdgeAgentError):
+    """Another trainer has the GPU, of whatever agent or user."""
+
+    code = "busy"
+    exit_code = 4
+
+    def __init__(self, gpu: str, file: Path) -> None:
+        super().__init__(f"another trainer has {gpu} ({file} is locked); wait for its end, or name another GPU in CUDA_VISIBLE_DEVICES")
 
 
 class ProfileUnknown(EdgeAgentError):

@@ -20,7 +20,7 @@ from edge_agent.clocks import ToldTime
 from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.dataset import file_sha256
 from edge_agent.delivery import Uplink
-from edge_agent.errors import Busy, ConfigInvalid, DiskFull, EdgeAgentError, JobSchema, ModelMissing
+from edge_agent.errors import Busy, ConfigInvalid, DeviceBusy, DiskFull, EdgeAgentError, JobSchema, ModelMissing
 from edge_agent.files import lock_file
 from edge_agent.https import Carried, Courier
 from edge_agent.job import Job, NlftOptions
@@ -50,6 +50,7 @@ from edge_agent.runner import Ending, Trainer, TrainerEnded, TrainerEvent, end_o
 from edge_agent.store import HAS_TRAINER, JobRow, Store
 from edge_agent.transfer import FileStore, Incoming, read_blocks
 from profiles.device import DeviceProfile
+from profiles.gpu_lock import hold_gpu
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class Jobs:
         self._courier = Courier(config.file_servers, events)
         self._incoming: dict[str, Incoming] = {}
         self._orphan_since: float | None = None
+        self._gpu_awaited_by: str | None = None
+        """The job of which it was said that it waits for the trainer of another agent."""
         self._finalizing: dict[str, float] = {}
         """Since when what a job made is to be kept, in seconds that the agent has run."""
         self._ticked_at = self._spent_at = time.monotonic()
@@ -356,11 +359,14 @@ class Jobs:
         return self._uplink.send(request, "file", file.sha256, "request")
 
     def _lay_down(self, job: str, document: Job) -> None:
-        """Write the job's directory. The name of the model becomes its place on this node, and `auto` this node's device."""
+        """Write the job's directory. The name of the model becomes its place on this node, and `auto` this node's device.
+
+        The only GPU that a trainer sees is the one that the configuration names.
+        """
         model = offered(self._config).get(document.model)
         if model is None:
             raise ModelMissing(document.model, "it was taken from this node")
-        device = self._config.device if document.device == "auto" else document.device
+        device = self._config.job_device if document.device == "auto" else document.device
         local = msgspec.structs.replace(document, model=str(model), device=device)
         evaluation = document.dataset.evaluation_sha256
         JobDirectory(self._directory(job)).create(
@@ -382,6 +388,13 @@ class Jobs:
             self._wait_for_orphan()
             return
         self._orphan_since = None
+        try:
+            gpu = hold_gpu(self._device)
+        except DeviceBusy as error:
+            lock.close()
+            self._wait_for_gpu(row, error)
+            return
+        self._gpu_awaited_by = None
         row = self._store.move(row.id, "running", start=True)
         try:
             job, judges = read_order(row.payload).job, self._config.judges
@@ -389,23 +402,31 @@ class Jobs:
             cache = {CACHE_VARIABLE: str(self._config.cache_directory), CACHE_LIMIT_VARIABLE: str(int(self._config.cache_limit))}
             self.trainer = Trainer(
                 row.id, self._directory(row.id), lock, job.max_run_s, self._config.threads, self._events, asked, cache,
-                row.ran_s, row.cooled_s,
+                row.ran_s, row.cooled_s, gpu,
             )  # fmt: skip
         except OSError as error:
             lock.close()
+            if gpu is not None:
+                gpu.close()
             self._interrupted(row, f"the trainer cannot be started: {error}")
             return
         self.trainer.record(self._config.state_directory / RECORD)
         log.info("trainer_started job=%s attempt=%d pid=%d", row.id, row.attempt, self.trainer.pid)
 
     def _wait_for_orphan(self) -> None:
-        """The trainer of an earlier agent still holds the device."""
+        """The trainer of an earlier agent in the same state directory still holds its lock."""
         now = time.monotonic()
         if self._orphan_since is None:
             self._orphan_since = now
             log.info("orphan_awaited")
         if now - self._orphan_since > ORPHAN_S and (pid := end_orphan(self._config.state_directory / RECORD)) is not None:
             log.warning("orphan_killed pid=%d", pid)
+
+    def _wait_for_gpu(self, row: JobRow, error: DeviceBusy) -> None:
+        """The trainer of another agent or user has the GPU: it is theirs to end."""
+        if self._gpu_awaited_by != row.id:
+            self._gpu_awaited_by = row.id
+            log.info("gpu_awaited job=%s text=%r", row.id, str(error))
 
     def _let_rest(self, trainer: Trainer, rest: Rests | None) -> None:
         """Have the trainer do what the node does.

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
@@ -24,6 +24,7 @@ from edge_agent.config import CACHE_LIMIT_VARIABLE, CACHE_VARIABLE, AgentConfig
 from edge_agent.dataset import file_sha256
 from edge_agent.errors import (
     NO_SPACE,
+    DeviceBusy,
     DiskFull,
     EdgeAgentError,
     ModelConflict,
@@ -42,7 +43,8 @@ from edge_agent.messages import Texts
 from edge_agent.model_sources import INDEX, SINGLE, Advance, Directory, Listed, Listing, ModelPlace, at_hub, is_hub_id
 from edge_agent.models import INCOMING, RECORD, Record, Source, StoredFile, check_name, held_bytes, installed, read_record, working_in
 from profiles.calibration import calibrated
-from profiles.device import DeviceProfile, detect_profile
+from profiles.device import DeviceProfile, take_device
+from profiles.gpu_lock import hold_gpu
 from quantization.estimate import make_estimate
 from quantization.model_files import find_model, weight_files
 from quantization.shape import read_shape
@@ -58,6 +60,7 @@ KEPT_S = 7 * 24 * 3600.0
 TYPICAL = Texts(records=200, question=400, answer=800)
 """Of a dataset; where a plan for it has embedding and head, the model is quantised for."""
 QUANTISE_S = 4 * 3600.0
+TAKEN = "a job has the device now; the first job with the model quantises it"
 Begin = Callable[[str, int], Advance]
 """Told of a step and its bytes; returns what is told of bytes as they come."""
 
@@ -252,23 +255,29 @@ def _quantise(config: AgentConfig, name: str, incoming: Path, held: IO[str], beg
     if config.cache_limit == 0:
         return False, "`cache_limit` is 0"
     try:
-        device = detect_profile(config.device)
+        device = take_device(config.device)
         vocabulary = _vocabulary(config, incoming, device)
     except EdgeAgentError as error:
         return False, str(error)
     lock = lock_file(config.state_directory / "trainer.lock")
     if lock is None:
-        return False, "a job has the device now; the first job with the model quantises it"
+        return False, TAKEN
+    try:
+        gpu = hold_gpu(device)
+    except DeviceBusy:
+        lock.close()
+        return False, TAKEN
     begin("quantise", 0)
     environment = os.environ | {
         CACHE_VARIABLE: str(config.cache_directory), CACHE_LIMIT_VARIABLE: str(int(config.cache_limit)), "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
-    command = [sys.executable, "-m", "quantization.prequantise", str(incoming), config.device, *vocabulary]
-    with lock:
+    command = [sys.executable, "-m", "quantization.prequantise", str(incoming), device.torch_device, *vocabulary]
+    descriptors = [file.fileno() for file in (lock, gpu, held) if file is not None]
+    with lock, gpu or nullcontext():
         try:
             done = subprocess.run(  # noqa: S603
-                command, capture_output=True, env=environment, timeout=QUANTISE_S, check=False, pass_fds=(lock.fileno(), held.fileno())
+                command, capture_output=True, env=environment, timeout=QUANTISE_S, check=False, pass_fds=descriptors
             )
         except subprocess.TimeoutExpired:
             return False, f"it took longer than {QUANTISE_S:,.0f} s"

@@ -1,8 +1,8 @@
 """One job in a child process, seen from the daemon: start, events, the request to stop, and how its end is to be read.
 
 The trainer is the ordinary command `edge-agent train DIR --supervised`, started by exec. It holds two things of the daemon: a pipe on
-its standard input, at whose end it stops (edge_agent/supervised.py), and the lock of the device, which the kernel frees when it is
-gone. So no second trainer can start beside one that has outlived its daemon.
+its standard input, at whose end it stops (edge_agent/supervised.py), and the locks of the agent's trainers and of the GPU, which the
+kernel frees when it is gone. So no second trainer can start beside one that has outlived its daemon, or on the GPU of another agent's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -66,8 +67,11 @@ class Trainer:
     def __init__(
         self, job: str, directory: Path, lock: IO[str], max_run_s: float, threads: int | None, events: SimpleQueue[Any],
         judges: Mapping[str, Endpoint] | None = None, settings: Mapping[str, str] | None = None, ran_s: float = 0.0, cooled_s: float = 0.0,
+        gpu: FileIO | None = None,
     ) -> None:  # fmt: skip
-        """Start it. `lock` is the locked file of the device; the child alone holds it from here on. `judges` are what its job may ask.
+        """Start it. `lock` is the locked file of this agent's trainers, `gpu` that of the GPU's; the child alone holds both from here on.
+
+        `judges` are what its job may ask.
 
         `settings` are variables of its environment; earlier starts of the job have run for `ran_s` and waited to cool for `cooled_s`.
         """
@@ -92,9 +96,11 @@ class Trainer:
             self._process = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 env=_environment(threads, judges or {}, settings or {}) | {RAN_VARIABLE: str(ran_s)}, start_new_session=True,
-                pass_fds=(lock.fileno(),),
+                pass_fds=[held.fileno() for held in (lock, gpu) if held is not None],
             )  # fmt: skip
         lock.close()
+        if gpu is not None:
+            gpu.close()
         threading.Thread(target=self._read, name=f"trainer-{job}", daemon=True).start()
 
     @property

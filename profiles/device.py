@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from importlib.resources import files
@@ -23,6 +24,7 @@ FILE_PAGES_BYTES = 8 * 2**20
 """Of a budget, for pages of files, programs among them, which come without an allocation that could be refused."""
 CUDA_LIBRARIES_BYTES = 370_000_000
 """What PyTorch's build with CUDA takes beyond the one for processors, on a processor too: its libraries once they are loaded."""
+GIVE_ANOTHER = "give the `device` of the configuration as `nvidia-smi -L` says it"
 GENERIC = ("jetson", "cuda", "cpu")
 """Profiles of any device of a kind, in the order in which they are tried."""
 
@@ -39,6 +41,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     compute_dtype: Literal["float32", "bfloat16"]
     overhead_bytes: int
     """Memory of a trainer that has loaded no model yet."""
+    context_bytes: int | None = None
+    """Of that, on shared memory, CUDA's context and workspaces, which nothing there shows; the rest is the process's own, and measured."""
     learned_bytes: dict[str, int] = {}
     """Of stages, what they took beyond all that can be counted, as finished jobs have shown (profiles/calibration.py); empty in files."""
     spread_bytes: int = 0
@@ -61,8 +65,15 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def file_pages_bytes(self) -> int:
-        """What the cap on a processor leaves for pages of files (profiles/memory.py)."""
-        return FILE_PAGES_BYTES if self.kind == "cpu" else 0
+        """What the cap on the host leaves for pages of files (profiles/memory.py)."""
+        return 0 if self.kind == "discrete" else FILE_PAGES_BYTES
+
+    @property
+    def unseen_bytes(self) -> int:
+        """Of a trainer's memory, what is declared because nothing shows it."""
+        if self.kind == "cpu":
+            return 0
+        return self.overhead_bytes if self.context_bytes is None else self.context_bytes
 
     @property
     def spare_bytes(self) -> int:
@@ -113,8 +124,25 @@ def detect_profile(wanted: str = "auto", machine: Machine = HERE) -> DeviceProfi
         if gpu := nvidia.find_gpu():
             return profile_of_gpu(gpu)
         if wanted == "cuda":
-            raise DeviceMissing("NVML finds none, and the device tree tells of no Jetson")
+            shown = f" that {nvidia.VISIBLE}={os.environ[nvidia.VISIBLE]} shows" if nvidia.VISIBLE in os.environ else ""
+            raise DeviceMissing(f"NVML finds none{shown}, and the device tree tells of no Jetson")
     return device_profile("cpu")
+
+
+def take_device(wanted: str) -> DeviceProfile:
+    """Return the profile of what a configuration names: `auto`, `cpu`, `cuda`, or a GPU by its UUID. All that starts here sees that alone.
+
+    To be called before PyTorch is imported. Raises DeviceMissing, with the GPUs that there are where that one is not.
+    """
+    if wanted == "cpu":
+        return device_profile("cpu")
+    uuid = wanted if wanted.startswith("GPU-") else None
+    there = nvidia.all_gpus() if uuid else []
+    if uuid and uuid not in {gpu.uuid for gpu in there}:
+        known = ", ".join(f"{gpu.uuid} ({gpu.name})" for gpu in there)
+        raise DeviceMissing(f"{uuid} is not there, {f'there are {known}' if known else 'NVML finds none'}", GIVE_ANOTHER)
+    nvidia.see_one(uuid)
+    return detect_profile("cuda" if uuid else wanted)
 
 
 def profile_of_gpu(gpu: nvidia.Gpu) -> DeviceProfile:
@@ -148,6 +176,12 @@ def device_name(torch_device: str, machine: Machine = HERE) -> str:
         return f"{_processor(machine)}, {psutil.cpu_count()} cores"
     gpu = nvidia.find_gpu()
     return jetson.board(machine) or (gpu.name if gpu else "GPU")
+
+
+def gpu_uuid(device: DeviceProfile) -> str | None:
+    """Return the UUID of this machine's GPU; None on a processor, or where NVML does not know it."""
+    gpu = None if device.kind == "cpu" else nvidia.find_gpu()
+    return gpu.uuid if gpu else None
 
 
 def _processor(machine: Machine) -> str:

@@ -17,6 +17,7 @@ class Machine:
 
     proc: Path = Path("/proc")
     sys: Path = Path("/sys")
+    dev: Path = Path("/dev")
 
 
 HERE = Machine()

@@ -37,6 +37,9 @@ class Memory(Protocol):
 
     def current_bytes(self) -> int: ...
 
+    def peaks_bytes(self) -> tuple[int, int]:
+        """(peak_bytes(), that of the process on the host) of one moment."""
+
     def peak_on_gpu_bytes(self) -> tuple[int | None, int | None]:
         """(allocated, reserved) peaks of PyTorch's allocator; None on a processor."""
 
@@ -61,28 +64,43 @@ class HostMemory:
     def current_bytes(self) -> int:
         return int(self._process.memory_info().rss)
 
+    def peaks_bytes(self) -> tuple[int, int]:
+        peak = self.peak_bytes()
+        return peak, peak
+
     def peak_on_gpu_bytes(self) -> tuple[int | None, int | None]:
         return None, None
 
 
 class CudaMemory:
-    """What the caching allocator has reserved, plus the context, whose size the device profile declares."""
+    """What the caching allocator has reserved, plus what nothing shows, whose size the device profile declares.
 
-    def __init__(self, overhead_bytes: int) -> None:
+    Where GPU and host share their memory (`shared`) the resident set of the process comes to it. Nothing is counted twice there, as far as
+    is known: a Jetson's driver takes memory for the GPU, for its context too, from the kernel's pages beside those of processes (nvmap),
+    and maps what it does map into one as memory of a device, which no resident set has. The peaks of both sides are added up as if they
+    had come at one moment: an upper bound.
+    """
+
+    def __init__(self, unseen_bytes: int, shared: bool = False) -> None:
         import torch
 
-        self._cuda = torch.cuda
-        self._overhead_bytes = overhead_bytes
+        self._cuda, self._host = torch.cuda, HostMemory()
+        self._unseen_bytes, self._shared = unseen_bytes, shared
 
     def release(self) -> None:
         self._cuda.empty_cache()
         self._cuda.reset_peak_memory_stats()
+        self._host.release()
 
     def peak_bytes(self) -> int:
-        return int(self._cuda.max_memory_reserved()) + self._overhead_bytes
+        return self.peaks_bytes()[0]
 
     def current_bytes(self) -> int:
-        return int(self._cuda.memory_reserved()) + self._overhead_bytes
+        return int(self._cuda.memory_reserved()) + self._unseen_bytes + (self._host.current_bytes() if self._shared else 0)
+
+    def peaks_bytes(self) -> tuple[int, int]:
+        resident = self._host.peak_bytes()
+        return int(self._cuda.max_memory_reserved()) + self._unseen_bytes + (resident if self._shared else 0), resident
 
     def peak_on_gpu_bytes(self) -> tuple[int | None, int | None]:
         return int(self._cuda.max_memory_allocated()), int(self._cuda.max_memory_reserved())
@@ -111,9 +129,9 @@ class HostCap:
         self._resident_bytes = resident_bytes
         self._before = resource.getrlimit(resource.RLIMIT_DATA)
 
-    def renew(self) -> None:
-        """Look again at what is left."""
-        taken = _status_bytes("VmRSS") + _heap_holes_bytes()
+    def renew(self, beside_bytes: int = 0) -> None:
+        """Look again at what is left, of which `beside_bytes` are taken by what no resident set has."""
+        taken = _status_bytes("VmRSS") + _heap_holes_bytes() + beside_bytes
         limit = _status_bytes("VmData") + max(0, self._resident_bytes - taken)
         hard = self._before[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

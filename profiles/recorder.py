@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import msgspec
 
 from profiles.energy import EnergySource, Meter, NoMeter
-from profiles.memory import HostMemory, Memory
+from profiles.memory import Memory
 from profiles.sensors import Reading
 
 StageName = Literal["plan", "load", "evaluate", "sample", "repair", "judge", "encode", "score", "train", "save"]
@@ -61,7 +61,6 @@ class Recorder:
     ) -> None:
         self.memory, self.meter = memory, meter
         self.rows: list[StageRow] = []
-        self._host = memory if isinstance(memory, HostMemory) else HostMemory()
         self._synchronize = synchronize
         self._on_stage = on_stage
         self._left_out_s = 0.0
@@ -73,8 +72,6 @@ class Recorder:
         self.rows.append(row)
         self._synchronize()
         self.memory.release()
-        if self._host is not self.memory:
-            self._host.release()
         self._on_stage(row, False)  # after what is free has been given back: a cap is set to what is left
         self._left_out_s = 0.0
         energy, wall, cpu = self.meter.joules(), time.monotonic(), time.process_time()
@@ -84,8 +81,7 @@ class Recorder:
             self._synchronize()
             row.seconds, row.cpu_seconds = time.monotonic() - wall - self._left_out_s, time.process_time() - cpu
             row.energy_j, row.energy_reason = _energy(energy, self.meter.joules(), row.seconds)
-            row.peak_bytes = self.memory.peak_bytes()
-            row.peak_resident_bytes = row.peak_bytes if self._host is self.memory else self._host.peak_bytes()
+            row.peak_bytes, row.peak_resident_bytes = self.memory.peaks_bytes()
             row.peak_allocated_bytes, row.peak_reserved_bytes = self.memory.peak_on_gpu_bytes()
         self._on_stage(row, True)
 

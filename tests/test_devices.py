@@ -53,10 +53,11 @@ GPUS = [
 def test_profile_states_where_its_figures_are_from(name: str) -> None:
     """Every figure of a profile has a source, and no source is of a figure that is not there."""
     profile = device_profile(name)
-    figures = {"memory_bytes", "overhead_bytes", "reserve_bytes", "bandwidth_bytes_per_s"}
+    figures = {"memory_bytes", "overhead_bytes", "context_bytes", "reserve_bytes", "bandwidth_bytes_per_s"}
     assert set(profile.source) == {figure for figure in figures if getattr(profile, figure) is not None}
     assert all(text.endswith(".") for text in profile.source.values())
     assert (profile.memory_bytes is None) == (name in GENERIC)
+    assert (profile.context_bytes is None) == (profile.kind != "unified")
 
 
 def test_pytorch_with_cuda_takes_more_on_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

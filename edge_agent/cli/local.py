@@ -149,7 +149,10 @@ def _run_supervised(directory: JobDirectory, trace: bool) -> None:
             from edge_agent.training.run import run_job
 
         ran_s = float(os.environ.get(RAN_VARIABLE, "0"))
-        run_job(directory, tell, stopping=supervision.stopping, judges=judges, trace=trace, ran_s=ran_s, resting=supervision.resting)
+        run_job(
+            directory, tell, stopping=supervision.stopping, judges=judges, trace=trace, ran_s=ran_s, resting=supervision.resting,
+            holds_gpu=True,
+        )  # fmt: skip
     except Stopped:
         raise
     except EdgeAgentError as error:

@@ -14,28 +14,50 @@ from edge_agent.errors import NoRoom, OutOfMemory
 from edge_agent.job_directory import JobDirectory
 from edge_agent.training.reporter import LOOK_S, TELL_S, Crowded, Reporter, out_of_memory
 from profiles.device import DeviceProfile
-from profiles.memory import HostCap, trim_heap
+from profiles.memory import HostCap, HostMemory, trim_heap
 from profiles.pressure import Pressure
+from profiles.recorder import StageName
 
 T = TypeVar("T")
 
 
 @contextmanager
 def capped(device: DeviceProfile, budget_bytes: int, reporter: Reporter) -> Iterator[None]:
-    """Let an allocation fail that would take the process over its budget: PyTorch's on a GPU, all of the process on a CPU."""
-    if device.torch_device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget_bytes - device.overhead_bytes) / total))
+    """Let an allocation fail that would take the process over its budget: PyTorch's on a GPU, all of the process on a CPU.
+
+    Where both share their memory, both are capped, each to what the other has left when it is looked; until the next look, half a second
+    later or at the next stage, either may take the same rest.
+    """
+    if device.kind == "discrete":
+        _cap_gpu(budget_bytes - device.unseen_bytes)
         yield
         return
     torch.ones(2**20).exp_()  # starts PyTorch's threads
-    cap = HostCap(budget_bytes - device.file_pages_bytes)
-    # There is no model yet while it is planned, and a budget that is too small is to be said in words.
-    reporter.look = lambda stage: cap.lift() if stage == "plan" else cap.renew()
+    room_bytes = budget_bytes - device.file_pages_bytes - device.unseen_bytes
+    cap, host, shared = HostCap(room_bytes), HostMemory(), device.kind == "unified"
+
+    def look(stage: StageName) -> None:
+        if shared:
+            _cap_gpu(room_bytes - host.current_bytes())
+        # There is no model yet while it is planned, and a budget that is too small is to be said in words.
+        if stage == "plan":
+            cap.lift()
+        else:
+            cap.renew(torch.cuda.memory_reserved() if shared else 0)
+
+    if shared:
+        look("plan")  # also for whoever runs without stages
+    reporter.look = look
     try:
         yield
     finally:
         cap.lift()
+
+
+def _cap_gpu(most_bytes: int) -> None:
+    """Let PyTorch's allocator reserve so much, and no more."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, most_bytes) / total))
 
 
 def persevere(run: Callable[[], T], directory: JobDirectory, reporter: Reporter, pressure: Pressure) -> T:

@@ -42,7 +42,7 @@ class Reporter:
     ) -> None:  # fmt: skip
         """`crowded` says whether others need the memory, `resting` whether to wait; earlier starts have run for `ran_s`."""
         on_gpu = device.torch_device == "cuda"
-        memory: Memory = CudaMemory(device.overhead_bytes) if on_gpu else HostMemory()
+        memory: Memory = CudaMemory(device.unseen_bytes, device.kind == "unified") if on_gpu else HostMemory()
         synchronize = torch.cuda.synchronize if on_gpu else lambda: None
         self.recorder = Recorder(memory, synchronize, self._on_stage, meter)
         self.started = time.monotonic()

@@ -50,6 +50,7 @@ from edge_agent.training.trace import traced
 from edge_agent.training.weighted import Weighted
 from profiles.device import detect_profile, device_name
 from profiles.energy import find_meter
+from profiles.gpu_lock import hold_gpu
 from profiles.host import HERE, Machine
 from profiles.memory import fix_malloc, keep_freed
 from profiles.pressure import Pressure
@@ -66,13 +67,14 @@ T = TypeVar("T")
 def run_job(
     directory: JobDirectory, listen: Listener, expected: Job | None = None, stopping: Stopping = lambda: False,
     judges: Mapping[str, Endpoint] = MappingProxyType({}), trace: bool = False, machine: Machine = HERE,
-    resting: Callable[[], bool] = lambda: False, ran_s: float = 0.0,
+    resting: Callable[[], bool] = lambda: False, ran_s: float = 0.0, holds_gpu: bool = False,
 ) -> Result:  # fmt: skip
     """Run the job of a directory to its result; a finished job returns its result, an interrupted one goes on.
 
     `expected` is the job that the directory must hold; `stopping` is asked at every step whether to checkpoint and stop; `judges` are
     the endpoints that the job may name; `trace` has some updates recorded for PyTorch's viewers; `machine` is where it is read what
-    memory others need; `resting` is asked at every step whether to wait in place; `ran_s` of the job's `max_run_s` are spent already.
+    memory others need; `resting` is asked at every step whether to wait in place; `ran_s` of the job's `max_run_s` are spent already;
+    with `holds_gpu` this process has been given the lock of the GPU, which else is taken here.
     Raises an EdgeAgentError; once the run has begun, the same stands in events.jsonl, and in result.json if the job
     has failed.
     """
@@ -88,7 +90,8 @@ def run_job(
         reporter = Reporter(device, tell, stopping, job.max_run_s, job.budget_bytes, find_meter(device), pressure.crowded, resting, ran_s)
         # Attempts after the first know what was rehearsed before them.
         stages = partial(_stages, directory, job, cache(partial(prepare, directory, job)), reporter, judges, trace, machine)
-        with sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes, reporter):
+        held = None if holds_gpu else hold_gpu(device)
+        with held or nullcontext(), sampled(reporter.recorder, device, directory.profile), capped(device, job.budget_bytes, reporter):
             try:
                 result = persevere(stages, directory, reporter, pressure)
             except (KeyboardInterrupt, SystemExit):
