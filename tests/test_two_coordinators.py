@@ -21,13 +21,13 @@ from postgres import Postgres
 from edge_agent.config import Broker, CoordinatorConfig, Database, Files, read_config
 from edge_agent.coordinator import database
 from edge_agent.coordinator.audience import Happening
-from edge_agent.coordinator.rollout import Rate, RolloutPlan
+from edge_agent.coordinator.rollout import Rate, RolloutPlan, Selector
 from edge_agent.coordinator.service import Service
 from edge_agent.coordinator.store import CoordinatorStore
 from edge_agent.coordinator.views import DatasetView
 from edge_agent.dataset import file_sha256
 from edge_agent.dataset_check import check
-from edge_agent.errors import ConfigInvalid, DatabaseUnusable, FilesAway, Refused
+from edge_agent.errors import ConfigInvalid, DatabaseUnusable, FilesAway, JobConflict, Refused
 from edge_agent.job import Dataset, Job
 from edge_agent.messages import JobResult, JobStatus, NodeState, PlanAnswer, decode, encode, new_id
 
@@ -275,6 +275,19 @@ def _changed() -> type:
     return Changed
 
 
+def test_job_that_comes_to_both_is_one(pair: Pair) -> None:
+    """Under one id: whichever is asked first makes it, also in the moment between a look of the other one and its own."""
+    a, b = pair.services
+    of = Job(model="tiny", dataset=Dataset(a.call(lambda: _dataset(a._store, pair.root))), budget_bytes=2**29)
+    job = new_id()
+    made = [service.call(lambda s=service: s.hand_in(NODE, Selector(), of, 4, 600.0, job)) for service in (a, b)]
+    assert [view.id for view in made] == [job, job]
+    assert b.call(lambda: b.submit(NODE, of, 4, 600.0, as_id=job)).digest == made[0].digest
+    with pytest.raises(JobConflict, match=f"job {job} is there with another priority"):
+        b.call(lambda: b.hand_in(NODE, Selector(), of, 5, 600.0, job))
+    assert [view.id for view in b.call(lambda: b._store.jobs(10))] == [job]
+
+
 def test_answer_to_a_plan_finds_who_has_asked(pair: Pair) -> None:
     """All hear it; the others drop it."""
     b = pair.services[1]
@@ -400,5 +413,7 @@ def test_one_is_killed(tmp_path: Path) -> None:
         work.wait()
         ended, lost, double, _ = work.count()
         assert (ended, lost, double) == (options.jobs, 0, 0)
+        del work.jobs[next(iter(work.jobs))]  # as if nobody had handed it in
+        assert work.count()[:3] == (options.jobs - 1, 0, 1)
         assert work.taken_over_s is not None
         assert all("refuses" not in (fleet.directory / f"coordinator-{name}.log").read_text() for name in fleet.instances)

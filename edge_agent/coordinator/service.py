@@ -51,7 +51,17 @@ from edge_agent.coordinator.views import (
     Token,
 )
 from edge_agent.database import is_damage
-from edge_agent.errors import DatabaseAway, FilesAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
+from edge_agent.errors import (
+    DatabaseAway,
+    FilesAway,
+    JobConflict,
+    MessageInvalid,
+    Refused,
+    StateDamaged,
+    StateUnusable,
+    Unknown,
+    human_bytes,
+)
 from edge_agent.files import lock_state
 from edge_agent.job import Job, NlftOptions
 from edge_agent.messages import (
@@ -473,10 +483,19 @@ class Service:
 
     # requests; `call` runs them in the coordinator's thread
 
-    def hand_in(self, node: str | None, selector: Selector, job: Job, priority: int, expires_s: float) -> SubmittedJob:
-        """Keep a job for a node, or for the best one of a selector, and return it. Raises Refused as `submit`, and where there is none."""
-        placed = self._rollouts.best(job, selector) if node is None else None
-        view = self.submit(placed.node if placed else str(node), job, priority, expires_s)
+    def hand_in(
+        self, node: str | None, selector: Selector, job: Job, priority: int, expires_s: float, as_id: str | None = None
+    ) -> SubmittedJob:
+        """Keep a job for a node, or for the best one of a selector, and return it; one that is there under that id, return as it is.
+
+        Raises Refused as `submit`, and where there is no node, JobConflict.
+        """
+        view, placed = self._store.job(as_id) if as_id is not None else None, None
+        if view is None:
+            placed = self._rollouts.best(job, selector) if node is None else None
+            view = self.submit(placed.node if placed else str(node), job, priority, expires_s, as_id=as_id)
+        if as_id is not None:
+            _check_same(view, node, job, priority, expires_s)
         return SubmittedJob(**{name: getattr(view, name) for name in view.__struct_fields__}, placed=placed)
 
     def submit(
@@ -489,16 +508,23 @@ class Service:
         retry_of: str | None = None,
         rollout: str | None = None,
         fingerprint: str | None = None,
+        as_id: str | None = None,
     ) -> JobView:
-        """Keep a job and return it. Raises Refused where its node is unknown or does not take it, or a file is missing."""
-        order, envelope = self._order(node, job, priority, expires_s, fingerprint)
-        self._store.add_job(order, envelope, retry_of, rollout)
+        """Keep a job and return it; where one has its id, return that.
+
+        Raises Refused where its node is unknown or does not take it, or a file is missing.
+        """
+        order, envelope = self._order(node, job, priority, expires_s, fingerprint, as_id)
+        if not self._store.add_job(order, envelope, retry_of, rollout):  # by another coordinator, in this moment
+            return self.job(order.id)
         self._commands.at_once(node, order.id)
         log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
         self._changed(order.id)
         return self.job(order.id)
 
-    def _order(self, node: str, job: Job, priority: int, expires_s: float, fingerprint: str | None) -> tuple[Order, Envelope]:
+    def _order(
+        self, node: str, job: Job, priority: int, expires_s: float, fingerprint: str | None, as_id: str | None = None
+    ) -> tuple[Order, Envelope]:
         """Return the order of a job, and the envelope that it is in. Raises Refused as `submit`."""
         known = self._store.node(node)
         if known is None:
@@ -508,7 +534,8 @@ class Service:
             raise Refused(why)
         issued, evaluation = datetime.now(timezone.utc), job.dataset.evaluation_sha256
         order = Order(
-            id=new_id(), fleet=self._config.fleet, node=node, issued=issued, expires=issued + timedelta(seconds=expires_s), job=job,
+            id=as_id or new_id(), fleet=self._config.fleet, node=node, issued=issued, expires=issued + timedelta(seconds=expires_s),
+            job=job,
             model_fingerprint=known.info.models[job.model] if known.info is not None else None,
             dataset=self._file(job.dataset.sha256), evaluation=self._file(evaluation) if evaluation else None, priority=priority,
         )  # fmt: skip
@@ -795,3 +822,15 @@ class Service:
             self._audience.skip()
         elif (view := self._store.node(node)) is not None:
             self._audience.node(view)
+
+
+def _check_same(view: JobView, node: str | None, job: Job, priority: int, expires_s: float) -> None:
+    """Raise JobConflict where a job is not the one that is handed in. Which nodes could have had it is kept nowhere."""
+    order = view.order
+    said = {
+        "document": order.job == job, "node": node in (None, view.node), "priority": order.priority == priority,
+        "time to expire": order.expires - order.issued == timedelta(seconds=expires_s),
+    }  # fmt: skip
+    for what, same in said.items():
+        if not same:
+            raise JobConflict(view.id, what)
