@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
 from edge_agent.coordinator.access import Access
@@ -29,6 +29,7 @@ from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.live_maps import LiveMaps
 from edge_agent.coordinator.metrics import Metrics, Standing
+from edge_agent.coordinator.others import Others
 from edge_agent.coordinator.plans import Plans
 from edge_agent.coordinator.remote_files import RemoteFiles
 from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan, RolloutView, Selector, SubmittedJob, unfit
@@ -193,6 +194,7 @@ class Service:
         self._rollouts = Rollouts(self._store, self._submit_of_rollout, self.cancel)
         self.metrics.watch(lambda: self.call(self._standing))
         self._plans = Plans(self._store, self._send)
+        self._others = Others(self._tell_others)
         self._failed: StateDamaged | StateUnusable | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
@@ -316,7 +318,7 @@ class Service:
             case ["heartbeat"]:
                 self._store.set_heartbeat(node, decode(payload, Heartbeat).data)
                 self._heard_of(node)
-                self._tell_others("node", node)
+                self._others.add("node", node)
             case ["job", job, kind] if is_ulid(job):
                 self._receive_of_job(node, job, kind, payload)
             case ["plan", request, "answer"]:
@@ -339,15 +341,14 @@ class Service:
                 changed = decode(payload, Changed).data
             case _:
                 return
-        if changed.kind == "node":
-            self._heard_of(changed.subject)
-        else:
-            self._look_at(changed.subject)
+        for job in changed.jobs:
+            self._look_at(job)
+        for node in changed.nodes:
+            self._heard_of(node)
 
-    def _tell_others(self, kind: Literal["job", "node"], subject: str) -> None:
-        """Tell other coordinators that something is stored which they have not heard of themselves."""
+    def _tell_others(self, changed: Changed) -> None:
         if self._config.shared:
-            self._link.publish(coordinator_changed(self._config.fleet, self._config.instance), self._message(Changed(kind, subject)))
+            self._link.publish(coordinator_changed(self._config.fleet, self._config.instance), self._message(changed))
 
     def _receive_of_job(self, node: str, job: str, kind: str, payload: bytes) -> None:
         match kind:
@@ -436,6 +437,7 @@ class Service:
             self._rollouts.tick(now)
         self._commands.tick(now, self._leads)
         self._audience.tick(now)
+        self._others.tick(now)
         if now >= self._look_at_files:
             self._look_at_files = now + FILES_S
             self._exchange.tick()
@@ -809,7 +811,7 @@ class Service:
     def _changed(self, job: str) -> None:
         """Tell who looks, here and elsewhere, where a job stands now."""
         self._look_at(job)
-        self._tell_others("job", job)
+        self._others.add("job", job)
 
     def _look_at(self, job: str) -> None:
         if self._audience.alone:
