@@ -30,7 +30,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import msgspec
-from fleet_page import JOBS_A_DAY, Cost, Report, Times, extrapolate
+from fleet_page import Report, Times
 from many_fleet import NODES_OF_PROCESS, BigFleet, Span, Work
 from page import RESULTS
 from small_fleet import SERVERS
@@ -48,18 +48,6 @@ def times(found: list[float]) -> Times:
         return Times(len(found), 0.0, 0.0, 0.0, 0.0)
     parts = quantiles(found, n=100, method="inclusive")
     return Times(len(found), *(round(s, 4) for s in (median(found), parts[94], parts[98], max(found))))
-
-
-def cost(spans: dict[str, Span], report: dict[str, Any]) -> dict[str, Cost]:
-    """Return what each part takes, by the spans that were empty, idle and busy."""
-    found, work = {}, spans["jobs"]
-    for part in ("broker", "coordinators", "database", "nodes"):
-        empty, idle = (spans[name].use[part].cores if part in spans[name].use else 0.0 for name in ("empty", "idle"))
-        busy = work.use[part].cores if part in work.use else 0.0
-        per_node = max(0.0, idle - empty) / report["nodes"]
-        per_job = max(0.0, busy - idle) * work.seconds / report["jobs"]
-        found[part] = Cost(round(empty, 4), round(per_node, 8), round(per_job, 6))
-    return found
 
 
 def run(options: Any, ends: ExitStack) -> Report:
@@ -89,8 +77,6 @@ def run(options: Any, ends: ExitStack) -> Report:
     both = {job: (at, ear.accepted[job] - at) for job, at in ear.offered.items() if job in ear.accepted}
     calm = [took for at, took in both.values() if not any(since < at < until for since, until in work.away)]
     acknowledged = [ear.acknowledged[message] - at for message, at in ear.told.items() if message in ear.acknowledged]
-    report = {"nodes": options.nodes, "jobs": options.jobs}
-    costs = cost(spans, report)
     return Report(
         datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(), device_name("cpu"),
         "nodes, ear and what is measured share the cores" + (f"; {options.note}" if options.note else ""), versions(),
@@ -99,8 +85,7 @@ def run(options: Any, ends: ExitStack) -> Report:
         f"trainers: a run takes {options.run_s[0]:g} to {options.run_s[1]:g} s, drawn evenly, and leaves {options.adapter_bytes} random "
         f"bytes; {NODES_OF_PROCESS} agents share a process, and its disk{': memory' if options.nodes_directory == '/dev/shm' else ''}",  # noqa: S108
         FRESH_BOOT_S if options.fresh else 0.0, connect, round(known_s, 1), times([took for _, took in both.values()]), times(calm),
-        times(acknowledged), round(work.broker_back_s, 1), work.taken_over_s, made, ended, lost, double, late, spans, costs,
-        extrapolate(costs), JOBS_A_DAY,
+        times(acknowledged), round(work.broker_back_s, 1), work.taken_over_s, made, ended, lost, double, late, spans,
     )  # fmt: skip
 
 

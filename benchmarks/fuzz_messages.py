@@ -216,8 +216,8 @@ def seeds() -> list[Delivery]:
         (("file", LARGE_SHA256, "block", 0), LARGE_DATA[:BLOCK_BYTES]), (("file", LARGE_SHA256, "block", 1), LARGE_DATA[BLOCK_BYTES:]),
     )]  # fmt: skip
     said += [("coordinator", coordinator_changed(FLEET, instance), changed) for instance, changed in (
-        ("second", Changed("job", DONE)), ("second", Changed("job", NEW)), ("second", Changed("node", NODE)),
-        ("second", Changed("node", "nobody")), ("main", Changed("job", DONE)),
+        ("second", Changed([DONE], [])), ("second", Changed([NEW], [])), ("second", Changed([], [NODE])),
+        ("second", Changed([DONE], ["nobody"])), ("main", Changed([DONE], [])),
     )]  # fmt: skip
     numbers: dict[str, Any] = {"boot": 7, "seq": 2, "attempt": 1}
     return [

@@ -30,6 +30,7 @@ from edge_agent.coordinator.client import Answered, Client
 from edge_agent.enrolment import Authority
 from edge_agent.errors import CoordinatorUnreachable
 from edge_agent.job_building import build_job
+from edge_agent.messages import new_id
 
 ROOT = Path(__file__).parent.parent
 FLEET = "lab"
@@ -393,7 +394,7 @@ class Work:
 
     def _hand_in(self, number: int) -> None:
         """Hand one in, at the next coordinator where one does not answer."""
-        instances, node = self.fleet.instances, self.fleet.names[number % len(self.fleet.names)]
+        instances, node, job = self.fleet.instances, self.fleet.names[number % len(self.fleet.names)], new_id()
         for turn in range(100_000):
             instance = instances[(number + turn) % len(instances)]
             if not self.fleet.listens(instance):
@@ -401,9 +402,9 @@ class Work:
                 continue
             client = self.fleet.clients[instance]
             try:
-                self.jobs[client.submit(node, self._job, self._files, priority=4).id] = node
+                self.jobs[client.submit(node, self._job, self._files, priority=4, as_id=job).id] = node
                 return
-            except (CoordinatorUnreachable, Answered) as error:  # not handed in twice: it is known by its answer only
+            except (CoordinatorUnreachable, Answered) as error:  # it may be there: under its id it is handed in once
                 print(f"job {number}: {error}", file=sys.stderr)
                 time.sleep(0.2)
 
@@ -459,6 +460,7 @@ class Work:
                         ended_at_nodes.add(job)
         well = {job for job, outcome in found.items() if outcome == "succeeded" and results[job] >= 1 and job in ended_at_nodes}
         twice = {job for job in {*found, *at_nodes} if results[job] > 1 or at_nodes[job] > 1 or attempts[job] > 1}
+        twice |= {*found, *at_nodes} - set(self.jobs)
         said = self.fleet.ask("SELECT outcome, reason, min(text), count(*) FROM jobs GROUP BY 1, 2")
         print(f"outcomes: {said}; attempts {Counter(attempts.values())}, nodes {Counter(at_nodes.values())}", file=sys.stderr)
         late = self.fleet.ask("SELECT count(*) FROM history WHERE late = 1")[0][0]

@@ -77,8 +77,12 @@ from quantization.model_files import find_model
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
-HELLO_S = 300.0
-"""Between two hellos that are answered."""
+HELLO_S, LONGEST_HELLO_S = 300.0, 120.0
+"""Between two hellos that are answered, and at most between two that are not."""
+HELLO_SPREAD = 0.5
+"""By up to such a part of its pause the next hello is late: nodes that wait for one coordinator do not ask it all at once."""
+NEWS_S = 5.0
+"""Within so long nodes greet a coordinator that is new."""
 CLOCKS_DIFFER_S = 60.0
 PROGRESS_S, WATCHED_PROGRESS_S = 10.0, 0.5
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -104,6 +108,7 @@ class Agent:
         self._jobs = Jobs(config, self._device, self._store, self._uplink, self._events, rest)
         self._connections = 0
         self._hellos: dict[str, float] = {}
+        self._hello_pause_s = ANSWER_S
         self._behind_s = 0.0
         self._heartbeat_at = self._hello_at = self._progress_at = self._watched_until = 0.0
         self._told: object = None
@@ -195,8 +200,10 @@ class Agent:
                 log.warning("topic_unknown topic=%s", message.topic)  # what a broker lets through to one is not for it
             elif who != COORDINATOR:
                 self._receive_down(parts[1:], message.payload)
-            elif message.payload and decode(message.payload, CoordinatorState).data.online:  # it may have come while we were here
-                self._heartbeat_at = self._hello_at = 0.0
+            elif message.payload and decode(message.payload, CoordinatorState).data.online and not message.retained:
+                # It has come while we were here; of one that was there before, this connection's own hello tells.
+                self._heartbeat_at = self._hello_at = time.monotonic() + random.uniform(0, NEWS_S)
+                self._hello_pause_s = ANSWER_S
                 self._outbox.send_again()
                 self._jobs.link_is_new()
         except MessageInvalid as error:
@@ -292,6 +299,7 @@ class Agent:
 
     def _introduce(self) -> None:
         """A new connection: ask for the time, which offers need, say who is here, and send again what nobody has acknowledged."""
+        self._hello_pause_s = ANSWER_S
         self._greet(time.monotonic())
         self._uplink.keep(self._present(), "state")
         info = self._tell_info()
@@ -310,15 +318,19 @@ class Agent:
         return info
 
     def _greet(self, now: float) -> None:
-        """Ask the coordinator whether it is there, for its time, and which start of this node it knows."""
-        hello, self._hello_at = new_id(), now + ANSWER_S
+        """Ask the coordinator whether it is there, for its time, and which start of this node it knows.
+
+        Where it does not answer in time, the pauses grow: it may have more to do than it can, and each hello is more.
+        """
+        hello, self._hello_at = new_id(), now + self._hello_pause_s * random.uniform(1, 1 + HELLO_SPREAD)
+        self._hello_pause_s = min(2 * self._hello_pause_s, LONGEST_HELLO_S)
         self._hellos = {earlier: sent for earlier, sent in self._hellos.items() if now - sent <= ANSWER_S} | {hello: now}
         self._uplink.ask(Hello(), "hello", message_id=hello)
 
     def _greeted(self, ack: Ack, sent: float) -> None:
         """A coordinator has answered a hello: take its time, unless it was held up, and number this start above those it knows."""
         if (now := time.monotonic()) - sent <= ANSWER_S:
-            self._hello_at = now + HELLO_S
+            self._hello_at, self._hello_pause_s = now + HELLO_S, ANSWER_S
             self._jobs.take_time(ack.time)
             behind_s = (ack.time - datetime.now(timezone.utc)).total_seconds()
             if abs(behind_s - self._behind_s) > CLOCKS_DIFFER_S:

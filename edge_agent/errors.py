@@ -133,6 +133,16 @@ class BuildConflict(EdgeAgentError):
         super().__init__(f"{path} {problem}; give another --out, or remove it")
 
 
+class JobConflict(EdgeAgentError):
+    """A job is handed in under the id of another."""
+
+    code = "conflict"
+    exit_code = 4
+
+    def __init__(self, job: str, what: str) -> None:
+        super().__init__(f"job {job} is there with another {what}; hand this one in under a new id, or with none")
+
+
 class DirectoryUnusable(EdgeAgentError):
     """What results should go to cannot be written."""
 
@@ -512,7 +522,9 @@ class CoordinatorUnreachable(EdgeAgentError):
     code = "coordinator"
     exit_code = 14
 
-    def __init__(self, place: str, problem: str) -> None:
+    def __init__(self, place: str, problem: str, *, asked: bool = False) -> None:
+        """`asked`: whether the request may have come to it."""
+        self.asked = asked
         super().__init__(
             f"no coordinator answers at {place} ({problem}); start `edge-agent coordinator`, or give its --config or --coordinator"
         )

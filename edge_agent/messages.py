@@ -42,6 +42,8 @@ ANSWER_S = 30.0
 HEARTBEAT_IDLE_S, HEARTBEAT_BUSY_S, HEARTBEAT_JITTER = 60.0, 30.0, 0.2
 LIVE_S = 60.0
 """Progress of before that is no live view any more."""
+MOST_TOLD = 500
+"""Jobs and nodes in one message of a coordinator to others."""
 LONGEST_WATCH_S = 600
 PLAN_S = 10.0
 """Who asks for a plan waits so long."""
@@ -67,11 +69,11 @@ class CoordinatorState(Strict, frozen=True):
 
 
 class Changed(Strict, frozen=True):
-    """What a coordinator has stored of a job or node, for others that share its work and have somebody who looks."""
+    """Of which jobs and nodes a coordinator has stored something, for others that share its work and have somebody who looks."""
 
-    kind: Literal["job", "node"]
-    subject: Name
-    """Its id."""
+    jobs: Annotated[list[Ulid], Meta(max_length=MOST_TOLD)]
+    """Their ids, as those of nodes."""
+    nodes: Annotated[list[Name], Meta(max_length=MOST_TOLD)]
 
 
 class Hello(Strict, frozen=True):

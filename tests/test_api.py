@@ -388,6 +388,64 @@ def test_options_of_a_job_change_while_it_runs(coordinator: ApiServer) -> None:
         _problem(coordinator.ask("POST", path, "submit", json=body), 400, "job_schema")
 
 
+class Losing(httpx.HTTPTransport):
+    """Has a request done, and loses its answer."""
+
+    def __init__(self, coordinator: ApiServer) -> None:
+        super().__init__(verify=ssl.create_default_context(cafile=coordinator.ca_file))
+        self.left = 0
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = super().handle_request(request)
+        if request.method == "POST" and self.left:
+            self.left -= 1
+            answer.close()
+            raise httpx.ReadError("the connection is gone")
+        return answer
+
+
+def test_job_is_handed_in_once(coordinator: ApiServer, tmp_path: Path) -> None:
+    """Who has not heard the answer asks again under the same id and gets that job; another one under that id is refused."""
+    file, sha256 = _dataset(coordinator, "once.jsonl", {"question": "Once?", "answer": "#### 1"})
+    job, transport = Job(model="tiny", dataset=Dataset(sha256), budget_bytes=2**29), Losing(coordinator)
+    headers = {"Authorization": f"Bearer {coordinator.secrets['submit']}"}
+
+    def count() -> int:
+        return len(coordinator.call(lambda: coordinator.service._store.jobs(1000)))
+
+    with Client(
+        httpx.Client(transport=transport, base_url=f"{coordinator.url}/v1", headers=headers, timeout=30), coordinator.url
+    ) as client:
+        client.upload(file, sha256)
+        before, transport.left = count(), 2
+        submitted = client.submit(NODE, job, {}, 4)
+        assert (count(), transport.left) == (before + 1, 0)
+        assert client.job(submitted.id).digest == job.digest
+        own, transport.left = new_id(), 1
+        with pytest.raises(CoordinatorUnreachable):  # who gives an id asks again himself
+            client.submit(NODE, job, {}, 4, as_id=own)
+        assert client.submit(NODE, job, {}, 4, as_id=own).id == own
+        assert client.submit(None, job, {}, 4, as_id=own).node == NODE
+        assert count() == before + 2
+        other = msgspec.structs.replace(job, seed=7)
+        for what, node, of, priority, expires_s in (
+            ("document", NODE, other, 4, 7 * 24 * 3600.0), ("node", "another", job, 4, 7 * 24 * 3600.0),
+            ("priority", NODE, job, 5, 7 * 24 * 3600.0), ("time to expire", NODE, job, 4, 60.0),
+        ):  # fmt: skip
+            with pytest.raises(Answered, match=f"job {own} is there with another {what}") as refused:
+                client.submit(node, of, {}, priority, expires_s, as_id=own)
+            assert (refused.value.code, refused.value.exit_code) == ("conflict", 4)
+        assert count() == before + 2
+    body = {"node": NODE, "job": msgspec.to_builtins(job)}
+    for wrong in ("", own.upper(), f"{own}\n", own[:-1], f"8{own[1:]}", "il" + own[2:]):
+        _problem(coordinator.ask("POST", "/jobs", "submit", json=body | {"id": wrong}), 400, "job_schema")
+    unheard = Client.remote("https://127.0.0.1:1", coordinator.token_file("submit"), coordinator.ca_file)
+    began = time.monotonic()
+    with unheard, pytest.raises(CoordinatorUnreachable):  # nobody was asked
+        unheard.submit(NODE, job, {}, 4)
+    assert time.monotonic() - began < 10
+
+
 def test_artifact_comes_whole_or_by_ranges(coordinator: ApiServer, tmp_path: Path) -> None:
     """With its name and sha256; a range that is asked for and no other; nothing where the other side has it."""
     file, sha256 = _dataset(coordinator, "made.jsonl", {"question": "Made?", "answer": "#### 4"})

@@ -229,8 +229,33 @@ def test_rules_of_aws_name_what_is_kept() -> None:
 def test_page_shows_what_was_measured() -> None:
     """Between its marks docs/scale.md has what the committed results of benchmarks/fleet.py say, and no figure without them."""
     sys.path.append(str(ROOT / "benchmarks"))
-    from fleet_page import MARKS, PAGE, Report, lines
+    from fleet_page import AWS_MARKS, MARKS, PAGE, Report, aws_lines, lines
 
     file = ROOT / "benchmarks" / "results" / "fleet.json"
-    said = "\n".join(lines(msgspec.json.decode(file.read_bytes(), type=Report))) if file.exists() else ""
-    assert PAGE.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0].strip() == said
+    report = msgspec.json.decode(file.read_bytes(), type=Report) if file.exists() else None
+    for marks, say in ((MARKS, lines), (AWS_MARKS, aws_lines)):
+        said = "\n".join(say(report)) if report is not None else ""
+        assert PAGE.read_text(encoding="utf-8").partition(marks[0])[2].partition(marks[1])[0].strip() == said
+
+
+def test_model_has_what_every_coordinator_hears() -> None:
+    """It counts for each coordinator what that subscribes to for itself, and once what they share; each further one adds no less."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    from fleet_page import HEARD, TAKEN, Report, coordinators, cores, costs, start_s
+
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}
+    for topic in shared_subscriptions("lab"):
+        if not topic.endswith("/changed"):
+            kinds[topic.startswith("$share/")].add("up/" + topic.partition("/up/")[2].replace("+/", "").removesuffix("/+"))
+    assert (set(TAKEN), set(HEARD)) == (kinds[True], kinds[False])
+    report = msgspec.json.decode((ROOT / "benchmarks" / "results" / "fleet.json").read_bytes(), type=Report)
+    own = costs(report)["coordinators"]
+    assert own.more is not None
+    for nodes in (1_000, 100_000):
+        added = [cores(own, nodes, more) - cores(own, nodes) for more in (0, 1, 10)]
+        assert added == pytest.approx([0, cores(own.more, nodes), 10 * cores(own.more, nodes)])
+        assert start_s(own, nodes, 3) > start_s(own, nodes) > 0
+    assert coordinators(report, 1_000, 1.0) == report.coordinators
+    needed = coordinators(report, 100_000, 1.0)
+    assert needed is None or cores(own, 100_000, needed - report.coordinators) <= needed
+    assert coordinators(report, 10**9, 1.0) is None

@@ -13,11 +13,12 @@ import msgspec
 import pytest
 from conftest import ROOT
 
+from edge_agent.agent import NEWS_S
 from edge_agent.clocks import ToldTime
-from edge_agent.messages import ANSWER_S, NodeState, encode
+from edge_agent.messages import ANSWER_S, CoordinatorState, NodeState, encode
 from edge_agent.mqtt import Connected
 from edge_agent.signing import seal
-from edge_agent.topics import down, up
+from edge_agent.topics import coordinator_state, down, up
 
 sys.path.append(str(ROOT / "benchmarks"))
 from fuzz import Trial
@@ -103,6 +104,54 @@ def test_answer_that_was_held_up_tells_no_time(trial: Trial) -> None:
     *_, last = agent._hellos
     answer(last)
     assert agent._jobs._told_time.now() >= FIRST
+
+
+def test_hellos_that_nobody_answers_become_rare(trial: Trial) -> None:
+    """The pauses grow, and are drawn: a coordinator that has too much to do gets less of it. An answer ends that, or a new connection."""
+    agent = _side(trial, "signed").daemon
+    rounds = []
+    for _ in range(3):
+        _connect(trial, answers=False)
+        now, pauses = 0.0, [agent._hello_at - time.monotonic()]
+        for _ in range(4):
+            agent._greet(now)
+            pauses.append(agent._hello_at - now)
+            now = agent._hello_at
+        rounds.append(pauses)
+    for pauses in rounds:
+        for pause, least in zip(pauses, (30, 60, 120, 120, 120), strict=True):
+            assert least - 1 < pause <= 1.5 * least
+    assert len({pause for pauses in rounds for pause in pauses[1:]}) == 12
+    _connect(trial)
+    assert 299 < agent._hello_at - time.monotonic() <= 300
+    agent._greet(0.0)
+    assert 30 <= agent._hello_at <= 45
+
+
+def test_coordinator_that_was_there_before_is_greeted_once(trial: Trial) -> None:
+    """Its retained state comes with every connection, which says hello by itself; of one that is new, not all nodes hear in one moment."""
+
+    def said(node: Any) -> list[str]:
+        kinds = [topic.rpartition("/")[2] for topic, _ in node.wire.published]
+        return [kind for kind in kinds if kind in ("hello", "heartbeat")]
+
+    node = _side(trial, "signed")
+    agent, topic = node.daemon, coordinator_state(FLEET, "second").encode()
+    state = encode(CoordinatorState(True, 3), "test")
+    _connect(trial)
+    agent._speak(time.monotonic())
+    node.wire.published.clear()
+    node.hear(topic, state, True)
+    agent._speak(time.monotonic() + NEWS_S)
+    assert said(node) == []
+    due = set()
+    for _ in range(5):
+        node.hear(topic, state)
+        due.add(agent._hello_at)
+        assert 0 <= agent._hello_at - time.monotonic() + 0.1 <= NEWS_S + 0.1
+    assert len(due) == 5
+    agent._speak(time.monotonic() + NEWS_S)
+    assert sorted(said(node)) == ["heartbeat", "hello"]
 
 
 def test_node_whose_number_was_lost_is_known_again(trial: Trial) -> None:

@@ -72,7 +72,7 @@ ENVELOPE = Envelope(b"{}", "application/vnd.edge1.order+json", (Signature(bytes(
 SAMPLES: dict[type, Any] = {
     type(data): data
     for data in (
-        CoordinatorState(True, 3), Changed("job", JOB), Hello(),
+        CoordinatorState(True, 3), Changed([JOB], ["node-1"]), Hello(),
         NodeState("ready", 7, 2, 1), Heartbeat(RESOURCES, 0, JOB), Watch(10.0), Report(),
         NodeInfo("0.1.0", "3.11.7", "a GPU", "cuda", 8 * 2**30, {"tiny": SHA256}, NodeLimits(6 * 2**30, 2**28, 16), {"torch": "2.9.0"}),
         Offer(ENVELOPE, {SHA256: b"{}"}), ENVELOPE, JobStatus(SHA256, "running", options=OptionsState(3, 2, 40, "why not")),

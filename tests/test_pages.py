@@ -682,8 +682,21 @@ def test_a_rollout_is_begun_from_the_form(browser: Any, coordinator: Coordinator
         _field(opened, "Nodes with the labels").fill("site=south")
         page.set_input_files("[aria-label='Dataset: a file']", data)
         page.wait_for_selector(".found .facts")
+        lost = []
+
+        def lose(route: Any) -> None:
+            lost.append((route.request.post_data_json["id"], route.fetch().json()["id"]))
+            route.abort()
+
+        page.route("**/v1/jobs", lose, times=1)
         page.click("button:has-text('Submit')")
+        opened.wait("document.querySelector('.told').textContent !== ''")
+        assert lost[0][0] == lost[0][1]
+        assert coordinator.call(lambda: coordinator.service.jobs(JobFilter(), None, 1)).items[0].id == lost[0][0]
+        opened.complaints.clear()
+        page.click("button:has-text('Submit')")  # the same again is the same job
         page.wait_for_selector(".timeline li")
+        assert page.evaluate("location.hash") == f"#/jobs/{lost[0][0]}"
         assert coordinator.call(lambda: coordinator.service.jobs(JobFilter(), None, 1)).items[0].node == "south-1"
         assert page.evaluate("globalThis.struck") is None
 

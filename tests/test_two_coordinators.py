@@ -21,15 +21,17 @@ from postgres import Postgres
 from edge_agent.config import Broker, CoordinatorConfig, Database, Files, read_config
 from edge_agent.coordinator import database
 from edge_agent.coordinator.audience import Happening
-from edge_agent.coordinator.rollout import Rate, RolloutPlan
+from edge_agent.coordinator.others import Others
+from edge_agent.coordinator.rollout import Rate, RolloutPlan, Selector
 from edge_agent.coordinator.service import Service
 from edge_agent.coordinator.store import CoordinatorStore
 from edge_agent.coordinator.views import DatasetView
 from edge_agent.dataset import file_sha256
 from edge_agent.dataset_check import check
-from edge_agent.errors import ConfigInvalid, DatabaseUnusable, FilesAway, Refused
+from edge_agent.errors import ConfigInvalid, DatabaseUnusable, FilesAway, JobConflict, Refused
 from edge_agent.job import Dataset, Job
-from edge_agent.messages import JobResult, JobStatus, NodeState, PlanAnswer, decode, encode, new_id
+from edge_agent.messages import MOST_TOLD, Changed, Heartbeat, JobResult, JobStatus, NodeState, PlanAnswer, decode, encode, new_id
+from profiles.sensors import Reading, Resources
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -37,6 +39,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from many_fleet import BigFleet, Work  # noqa: E402
 
 EMPTY = "0" * 64
+RESOURCES = Resources(*[Reading(None, "no sensor")] * 2, 1, 1, 1, None, *[Reading(None, "no sensor")] * 3)
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +261,7 @@ def test_who_looks_at_one_hears_of_the_other(pair: Pair) -> None:
     heard: list[Happening] = []
     since, _ = a.call(lambda: a.listen_to_all(heard.append, None))
     pair.hear(b, NodeState("ready", 1, 1, 0), "state", boot=1)
-    told = decode(encode(msgspec.convert({"kind": "node", "subject": NODE}, _changed()), "b"), _changed())
+    told = decode(encode(Changed([], [NODE]), "b"), Changed)
     a.call(lambda: a._receive_of_other(["b", "changed"], msgspec.json.encode(told)))
     a.call(lambda: a._receive_of_other(["a", "changed"], b"not even JSON"))  # its own comes back to it
     assert [(h.kind, h.subject) for h in heard] == [("node", NODE)]
@@ -269,10 +272,63 @@ def test_who_looks_at_one_hears_of_the_other(pair: Pair) -> None:
     assert a.call(lambda: a.listen_to_all(heard.append, since))[1]
 
 
-def _changed() -> type:
-    from edge_agent.messages import Changed
+def test_others_are_told_once_a_second() -> None:
+    """Of each job and node once, however often it has changed, and of many in several messages; the first change is told at once."""
+    told: list[Changed] = []
+    others = Others(told.append)
+    jobs, nodes = [new_id() for _ in range(3)], [f"node-{number:04}" for number in range(2 * MOST_TOLD)]
+    others.tick(10.0)
+    assert told == []
+    others.add("job", jobs[0])
+    others.tick(10.1)
+    assert told == [Changed(jobs[:1], [])]
+    for _ in range(10):
+        for job in jobs:
+            others.add("job", job)
+        for node in nodes:
+            others.add("node", node)
+        others.tick(10.5)
+    others.tick(11.05)
+    assert len(told) == 1
+    others.tick(11.1)
+    assert [len(message.jobs) + len(message.nodes) for message in told[1:]] == [MOST_TOLD, MOST_TOLD, 3]
+    assert [node for message in told[1:] for node in message.nodes] == nodes
+    assert [job for message in told[1:] for job in message.jobs] == jobs
+    others.tick(20.0)
+    assert len(told) == 4
+    assert all(decode(encode(message, "a"), Changed).data == message for message in told)
 
-    return Changed
+
+def test_change_of_a_job_at_one_is_told_to_the_other(pair: Pair) -> None:
+    """Who watches a job at one hears of its end at the other, in one message; a heartbeat is told with it."""
+    a, b = pair.services
+    job = a.call(lambda: a.submit(NODE, Job(model="tiny", dataset=Dataset(_dataset(a._store, pair.root)), budget_bytes=2**29), 4, 600.0))
+    heard: list[Happening] = []
+    a.call(lambda: a.listen(job.id, heard.append))
+    told: list[Changed] = []
+    b._others._send = told.append
+    pair.hear(b, Heartbeat(RESOURCES, 0, None), "heartbeat")
+    for seq, phase in enumerate(("accepted", "staging", "ready"), 1):
+        pair.hear(b, JobStatus(job.digest, phase), "job", job.id, "status", boot=1, seq=seq)  # type: ignore[arg-type]
+    b.call(lambda: b.cancel(job.id))
+    b.call(lambda: b._others.tick(time.monotonic()))
+    assert told == [Changed([job.id], [NODE])]
+    a.call(lambda: a._receive_of_other(["b", "changed"], encode(told[0], "b")))
+    assert [h.kind for h in heard] == ["job", "job"]
+    assert b'"ready"' in heard[-1].data
+
+
+def test_job_that_comes_to_both_is_one(pair: Pair) -> None:
+    """Under one id: whichever is asked first makes it, also in the moment between a look of the other one and its own."""
+    a, b = pair.services
+    of = Job(model="tiny", dataset=Dataset(a.call(lambda: _dataset(a._store, pair.root))), budget_bytes=2**29)
+    job = new_id()
+    made = [service.call(lambda s=service: s.hand_in(NODE, Selector(), of, 4, 600.0, job)) for service in (a, b)]
+    assert [view.id for view in made] == [job, job]
+    assert b.call(lambda: b.submit(NODE, of, 4, 600.0, as_id=job)).digest == made[0].digest
+    with pytest.raises(JobConflict, match=f"job {job} is there with another priority"):
+        b.call(lambda: b.hand_in(NODE, Selector(), of, 5, 600.0, job))
+    assert [view.id for view in b.call(lambda: b._store.jobs(10))] == [job]
 
 
 def test_answer_to_a_plan_finds_who_has_asked(pair: Pair) -> None:
@@ -400,5 +456,7 @@ def test_one_is_killed(tmp_path: Path) -> None:
         work.wait()
         ended, lost, double, _ = work.count()
         assert (ended, lost, double) == (options.jobs, 0, 0)
+        del work.jobs[next(iter(work.jobs))]  # as if nobody had handed it in
+        assert work.count()[:3] == (options.jobs - 1, 0, 1)
         assert work.taken_over_s is not None
         assert all("refuses" not in (fleet.directory / f"coordinator-{name}.log").read_text() for name in fleet.instances)

@@ -44,7 +44,7 @@ from edge_agent.errors import (
     exit_code_of,
 )
 from edge_agent.job import Job
-from edge_agent.messages import ORDER_S, JobProgress, is_ulid
+from edge_agent.messages import ORDER_S, JobProgress, is_ulid, new_id
 from edge_agent.report import Result
 from edge_agent.tls import client_context
 
@@ -65,7 +65,7 @@ MOST_NODES = 100_000
 MAP_S = 120.0
 """For the Saliency Map of a job that trains to come."""
 AWAY_S = 60.0
-"""How long a watcher waits for a coordinator that has gone."""
+"""How long a watcher waits for a coordinator that has gone, and who has not heard the answer to a submission."""
 LONGEST_PAUSE_S = 30.0
 """Between two attempts of who waits for ever."""
 
@@ -205,11 +205,26 @@ class Client:
         priority: int,
         expires_s: float = ORDER_S,
         selector: Selector | None = None,
+        as_id: str | None = None,
     ) -> SubmittedJob:
-        """Bring files by their sha256, then submit the job over them to a node, or to the best of a selector."""
+        """Bring files by their sha256, then submit the job over them to a node, or to the best of a selector.
+
+        Where the answer is lost it asks again under the same id, of which the coordinator makes one job; who gives one asks again himself.
+        """
         self._bring(files)
-        body = {"node": node, "selector": selector, "job": job, "priority": priority, "expires_s": expires_s}
-        return self._ask(SubmittedJob, "POST", "/jobs", content=msgspec.json.encode(body))
+        body = {"node": node, "selector": selector, "job": job, "priority": priority, "expires_s": expires_s, "id": as_id or new_id()}
+        asked = {"content": msgspec.json.encode(body)}
+        lost_at: float | None = None
+        while True:
+            try:
+                return self._ask(SubmittedJob, "POST", "/jobs", **asked)
+            except CoordinatorUnreachable as error:
+                if as_id is not None or (lost_at is None and not error.asked):
+                    raise
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > AWAY_S:
+                    raise
+            time.sleep(0.5)
 
     def roll_out(self, plan: RolloutPlan, files: dict[str, Path], dry_run: bool) -> RolloutMade:
         """Bring files by their sha256, then begin a rollout over them; dry, bring and begin nothing."""
@@ -420,7 +435,8 @@ class Client:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
-            raise CoordinatorUnreachable(self._place, _why(error)) from None
+            asked = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            raise CoordinatorUnreachable(self._place, _why(error), asked=asked) from None
         self._check(response)
         return response
 

@@ -61,7 +61,7 @@ from edge_agent.errors import (
 )
 from edge_agent.job import Job, Strict
 from edge_agent.json_items import MAX_FILE_BYTES
-from edge_agent.messages import ORDER_S, PLAN_S, ArtifactName, PlanAnswer, new_id
+from edge_agent.messages import ORDER_S, PLAN_S, ArtifactName, PlanAnswer, Ulid, new_id
 from edge_agent.transfer import SHA256
 
 J = TypeVar("J", JobView, SubmittedJob)
@@ -90,6 +90,8 @@ class Submission(Strict, frozen=True):
     priority: Priority = 4
     expires_s: Expiry = ORDER_S
     """Until the node has answered; its order is worth nothing then."""
+    id: Ulid | None = None
+    """Of the job: who does not hear the answer sends the same again, and gets the job that is there. null: a new one."""
 
     def __post_init__(self) -> None:
         if self.node is not None and self.selector is not None:
@@ -166,10 +168,10 @@ def jobs(
 
 @post("/jobs", scope="submit", sync_to_thread=True)
 def submit(state: State, data: JSONBody[Submission]) -> Response[SubmittedJob]:
-    """Keep a job for a node, or for the best one; it is offered to it until that answers."""
+    """Keep a job for a node, or for the best one; it is offered to it until that answers. The same again, by its `id`, changes nothing."""
     service: Service = state.service
     selector = data.selector or Selector()
-    return _made(service.call(lambda: service.hand_in(data.node, selector, data.job, data.priority, data.expires_s)))
+    return _made(service.call(lambda: service.hand_in(data.node, selector, data.job, data.priority, data.expires_s, data.id)))
 
 
 @post("/plans", scope="read", status_code=200)

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from edge_agent.config import NAME_PATTERN, CoordinatorConfig
 from edge_agent.coordinator.access import Access
@@ -29,6 +29,7 @@ from edge_agent.coordinator.commands import Commands
 from edge_agent.coordinator.exchange import Exchange
 from edge_agent.coordinator.live_maps import LiveMaps
 from edge_agent.coordinator.metrics import Metrics, Standing
+from edge_agent.coordinator.others import Others
 from edge_agent.coordinator.plans import Plans
 from edge_agent.coordinator.remote_files import RemoteFiles
 from edge_agent.coordinator.rollout import RolloutMade, RolloutPage, RolloutPlan, RolloutView, Selector, SubmittedJob, unfit
@@ -51,7 +52,17 @@ from edge_agent.coordinator.views import (
     Token,
 )
 from edge_agent.database import is_damage
-from edge_agent.errors import DatabaseAway, FilesAway, MessageInvalid, Refused, StateDamaged, StateUnusable, Unknown, human_bytes
+from edge_agent.errors import (
+    DatabaseAway,
+    FilesAway,
+    JobConflict,
+    MessageInvalid,
+    Refused,
+    StateDamaged,
+    StateUnusable,
+    Unknown,
+    human_bytes,
+)
 from edge_agent.files import lock_state
 from edge_agent.job import Job, NlftOptions
 from edge_agent.messages import (
@@ -183,6 +194,7 @@ class Service:
         self._rollouts = Rollouts(self._store, self._submit_of_rollout, self.cancel)
         self.metrics.watch(lambda: self.call(self._standing))
         self._plans = Plans(self._store, self._send)
+        self._others = Others(self._tell_others)
         self._failed: StateDamaged | StateUnusable | None = None
         self._thread = threading.Thread(target=self._serve, name="coordinator")
 
@@ -306,7 +318,7 @@ class Service:
             case ["heartbeat"]:
                 self._store.set_heartbeat(node, decode(payload, Heartbeat).data)
                 self._heard_of(node)
-                self._tell_others("node", node)
+                self._others.add("node", node)
             case ["job", job, kind] if is_ulid(job):
                 self._receive_of_job(node, job, kind, payload)
             case ["plan", request, "answer"]:
@@ -329,15 +341,14 @@ class Service:
                 changed = decode(payload, Changed).data
             case _:
                 return
-        if changed.kind == "node":
-            self._heard_of(changed.subject)
-        else:
-            self._look_at(changed.subject)
+        for job in changed.jobs:
+            self._look_at(job)
+        for node in changed.nodes:
+            self._heard_of(node)
 
-    def _tell_others(self, kind: Literal["job", "node"], subject: str) -> None:
-        """Tell other coordinators that something is stored which they have not heard of themselves."""
+    def _tell_others(self, changed: Changed) -> None:
         if self._config.shared:
-            self._link.publish(coordinator_changed(self._config.fleet, self._config.instance), self._message(Changed(kind, subject)))
+            self._link.publish(coordinator_changed(self._config.fleet, self._config.instance), self._message(changed))
 
     def _receive_of_job(self, node: str, job: str, kind: str, payload: bytes) -> None:
         match kind:
@@ -426,6 +437,7 @@ class Service:
             self._rollouts.tick(now)
         self._commands.tick(now, self._leads)
         self._audience.tick(now)
+        self._others.tick(now)
         if now >= self._look_at_files:
             self._look_at_files = now + FILES_S
             self._exchange.tick()
@@ -473,10 +485,19 @@ class Service:
 
     # requests; `call` runs them in the coordinator's thread
 
-    def hand_in(self, node: str | None, selector: Selector, job: Job, priority: int, expires_s: float) -> SubmittedJob:
-        """Keep a job for a node, or for the best one of a selector, and return it. Raises Refused as `submit`, and where there is none."""
-        placed = self._rollouts.best(job, selector) if node is None else None
-        view = self.submit(placed.node if placed else str(node), job, priority, expires_s)
+    def hand_in(
+        self, node: str | None, selector: Selector, job: Job, priority: int, expires_s: float, as_id: str | None = None
+    ) -> SubmittedJob:
+        """Keep a job for a node, or for the best one of a selector, and return it; one that is there under that id, return as it is.
+
+        Raises Refused as `submit`, and where there is no node, JobConflict.
+        """
+        view, placed = self._store.job(as_id) if as_id is not None else None, None
+        if view is None:
+            placed = self._rollouts.best(job, selector) if node is None else None
+            view = self.submit(placed.node if placed else str(node), job, priority, expires_s, as_id=as_id)
+        if as_id is not None:
+            _check_same(view, node, job, priority, expires_s)
         return SubmittedJob(**{name: getattr(view, name) for name in view.__struct_fields__}, placed=placed)
 
     def submit(
@@ -489,16 +510,23 @@ class Service:
         retry_of: str | None = None,
         rollout: str | None = None,
         fingerprint: str | None = None,
+        as_id: str | None = None,
     ) -> JobView:
-        """Keep a job and return it. Raises Refused where its node is unknown or does not take it, or a file is missing."""
-        order, envelope = self._order(node, job, priority, expires_s, fingerprint)
-        self._store.add_job(order, envelope, retry_of, rollout)
+        """Keep a job and return it; where one has its id, return that.
+
+        Raises Refused where its node is unknown or does not take it, or a file is missing.
+        """
+        order, envelope = self._order(node, job, priority, expires_s, fingerprint, as_id)
+        if not self._store.add_job(order, envelope, retry_of, rollout):  # by another coordinator, in this moment
+            return self.job(order.id)
         self._commands.at_once(node, order.id)
         log.info("job_created job=%s node=%s model=%s", order.id, node, job.model)
         self._changed(order.id)
         return self.job(order.id)
 
-    def _order(self, node: str, job: Job, priority: int, expires_s: float, fingerprint: str | None) -> tuple[Order, Envelope]:
+    def _order(
+        self, node: str, job: Job, priority: int, expires_s: float, fingerprint: str | None, as_id: str | None = None
+    ) -> tuple[Order, Envelope]:
         """Return the order of a job, and the envelope that it is in. Raises Refused as `submit`."""
         known = self._store.node(node)
         if known is None:
@@ -508,7 +536,8 @@ class Service:
             raise Refused(why)
         issued, evaluation = datetime.now(timezone.utc), job.dataset.evaluation_sha256
         order = Order(
-            id=new_id(), fleet=self._config.fleet, node=node, issued=issued, expires=issued + timedelta(seconds=expires_s), job=job,
+            id=as_id or new_id(), fleet=self._config.fleet, node=node, issued=issued, expires=issued + timedelta(seconds=expires_s),
+            job=job,
             model_fingerprint=known.info.models[job.model] if known.info is not None else None,
             dataset=self._file(job.dataset.sha256), evaluation=self._file(evaluation) if evaluation else None, priority=priority,
         )  # fmt: skip
@@ -782,7 +811,7 @@ class Service:
     def _changed(self, job: str) -> None:
         """Tell who looks, here and elsewhere, where a job stands now."""
         self._look_at(job)
-        self._tell_others("job", job)
+        self._others.add("job", job)
 
     def _look_at(self, job: str) -> None:
         if self._audience.alone:
@@ -795,3 +824,15 @@ class Service:
             self._audience.skip()
         elif (view := self._store.node(node)) is not None:
             self._audience.node(view)
+
+
+def _check_same(view: JobView, node: str | None, job: Job, priority: int, expires_s: float) -> None:
+    """Raise JobConflict where a job is not the one that is handed in. Which nodes could have had it is kept nowhere."""
+    order = view.order
+    said = {
+        "document": order.job == job, "node": node in (None, view.node), "priority": order.priority == priority,
+        "time to expire": order.expires - order.issued == timedelta(seconds=expires_s),
+    }  # fmt: skip
+    for what, same in said.items():
+        if not same:
+            raise JobConflict(view.id, what)

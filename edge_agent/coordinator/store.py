@@ -80,7 +80,8 @@ DO UPDATE SET value = CASE WHEN meta.value < excluded.value THEN excluded.value 
 GET_RAN = "SELECT value FROM meta WHERE name = 'ran_s'"
 SET_RAN = "INSERT INTO meta VALUES ('ran_s', :ran_s) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 INSERT_JOB = """INSERT INTO jobs (id, node, model, digest, envelope, created, changed, phase, retry_of, rollout)
-VALUES (:id, :node, :model, :digest, :envelope, :now, :now, 'created', :retry_of, :rollout)"""
+VALUES (:id, :node, :model, :digest, :envelope, :now, :now, 'created', :retry_of, :rollout)
+ON CONFLICT (id) DO NOTHING RETURNING number"""
 JOBS = """SELECT jobs.*, phase NOT IN ('created', 'offered', 'ended') AND coalesce(heard, 0) < :silent AS lost
 FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node"""
 GET_JOB = f"{JOBS} WHERE jobs.id = :id"
@@ -282,21 +283,24 @@ class CoordinatorStore:
         if view is not None and view.result is not None and view.phase != "ended":
             self.end(job, view.result.outcome, view.result.reason, text)
 
-    def add_job(self, order: Order, envelope: Envelope, retry_of: str | None = None, rollout: str | None = None) -> None:
-        """Keep an order and the envelope that it is in; of a rollout, its node has had its turn with that.
+    def add_job(self, order: Order, envelope: Envelope, retry_of: str | None = None, rollout: str | None = None) -> bool:
+        """Keep an order and the envelope that it is in; of a rollout, its node has had its turn with that. False where its id is taken.
 
         Raises Refused where one of several coordinators has deleted a file, or ended the rollout, meanwhile.
         """
         with self._db.transaction(FILES):
             if self.shared and any(self.dataset(file.sha256) is None for file in order.files):
                 raise Refused("a file of the job has been removed meanwhile; upload it again")
-            self._db.execute(
+            new = self._db.execute(
                 INSERT_JOB, id=order.id, node=order.node, model=order.job.model, digest=order.job.digest,
                 envelope=msgspec.json.encode(envelope), now=time.time(), retry_of=retry_of, rollout=rollout,
             )  # fmt: skip
+            if not new:
+                return False
             self._add_files(order.id, {file.sha256 for file in order.files})
             if rollout is not None and not self._db.execute(SET_NODE_JOB, job=order.id, rollout=rollout, node=order.node):
                 raise Refused(f"node {order.node} has had its turn in rollout {rollout}, or that has ended")
+        return True
 
     def job(self, job: str) -> JobView | None:
         found = self._jobs(GET_JOB, id=job)

@@ -39,6 +39,18 @@ export async function send(method, path, document) {
   return (await ask(method, path, { body, headers: body === undefined ? {} : { "Content-Type": "application/json" } })).json();
 }
 
+// An id for what is handed in: a ULID in lower case, as the coordinator makes them.
+export function newId() {
+  const letters = "0123456789abcdefghjkmnpqrstvwxyz";
+  let left = Date.now(),
+    time = "";
+  for (let n = 0; n < 10; n++) {
+    time = letters[left % 32] + time;
+    left = Math.floor(left / 32);
+  }
+  return time + Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => letters[byte % 32]).join("");
+}
+
 // All items of a list, page by page.
 export async function readAll(path) {
   const items = [],

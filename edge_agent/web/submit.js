@@ -1,6 +1,6 @@
 // A job for a node: what to train on, how, and under which budget; or one that has been, with changes.
 
-import { read, readAll, send } from "./api.js";
+import { newId, read, readAll, send } from "./api.js";
 import { count, h, setText, visible } from "./dom.js";
 import { makeDataset } from "./dataset.js";
 import { doing, written } from "./parts.js";
@@ -79,7 +79,7 @@ export function settings(text) {
 }
 
 export function submitPage(page, session, { query }) {
-  const state = { nodes: [], base: null };
+  const state = { nodes: [], base: null, asked: {} };
   const told = h("p", { class: "told", role: "alert" }),
     field = (label, control, hint = null) =>
       h("label", { class: `field${control.tagName === "SELECT" ? " wide" : ""}` }, h("span", {}, label), control, hint);
@@ -286,7 +286,11 @@ export function submitPage(page, session, { query }) {
         return;
       }
       const to = kind === "node" ? { node: node.value } : { selector: target.selector() };
-      const job = await send("POST", "/jobs", { ...to, job: document(), priority: Number(priority.value) });
+      const body = { ...to, job: document(), priority: Number(priority.value) },
+        text = JSON.stringify(body);
+      // Whose answer was lost, and is submitted again as it was, is the same job.
+      if (state.asked.text !== text) state.asked = { text, id: newId() };
+      const job = await send("POST", "/jobs", { ...body, id: state.asked.id });
       location.hash = `#/jobs/${job.id}`;
     });
   }
