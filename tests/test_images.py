@@ -164,8 +164,76 @@ def test_secrets_are_files_that_one_script_makes() -> None:
         assert directory in script
         assert name.removeprefix("coordinator.") in script
     assert "/deploy/secrets/" in (ROOT / ".gitignore").read_text()
-    values = [str(value) for service in SERVICES.values() for value in service.get("environment", {}).values()]
-    assert not [value for value in values if "secret" in value.lower() and not value.startswith("/run/secrets/")]
+    named = [(name, str(value)) for service in SERVICES.values() for name, value in service.get("environment", {}).items()]
+    assert not [value for _, value in named if "secret" in value.lower() and not value.startswith("/run/secrets/")]
+    words = re.compile("cookie|password|secret|token|key", re.IGNORECASE)
+    assert not [name for name, value in named if words.search(name) and not value.startswith("/run/secrets/")]
+
+
+STAND_INS = {
+    "edge-agent": 'case $1 in keys) : >"$3"; echo key ;; *) : >"$5/ca.pem"; : >"$7/$3.pem"; : >"$7/$3.key" ;; esac',
+    "chown": "exit 0",
+}
+"""Programs in the place of those that make certificates and give files away: it writes empty files, and what is random stays."""
+
+
+def _make_secrets(place: Path) -> None:
+    programs = place.with_name("programs")
+    programs.mkdir(exist_ok=True)
+    for name, text in STAND_INS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}:/usr/bin:/bin"}
+    subprocess.run(["sh", DEPLOY / "secrets.sh", place], env=environment, capture_output=True, timeout=60, check=True)
+
+
+def test_passwords_are_random_and_made_once(tmp_path: Path) -> None:
+    """Each of them for one fleet alone, readable by one user; a second run leaves them, and makes one that an older fleet lacks."""
+    made = []
+    for fleet in ("one", "two"):
+        place = tmp_path / fleet / "secrets"
+        place.mkdir(parents=True)
+        _make_secrets(place)
+        for file in (place / "broker" / "cookie", place / "database" / "password"):
+            assert file.stat().st_mode & 0o777 == 0o600
+            assert re.fullmatch("[0-9a-f]{48}", file.read_text())
+            made.append(file.read_text())
+    assert len(set(made)) == len(made)
+    _make_secrets(place)
+    assert (place / "broker" / "cookie").read_text() in made
+    (place / "broker" / "cookie").unlink()
+    _make_secrets(place)
+    assert re.fullmatch("[0-9a-f]{48}", (place / "broker" / "cookie").read_text())
+    assert (place / "database" / "password").read_text() in made
+
+
+def test_broker_of_erlang_has_a_secret_cookie_and_hears_its_own_container_alone(tmp_path: Path) -> None:
+    """EMQX starts, and its health is asked, with the cookie of the secret; without one it does not start. What is for other nodes of a
+    cluster, and its dashboard, is bound to the loopback interface."""
+    emqx = SERVICES["emqx"]
+    (tmp_path / "cookie").write_text("a1b2")
+
+    def says(script: str, *words: str) -> str:
+        script = script.replace("$$", "$").replace("/run/secrets/broker_cookie", str(tmp_path / "cookie"))
+        for program in ("/usr/bin/docker-entrypoint.sh", "emqx ctl status"):
+            script = script.replace(program, "env")
+        done = subprocess.run(["/bin/sh", "-c", script, *words], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
+        return done.stdout
+
+    *shell, script, name = emqx["entrypoint"]
+    assert shell == ["/bin/sh", "-c"]
+    assert emqx["command"] == ["/opt/emqx/bin/emqx", "foreground"]
+    kind, asked = emqx["healthcheck"]["test"]
+    assert kind == "CMD-SHELL"
+    assert "EMQX_NODE__COOKIE=a1b2\n" in says(script, name)
+    assert "EMQX_NODE__COOKIE=a1b2\n" in says(asked)
+    (tmp_path / "cookie").unlink()
+    assert says(script, name) == ""
+    environment = emqx["environment"]
+    assert environment["ERL_AFLAGS"] == "-kernel inet_dist_use_interface {127,0,0,1}"
+    assert environment["EMQX_RPC__LISTEN_ADDRESS"] == "127.0.0.1"
+    assert environment["EMQX_DASHBOARD__LISTENERS__HTTP__BIND"].startswith("127.0.0.1:")
+    assert "broker_cookie" in emqx["secrets"]
 
 
 def test_configurations_of_the_services_are_valid() -> None:
