@@ -80,9 +80,32 @@ def test_everything_that_is_installed_is_pinned() -> None:
         "debian:bookworm-20260518-slim", "nvcr.io/nvidia/l4t-jetpack:r36.4.0",
     }  # fmt: skip
     runs = {step["value"] for steps in stages().values() for step in steps if step["instruction"] == "RUN"}
-    installs = [part for run in runs for part in re.findall(r"pip (?:install|download)(?:(?! && ).)*", run)]
-    assert len(installs) > 8
-    assert [part for part in installs if "--constraint" not in part and "==" not in part and "/wheels/*.whl" not in part] == []
+    pip = r"(?:PIP_CONSTRAINT=\S+ )?(?:python3 -m )?pip (?:install|download|wheel)(?:(?! && ).)*"
+    steps = [part for run in runs for part in re.findall(pip, run)]
+    assert len(steps) > 10
+    assert sum(" wheel " in part for part in steps) == 2
+    assert [part for part in steps if not PINNED.search(part)] == []
+
+
+PINNED = re.compile("--constraint|==|/wheels/[*].whl|^PIP_CONSTRAINT=/requirements/|--no-deps --no-build-isolation")
+"""Of a step of pip. Where it builds in an environment of its own, `--constraint` is not for what it takes there: the variable is."""
+
+
+def test_source_that_is_compiled_can_be_held_to_its_commit_and_compiles_in_bounds() -> None:
+    """What builds bitsandbytes is pinned with the other packages; a build argument names the commit, another how many compilers run."""
+    [source] = [steps for name, steps in stages().items() if name == "bitsandbytes-source"]
+    values = [step["value"] for step in source]
+    [check] = [value for value in values if "BITSANDBYTES_COMMIT}" in value]
+    for commit, fits in (("", True), ("abc", True), ("abd", False)):
+        script = check.replace("git rev-parse HEAD", "echo abc")
+        environment = {"BITSANDBYTES_COMMIT": commit, "BITSANDBYTES_TAG": "1", "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0, done.stdout) == (fits, "bitsandbytes 1 is abc\n")
+    assert "BUILD_JOBS=2" in values
+    assert any("CMAKE_BUILD_PARALLEL_LEVEL=${BUILD_JOBS}" in value for value in values)
+    assert not [value for value in values if "--parallel" in value or re.search(r" -j\b", value)]
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (DEPLOY / "constraints-jetson.txt").read_text(), re.MULTILINE))
+    assert {"scikit-build-core", "setuptools", "wheel"} <= pins.keys()
 
 
 @pytest.mark.parametrize("name", ["debian", "jetson"])
