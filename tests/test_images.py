@@ -108,6 +108,23 @@ def test_source_that_is_compiled_can_be_held_to_its_commit_and_compiles_in_bound
     assert {"scikit-build-core", "setuptools", "wheel"} <= pins.keys()
 
 
+def test_page_on_jetsons_installs_what_the_image_does() -> None:
+    """PyTorch from the same index and in the same version, the library that it lacks, where that is found, the same bitsandbytes."""
+    page, image = ((ROOT / name).read_text() for name in ("docs/jetson.md", "Dockerfile"))
+    jetson = image[image.index("AS agent-jetson") : image.index("AS agent-cuda")]
+    [index] = re.findall(r"TORCH_INDEX=(https://\S*jp6\S*)", jetson)
+    torch = re.findall(r"torch==\S+", jetson)
+    assert re.findall(r"--index-url (\S+) (torch==\S+)", page) == [(index, *torch)]
+    for constrained in ("nvidia-cudss-cu12", "--requirement /requirements/agent.txt"):
+        assert constrained in jetson
+    assert re.search(r"pip install --no-deps --constraint \S+constraints-jetson.txt nvidia-cudss-cu12$", page, re.MULTILINE)
+    assert re.search(r"pip install --constraint \S+constraints-jetson.txt \.$", page, re.MULTILINE)
+    [place] = re.findall(r"LD_LIBRARY_PATH=([^:\s]+)", jetson)
+    assert f"echo {place} | sudo tee /etc/ld.so.conf.d/" in page
+    assert {re.search(r"apt-get install .*libopenblas0", text) is not None for text in (page, jetson)} == {True}
+    assert set(re.findall(r"--branch (\S+)", page)) == set(re.findall(r"BITSANDBYTES_TAG=(\S+)", image))
+
+
 @pytest.mark.parametrize("name", ["debian", "jetson"])
 def test_pins_of_images_are_those_of_the_project(name: str) -> None:
     """Where constraints.txt pins a package too, it is to the same version, but for three on the older Python of JetPack."""
