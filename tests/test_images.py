@@ -179,20 +179,69 @@ def test_compose_file_names_what_there_is(file: Path) -> None:
         assert set(service.get("depends_on", {})) <= set(whole["services"])
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_service_is_confined(name: str) -> None:
+OVERLAYS = [file for file in COMPOSE if file.name != "compose.yaml"]
+UNCONFINED = {("compose.jetson.yaml", "agent"): "systempaths=unconfined"}
+"""What a service is free of beyond the others, with the words for it in its file and in docs/docker.md."""
+GPU = {"deploy", "runtime", "group_add"}
+"""What an overlay may add to a node, for its GPU."""
+MERGED = [(file, name) for file in COMPOSE for name in compose(file)["services"]]
+
+
+def _merged(file: Path, name: str) -> dict[str, Any]:
+    """A service as compose makes it of the first file and an overlay: lists are put together, anything else takes the place."""
+    if file not in OVERLAYS:
+        return dict(SERVICES[name])
+    service = dict(SERVICES[name])
+    for key, value in compose(file)["services"][name].items():
+        service[key] = [*service.get(key, []), *value] if isinstance(value, list) else value
+    return service
+
+
+@pytest.mark.parametrize(("file", "name"), MERGED, ids=[f"{file.name}-{name}" for file, name in MERGED])
+def test_service_is_confined(file: Path, name: str) -> None:
     """None is privileged, has or can gain a capability that it does not need, or writes to its root; no port is open to other machines."""
-    service = SERVICES[name]
+    service = _merged(file, name)
     assert not {"privileged", "devices", "pid", "ipc", "userns_mode"} & service.keys()
     assert service["cap_drop"] == ["ALL"]
     assert "cap_add" not in service or name == "setup"
-    assert service["security_opt"] == ["no-new-privileges:true"]
+    free = [UNCONFINED[file.name, name]] if (file.name, name) in UNCONFINED else []
+    assert service["security_opt"] == ["no-new-privileges:true", *free]
     assert service["read_only"] is (name not in WRITABLE)
     assert "docker.sock" not in str(service)
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     assert "healthcheck" in service or name in OURS
     if name not in OURS:
         assert re.search(r":\d+\.\d+\.\d+|:\d+\.\d+-", service["image"])
+
+
+@pytest.mark.parametrize("file", OVERLAYS, ids=lambda file: file.name)
+def test_overlay_adds_a_gpu_and_memory_and_nothing_else(file: Path) -> None:
+    """Of the node alone; what it frees is said where it stands and in the documentation, and what it gives is more than without."""
+    page = (ROOT / "docs" / "docker.md").read_text()
+    assert set(compose(file)["services"]) == {"agent"}
+    assert compose(file).keys() == {"services"}
+    own = compose(file)["services"]["agent"]
+    assert own.keys() <= {"build", "image", "mem_limit", "security_opt"} | GPU
+    assert own.get("group_add", ["video"]) == ["video"]
+    assert _gigabytes(own["mem_limit"]) > _gigabytes(SERVICES["agent"]["mem_limit"])
+    if free := UNCONFINED.get((file.name, "agent")):
+        assert f"`{free}`" in page
+        assert "device tree" in file.read_text()
+
+
+@pytest.mark.parametrize("file", COMPOSE, ids=lambda file: file.name)
+def test_memory_of_a_node_is_more_than_its_budget(file: Path) -> None:
+    """By 2 GiB for what is beside the trainer; docs/docker.md says each, and who has more sets it without changing a file."""
+    limit = _merged(file, "agent")["mem_limit"]
+    budget = read_config(DEPLOY / "compose" / "agent.toml", AgentConfig).budget
+    assert _gigabytes(limit) * 2**30 >= budget + 2 * 2**30
+    sentence = next(line for line in (ROOT / "docs" / "docker.md").read_text().split("\n- ") if line.startswith("**Memory**"))
+    assert f"{_gigabytes(limit)}g" in sentence
+    assert "`AGENT_MEMORY`" in sentence
+
+
+def _gigabytes(limit: str) -> int:
+    return int(re.fullmatch(r"\$\{AGENT_MEMORY:-(\d+)g\}", limit)[1])  # type: ignore[index]
 
 
 def test_secrets_are_files_that_one_script_makes() -> None:
