@@ -53,16 +53,25 @@ HEALTHCHECK --interval=60s --timeout=20s --start-period=60s CMD ["edge-agent", "
 # the agent then finds that they do not run, and computes NF4 in plain PyTorch.
 FROM ${JETPACK} AS bitsandbytes-source
 ARG BITSANDBYTES_TAG=0.50.2
+# Of the tag, which its owners can move: given, another one ends the build; it says which it has.
+ARG BITSANDBYTES_COMMIT=
 ARG COMPUTE_CAPABILITY=87
-ENV PATH=/usr/local/cuda/bin:$PATH
+# Compilers at once: each takes up to 2 GB, and a board of 8 GB builds too.
+ARG BUILD_JOBS=2
+ENV PATH=/usr/local/cuda/bin:$PATH CMAKE_BUILD_PARALLEL_LEVEL=${BUILD_JOBS}
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential ca-certificates cmake git python3-dev python3-pip \
     && rm -rf /var/lib/apt/lists/* \
     && git clone --depth 1 --branch "${BITSANDBYTES_TAG}" https://github.com/bitsandbytes-foundation/bitsandbytes.git /src
 WORKDIR /src
-RUN cmake -S . -B . -DCOMPUTE_BACKEND=cuda "-DCOMPUTE_CAPABILITY=${COMPUTE_CAPABILITY}" \
-    && cmake --build . --parallel \
-    && python3 -m pip wheel --no-deps --wheel-dir /wheels .
+RUN commit="$(git rev-parse HEAD)" \
+    && echo "bitsandbytes ${BITSANDBYTES_TAG} is ${commit}" \
+    && { [ -z "${BITSANDBYTES_COMMIT}" ] || [ "${BITSANDBYTES_COMMIT}" = "${commit}" ]; }
+# What builds the wheel is pinned by the variable: an option would not reach the environment that pip makes for it.
+RUN --mount=type=bind,from=requirements,source=/requirements,target=/requirements \
+    cmake -S . -B . -DCOMPUTE_BACKEND=cuda "-DCOMPUTE_CAPABILITY=${COMPUTE_CAPABILITY}" \
+    && cmake --build . \
+    && PIP_CONSTRAINT=/requirements/constraints-jetson.txt python3 -m pip wheel --no-deps --wheel-dir /wheels .
 
 FROM base AS bitsandbytes-wheel
 ARG BITSANDBYTES_TAG=0.50.2

@@ -12,6 +12,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 from chat_server import KEY, Server
 from hypothesis import settings
+from lacking import lack
 from postgres import Postgres, running
 
 # A shell gives what it runs in the background a deaf ear for Ctrl-C, and all processes of the tests would have it.
@@ -181,10 +184,12 @@ def key_file(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Debian's Chromium, driven by Playwright. Of a module: while it is there no other test of the process can run an event loop."""
-    playwright = pytest.importorskip("playwright.sync_api", reason=ABSENT.format("Playwright is not installed"))
+    if find_spec("playwright") is None:
+        lack(ABSENT.format("Playwright is not installed"))
+    playwright = import_module("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip(ABSENT.format("there is no Chromium; `apt-get install chromium`"))
+        lack(ABSENT.format("there is no Chromium; `apt-get install chromium`"))
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]

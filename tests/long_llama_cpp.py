@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from lacking import lack
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_agent.adapters.llama_cpp import ARCHITECTURES, REORDERED
 from edge_agent.adapters.source import find_source
 
-xllamacpp = pytest.importorskip("xllamacpp", reason="LLAMA.CPP ABSENT: `pip install xllamacpp`; no file was loaded by it")
+if find_spec("xllamacpp") is None:
+    lack("LLAMA.CPP ABSENT: `pip install xllamacpp`; no file was loaded by it", whole_file=True)
+xllamacpp = import_module("xllamacpp")
 IDS = [300, 17, 451, 9, 620, 88, 45, 301, 12, 530]
 
 

@@ -1,15 +1,17 @@
 """The wheel, installed where there is no repository, is all that demo, daemon and coordinator need: `pytest tests/long_wheel.py`.
 
-For `make test-all`. Libraries are those of this environment; `edge_agent`, `quantization` and `profiles` are the wheel's.
+For `make test-all`. The environment is clean: it has what pip installs for the wheel with its extra `coordinator`, as `make venv` does,
+PyTorch for processors first, and nothing else; so a library that is used and not declared is missing. It takes a package index and minutes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,9 @@ from fleet import free_port, wait_for
 
 PACKAGES = ("edge_agent", "quantization", "profiles")
 WHERE = f"import json, {', '.join(PACKAGES)}; print(json.dumps([m.__path__[0] for m in ({', '.join(PACKAGES)})]))"
+PYTORCH = "https://download.pytorch.org/whl/cpu"
 DEMO_S = 1800
+INSTALL_S = 1800
 
 
 class Installed:
@@ -33,14 +37,20 @@ class Installed:
         build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(place), str(ROOT)]
         subprocess.run(build, check=True, timeout=300)
         [self.wheel] = place.glob("*.whl")
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place / "venv")], check=True, timeout=300)
+        subprocess.run([sys.executable, "-m", "venv", str(place / "venv")], check=True, timeout=300)
         self.bin = place / "venv" / "bin"
-        install = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install", "--quiet", "--no-deps", str(self.wheel)]
-        subprocess.run(install, check=True, timeout=300)
-        [site] = (place / "venv" / "lib").glob("python*/site-packages")
-        # After the wheel's own place, and without the .pth files in it, of which one may name the repository.
-        (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        self.site = site
+        [self.site] = (place / "venv" / "lib").glob("python*/site-packages")
+        [torch] = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+        try:
+            self._install(f"torch=={torch}+cpu")
+        except subprocess.CalledProcessError:
+            self._install(f"torch=={torch}+cpu", "--index-url", PYTORCH)
+        self._install(f"{self.wheel}[coordinator]")
+
+    def _install(self, *what: str) -> None:
+        """As the user of the wheel would, with the versions of the project."""
+        pip = [str(self.bin / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--constraint", str(ROOT / "constraints.txt"), *what], check=True, timeout=INSTALL_S, env=self.environment)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -69,8 +79,12 @@ class Installed:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    return Installed(tmp_path_factory.mktemp("wheel"))
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    place = tmp_path_factory.mktemp("wheel")
+    try:
+        yield Installed(place)
+    finally:
+        shutil.rmtree(place / "venv", ignore_errors=True)  # 1.2 GB
 
 
 def test_packages_are_those_of_the_wheel(installed: Installed) -> None:
@@ -79,6 +93,14 @@ def test_packages_are_those_of_the_wheel(installed: Installed) -> None:
     assert [Path(path) for path in found] == [installed.site / package for package in PACKAGES]
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", *PACKAGES], capture_output=True, text=True, check=True).stdout
     assert set(listed.splitlines()) <= set(zipfile.ZipFile(installed.wheel).namelist())
+
+
+def test_environment_has_nothing_that_is_not_declared(installed: Installed) -> None:
+    """No library of the tests or of another extra came with it; pip finds everything that is declared, in versions that fit."""
+    packages = {package["name"].lower() for package in json.loads(installed.run(str(installed.bin / "pip"), "list", "--format=json"))}
+    assert {"edge-agent", "torch", "litestar"} <= packages
+    assert not packages & {"pytest", "hypothesis", "ruff", "mypy", "playwright", "mlflow", "tensorboard"}
+    installed.run(str(installed.bin / "pip"), "check")
 
 
 def test_daemon_and_coordinator_of_the_wheel_know_each_other(installed: Installed) -> None:

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import psycopg
-import pytest
+from lacking import lack
 
 from edge_agent.config import Database
 
@@ -114,7 +114,7 @@ def running() -> Iterator[Postgres]:
     """A cluster that runs; skips the test where PostgreSQL is not installed."""
     found = programs()
     if found is None:
-        pytest.skip("POSTGRESQL ABSENT: there is no initdb, so nothing was tested against PostgreSQL; .ci/run installs it")
+        lack("POSTGRESQL ABSENT: there is no initdb, so nothing was tested against PostgreSQL; .ci/run installs it")
     cluster = Postgres(found)
     try:
         yield cluster

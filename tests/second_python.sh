@@ -12,4 +12,4 @@ venv=build/second-python
     pytest hypothesis websockets
 PYTHONPATH=. "$venv/bin/python" -m pytest tests/test_verify.py tests/test_critic.py tests/test_problems.py tests/test_layers.py \
     tests/test_plan.py tests/test_messages.py tests/test_store.py tests/test_coordinator_store.py tests/test_transfer.py tests/test_config.py tests/test_sensors.py tests/test_devices.py \
-    tests/test_supervised.py tests/test_answers.py tests/test_splitting.py tests/test_proxy.py tests/test_doctor.py
+    tests/test_supervised.py tests/test_answers.py tests/test_splitting.py tests/test_proxy.py tests/test_doctor.py tests/test_figures.py

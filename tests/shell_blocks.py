@@ -7,6 +7,8 @@
 
 A document of which another test runs all blocks says so once: `<!-- all run by: tests/long_tutorial.py -->`; that file names the document.
 
+Commands within sentences are not run; tests/test_docs.py holds those of `edge-agent` to the commands and options that there are.
+
 The blocks of a document share a directory and what they export. What `edge-agent demo --data-only --out demo` writes is there, and in
 tests/long_docs.py `deploy/`. A block of `sh` must succeed. In one of `console` stands below a command what it says, where `…` is anything;
 a command that fails says `error CODE: …`, or `✗`.

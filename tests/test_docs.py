@@ -13,9 +13,10 @@ from typing import Any, get_args
 import msgspec
 import pytest
 import typer
+import yaml
 from conftest import ROOT
 from msgspec import NODEFAULT, inspect
-from shell_blocks import DOCUMENTS, blocks_of
+from shell_blocks import DOCUMENTS, FENCED
 from structs import Field, fields_of
 
 import edge_agent
@@ -399,22 +400,71 @@ def test_command_is_mentioned_in_the_readme(command: str) -> None:
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
-    """Every relative link names a file that exists, and a heading of it where it names one."""
+    """Every relative link names a file or directory that exists, and a heading of it where it names one."""
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
         file = document.parent / target if target else document
-        assert file.is_file(), target
-        headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        assert not anchor or anchor in anchors, f"{target}#{anchor}"
+        assert file.is_file() or (target.endswith("/") and file.is_dir()), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{target}#{anchor}"
+
+
+NO_COMMAND = re.compile(r"^\s*(?:sudo )?(?:systemctl|journalctl) ")
+"""Lines where `edge-agent` is the name of a service."""
+_PROGRAM = r"(?<![\w.:=-])(?:/[\w./-]*/)?(edge-agent (?!edge-agent)[a-z]"
+CALLED = re.compile(rf"{_PROGRAM}[^\n]*?)(?=$|{_PROGRAM}))")
+
+
+def commands_of(document: Path) -> list[str]:
+    """Every call of `edge-agent` in a document: in its shell blocks, whoever runs them, behind whatever starts it, and within sentences."""
+    text = document.read_text(encoding="utf-8")
+    blocks = [match for match in FENCED.finditer(text) if match["kind"] in ("sh", "console")]
+    lines = [line for match in blocks for line in match["text"].replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"(?<!`)`([^`\n]*\bedge-agent [a-z][^`\n]*)`(?!`)", FENCED.sub("", text))
+    return [call for line in lines if not NO_COMMAND.match(line) for call, _ in CALLED.findall(line)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_of_documents_have_only_real_options(document: Path) -> None:
-    """Every `edge-agent` command of a shell block, run by a test or not, exists and takes the options that it is given."""
-    for block in blocks_of(document)[0]:
-        for line in re.findall(r"^(?:\$ |.*=\$\()?(edge-agent [a-z].*)$", block.text.replace("\\\n", " "), flags=re.M):
-            name = next(n for n in sorted(COMMANDS, key=len, reverse=True) if re.match(rf"{n}\b", line))
-            known = {option for parameter in COMMANDS[name].params for option in parameter.opts} | {"--help"}
-            assert set(re.findall(r"(?<!\S)--[a-z-]+", line)) <= known, f"{block.place}: {line}"
+    """Every call of `edge-agent`, run by a test or not, is of a command that exists and takes the options that it is given."""
+    for call in commands_of(document):
+        name = next((n for n in sorted(COMMANDS, key=len, reverse=True) if re.match(rf"{n}(?![\w-])", call)), None)
+        groups = {" ".join(n.split()[:2]) for n in COMMANDS if len(n.split()) > 2}
+        if name is None:
+            assert re.sub(r" (?:--help|…|\.\.\.)$", "", call.strip()) in groups, f"{document.name}: {call}"
+            continue
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts} | {"--help"}
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", call)) <= known, f"{document.name}: {call}"
+
+
+def test_calls_are_found_behind_what_starts_them() -> None:
+    """In the tutorial, below `sudo`, `docker compose exec`, a path or `systemd-run`, in a substitution, and within sentences."""
+    found = {document.name: " | ".join(commands_of(document)) for document in DOCUMENTS}
+    assert "edge-agent install-service" in found["jetson.md"]
+    assert "edge-agent doctor" in found["jetson.md"]
+    assert "edge-agent plan --device jetson-orin-nano-8gb" in found["jetson.md"]
+    assert "edge-agent nodes" in found["docker.md"]
+    assert "edge-agent tokens new NAME" in found["docker.md"]
+    assert "edge-agent submit" in found["tutorial.md"]
+
+
+def test_page_on_containers_names_what_there_is() -> None:
+    """Files, services, targets and build arguments of every `docker` command in it, in blocks and sentences; none of them is run."""
+    text = (DOCS / "docker.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    services = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    files = re.findall(r"--file (\S+)", text)
+    assert files
+    assert [file for file in files if not (ROOT / "deploy" / file.rstrip("`")).is_file()] == []
+    called = re.findall(r"docker compose (?:exec|run --rm) ([\w-]+)", text)
+    assert set(called) >= {"setup", "agent", "coordinator"}
+    assert set(called) <= services.keys()
+    arguments = re.findall(r"--build-arg (\w+)=", text)
+    assert len(arguments) >= 5
+    assert set(arguments) <= set(re.findall(r"^ARG (\w+)=", image, re.MULTILINE))
+    assert set(re.findall(r"--target (\S+)", text)) <= set(re.findall(r"AS (\S+)$", image, re.MULTILINE))
+    assert "within sentences" in text
+    assert "within sentences" in (DOCS / "jetson.md").read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 from fleet import MOSQUITTO, free_port, wait_for, write_certificates
+from lacking import lack
 from test_https import DATA, Node
 from tls_server import TlsServer
 from websockets import Subprotocol
@@ -100,7 +101,7 @@ def _listens(port: int) -> bool:
 
 def _installed(program: str) -> str:
     if (found := shutil.which(program)) is None:
-        pytest.skip(f"REAL PROXY ABSENT: {program} is not installed (.ci/run installs it), so nothing went through it")
+        lack(f"REAL PROXY ABSENT: {program} is not installed (.ci/run installs it), so nothing went through it")
     return found
 
 

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
+from lacking import lack
 from orders import NODE, make_offer, make_order
 
 from edge_agent.admission import Rejected, check_order, open_envelope
@@ -238,9 +239,10 @@ def test_key_of_another_kind_is_refused(tmp_path: Path) -> None:
         read_private_key(tmp_path / "signing.key")
 
 
-@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed: keys are not held against OpenSSH's own")
 def test_keys_are_those_of_openssh(tmp_path: Path) -> None:
     """What ssh-keygen makes signs orders, and it tells the same fingerprint of what we make."""
+    if shutil.which("ssh-keygen") is None:
+        lack("OPENSSH ABSENT: ssh-keygen is not installed, so keys were not held against its own")
     theirs = tmp_path / "theirs"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(theirs)], check=True, timeout=30)
     verify(seal_bytes(b"{}", Order, read_private_key(theirs)), read_trusted(theirs.with_suffix(".pub")))

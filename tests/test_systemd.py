@@ -27,6 +27,7 @@ import paho.mqtt.publish
 import pytest
 from conftest import ROOT, Cli
 from fleet import Fleet, wait_for
+from lacking import lack
 from orders import NODE
 
 from edge_agent.config import AgentConfig, Api, Broker, CoordinatorConfig, Https, Size, Trust, read_config
@@ -288,7 +289,7 @@ def configured(kind: Kind, state: Path, **more: object) -> AgentConfig | Coordin
 def analyzed(unit: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run systemd-analyze on a unit; it needs no systemd that runs."""
     if ANALYZE is None:
-        pytest.skip(ABSENT)
+        lack(ABSENT)
     return subprocess.run([ANALYZE, "--no-pager", *command, str(unit)], capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -430,7 +431,7 @@ def test_secrets_are_given_to_the_user_or_what_it_cannot_read_is_said(place: Pla
 def test_what_is_elsewhere_or_behind_a_link_changes_no_owner(place: Place, tmp_path: Path) -> None:
     """A key may be another service's; and who owns a directory of secrets could have a link there lead to anything."""
     if ME != "root":
-        pytest.skip("NOT ROOT, so no owner could have been changed")
+        lack("NOT ROOT, so no owner could have been changed")
     other, own = tmp_path / "shadow", place.secret("keys/password")
     other.write_text("secret\n")
     other.chmod(0o600)
@@ -466,7 +467,7 @@ def test_models_that_the_user_cannot_read_are_said(place: Place, tmp_path: Path)
 def test_state_of_somebody_else_is_left_alone(place: Place) -> None:
     """A directory with files of another user is refused."""
     if ME != "root":
-        pytest.skip("NOT ROOT, so the state directory of another user was not tried")
+        lack("NOT ROOT, so the state directory of another user was not tried")
     place.state.mkdir()
     os.chown(place.state, pwd.getpwnam("bin").pw_uid, -1)
     (place.state / "agent.sqlite").touch()
