@@ -64,11 +64,12 @@ def answers() -> bytes:
         scores = [(torch.rand(TOKENS, generator=generator).clamp(min=1e-6) ** 0.3).log().tolist() for _ in range(5)]
         products = inner_products(torch.randn(TOKENS, HIDDEN, generator=generator), SPAN).numpy().tobytes()
         judged = "Not four." if kind == "incorrect" else None
-        judge = scores[2] if judged else None
+        base, standard, judge, likelihood, unlikelihood = scores
         tokens = [" word"] * TOKENS
         record = SaliencyRecord(
-            f"line-{number}", False, kind, "How many?", "Four.", judged, tokens, *scores[:2], judge, *scores[3:], products, []
-        )
+            f"line-{number}", False, kind, "How many?", "Four.", judged, tokens, base, standard, judge if judged else None,
+            likelihood, unlikelihood, products, [],
+        )  # fmt: skip
         records.append(record)
     return msgspec.json.encode(Saliency(1, NlftOptions(), 0, records))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from traceback import walk_tb
@@ -412,7 +413,7 @@ class PackageMissing(EdgeAgentError):
     exit_code = 13
 
     def __init__(self, package: str | None, extra: str = "coordinator") -> None:
-        super().__init__(f"the Python package {package!r} is not installed; run `pip install 'edge-agent[{extra}]'`")
+        super().__init__(f"the Python package {package!r} is not installed; run `{sys.executable} -m pip install 'edge-agent[{extra}]'`")
 
 
 class JudgeMissing(EdgeAgentError):

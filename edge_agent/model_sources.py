@@ -29,6 +29,7 @@ _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 Advance = Callable[[int], None]
 """Told of bytes as they come."""
 
@@ -68,13 +69,16 @@ def is_wanted(name: str) -> bool:
 
 
 class Directory:
-    """A model in a directory of this machine. Raises what such a model is refused for."""
+    """A model in a directory of this machine. Raises what such a model is refused for.
+
+    With a source it is a snapshot in the hub's cache, whose files are links to blobs: those of weights are named by the hub's sha256.
+    """
 
     def __init__(self, path: Path, source: Source | None = None) -> None:
         find_model(str(path))
         self._path = path
-        names = sorted(file.name for file in path.iterdir() if file.is_file() and is_wanted(file.name))
-        files = {name: Listed(name, (path / name).stat().st_size) for name in names}
+        found = sorted(file for file in path.iterdir() if file.is_file() and is_wanted(file.name))
+        files = {file.name: Listed(file.name, file.stat().st_size, _blob_sha256(file) if source else None) for file in found}
         self.listing = Listing(source or Source("directory", str(path.resolve())), files)
 
     def fetch(self, file: Listed, directory: Path, advance: Advance) -> None:
@@ -82,6 +86,11 @@ class Directory:
         shutil.copyfile(self._path / file.name, part)
         part.replace(directory / file.name)
         advance(file.size_bytes)
+
+
+def _blob_sha256(file: Path) -> str | None:
+    name = file.resolve().name
+    return name if _SHA256.fullmatch(name) else None
 
 
 class Hub:

@@ -103,6 +103,12 @@ def test_environment_has_nothing_that_is_not_declared(installed: Installed) -> N
     installed.run(str(installed.bin / "pip"), "check")
 
 
+def test_extra_is_taken_from_the_installed_package(installed: Installed) -> None:
+    """As docs/install.md and errors say: with its name and no index at all, pip is content with what is there."""
+    pip = str(installed.bin / "python"), "-m", "pip", "install", "--dry-run", "--no-index"
+    assert "Would install" not in installed.run(*pip, "edge-agent[coordinator]")
+
+
 def test_daemon_and_coordinator_of_the_wheel_know_each_other(installed: Installed) -> None:
     """Both start, say that they live, and end in order; the node is seen, with the model that is in the wheel."""
     port = free_port()

@@ -514,6 +514,23 @@ def test_offline_a_model_comes_from_the_cache_of_the_hub(
     assert len(hub.requests) == asked
 
 
+def test_offline_weights_are_held_against_the_name_of_their_blob(
+    config: AgentConfig, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """It is the sha256 that the hub had of them when they came: weights that have changed in the cache since are refused."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    for file in TINY.iterdir():
+        hf_hub_download(HUB_ID, file.name, endpoint=hub.url, cache_dir=cache)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    [weights] = cache.glob(f"*/snapshots/*/{WEIGHTS}")
+    assert weights.resolve().name == hashlib.sha256((TINY / WEIGHTS).read_bytes()).hexdigest()
+    _flip(weights.resolve())
+    with pytest.raises(ModelCorrupt, match=f"{WEIGHTS} is listed with"):
+        _add(config, HUB_ID)
+    assert (_left(config), offered(config)) == ([], {})
+
+
 # the commands
 
 
