@@ -1,9 +1,9 @@
 """Whether a daemon lives: its loop turns, and its link is what it says to be. systemd's watchdog is fed while that holds.
 
-A broker that is away for hours is no reason to begin anew, nor is a coordinator, whose answers are not asked for: a link that tries again does
-its work. A link that says to be connected must
-hear answers of the broker to what it sends itself (PINGRESP, PUBACK); if none comes it is told to connect anew, and then the watchdog goes
-without. A loop that does not turn feeds nothing. Source of what is said: sd_notify(3).
+A broker that is away for hours is no reason to begin anew, nor is a coordinator, whose answers are not asked for: a link that tries
+again does its work. A link that says to be connected must hear answers of the broker to what it sends itself (PINGRESP, PUBACK); if none
+comes it is told to connect anew, and then the watchdog goes without. A loop that does not turn feeds nothing. Source of what is said:
+sd_notify(3).
 """
 
 from __future__ import annotations
