@@ -73,6 +73,7 @@ class SimulatedTrainer(Trainer):
     def __init__(
         self, job: str, directory: Path, lock: IO[str], max_run_s: float, threads: int | None, events: SimpleQueue[Any],
         judges: Mapping[str, Endpoint] | None = None, settings: Mapping[str, str] | None = None, ran_s: float = 0.0, cooled_s: float = 0.0,
+        gpu: object = None,
     ) -> None:  # fmt: skip
         self.job, self.max_run_s, self.started = job, max_run_s, time.monotonic()
         self.last_event = self.saliency = self.failed = self.stopping_since = self.paused_since = self.rests = self.ended_for = None
@@ -86,9 +87,8 @@ class SimulatedTrainer(Trainer):
     def pid(self) -> int:
         return 0
 
-    @property
-    def start_ticks(self) -> int:
-        return 0
+    def record(self, path: Path) -> None:
+        """There is no process to find again."""
 
     def rest(self, why: object) -> None:
         """Nothing rests here."""
