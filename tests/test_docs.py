@@ -422,7 +422,7 @@ def commands_of(document: Path) -> list[str]:
     """Every call of `edge-agent` in a document: in its shell blocks, whoever runs them, behind whatever starts it, and within sentences."""
     text = document.read_text(encoding="utf-8")
     blocks = [match for match in FENCED.finditer(text) if match["kind"] in ("sh", "console")]
-    lines = [line for match in blocks for line in match["text"].replace("\\\n", " ").splitlines()]
+    lines = [re.sub(r"\s# .*", "", line) for match in blocks for line in match["text"].replace("\\\n", " ").splitlines()]
     lines += re.findall(r"(?<!`)`([^`\n]*\bedge-agent [a-z][^`\n]*)`(?!`)", FENCED.sub("", text))
     return [call for line in lines if not NO_COMMAND.match(line) for call, _ in CALLED.findall(line)]
 
