@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import disks
 import pytest
 from fleet import Fleet, wait_for
-from lacking import lack
 from test_killed import check, submitted
 
 from edge_agent.coordinator.client import Answered
@@ -21,13 +21,8 @@ SIDES = {"agent": "node", "coordinator": "coordinator"}
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 48 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m,mode=700", "tmpfs", place], capture_output=True, check=False)
-    if mounted.returncode:
-        lack(f"NOT ALLOWED TO MOUNT, so the full disk was not tested: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with disks.small_disk(tmp_path / "disk", 48) as place:
+        yield place
 
 
 def _fill(place: Path) -> Path:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import disks
 import pytest
 from conftest import DEADLINE_S, Cli, write_domain
-from lacking import lack
 
 from edge_agent.dataset import read_records
 from edge_agent.errors import DatasetTooLarge, JobSchema
@@ -215,13 +215,8 @@ def test_models_that_run_code_are_refused(data: Path, tmp_path: Path, cli: Cli, 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 40 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", place], capture_output=True, check=False)
-    if mounted.returncode:
-        lack(f"NOT ALLOWED TO MOUNT, so the full disk was not tested: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with disks.small_disk(tmp_path / "disk", 40) as place:
+        yield place
 
 
 def _fill(place: Path) -> None:

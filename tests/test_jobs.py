@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime, timezone
@@ -14,10 +13,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import disks
 import msgspec
 import pytest
 from conftest import TINY
-from lacking import lack
 from orders import FLEET, NODE, make_offer, make_order
 
 from edge_agent import jobs, runner
@@ -294,13 +293,8 @@ def test_trainer_that_the_kernel_always_ends_is_oom_host(made: Callable[..., Nod
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False)
-    if mounted.returncode:
-        lack(f"NOT ALLOWED TO MOUNT, so the full disk was not tested: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with disks.small_disk(tmp_path / "disk", 4) as place:
+        yield place
 
 
 def test_offer_for_whose_file_there_is_no_room_is_rejected(disk: Path, clock: Clock) -> None:

@@ -6,16 +6,15 @@ import hashlib
 import os
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import disks
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lacking import lack
 
 from edge_agent.errors import DatasetChecksum, DiskFull, Refused
 from edge_agent.files import link_file, write_directory, write_file
@@ -448,13 +447,8 @@ def test_link_over_another_file(root: Path) -> None:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False)
-    if mounted.returncode:
-        lack(f"NOT ALLOWED TO MOUNT, so the full disk was not tested: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with disks.small_disk(tmp_path / "disk", 1) as place:
+        yield place
 
 
 def _fill(place: Path, leave: int = 0) -> Path:

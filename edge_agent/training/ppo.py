@@ -153,7 +153,7 @@ class Reinforced:
         self.rollout = Rollout(**{name.removeprefix("rollout/"): t for name, t in state.items() if name.startswith("rollout/")})
 
     def change(self, options: NlftOptions) -> None:
-        raise NotImplementedError("nothing of ReFT changes while it runs")
+        raise TypeError("nothing of ReFT changes while it runs")  # such a request is refused before (edge_agent/new_options.py)
 
     def backward(self, update: int, progress: OnProgress) -> tuple[float, int]:
         """Add up the gradients of one update; the first of a step samples its answers."""
