@@ -1,14 +1,15 @@
-# make test      install what is missing into .venv and run the tests (15 to 30 minutes on 2 cores)
+# make test      install what is missing into .venv and run the tests (about 15 minutes on 2 cores)
 # make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
 # make docs      the documentation as a site that needs no network: build/site/index.html
 # make check     lint and types
-# make test-all  the tests, and what takes hours: training on plain PyTorch, a hundred plugs pulled (with MQTT 3.1.1 too), files that go by
-#                HTTPS meanwhile, full disks, forty nodes whose broker and coordinator are killed, what repairs gain, adapters in llama.cpp,
-#                a million damaged messages, a thousand jobs through one node, services under a systemd of their own, the wheel alone,
-#                images and the tutorial on a clean Debian, wheels for all Pythons and processors, all tests on the oldest Python. It
-#                takes root, what .ci/run installs, Debian's openssh-client, debootstrap, systemd-container, buildah, podman, crun and
-#                catatonit, and Python 3.11 or 3.13: where `make test` leaves out what cannot be tried, this fails
-# make test-oldest  the tests on Python 3.10, in an environment of its own; OLDEST=python3.10 is that Python
+# make test-all  all tests, the slow ones too, and what takes hours: training on plain PyTorch, a hundred plugs pulled (with MQTT
+#                3.1.1 too), files that go by HTTPS meanwhile, full disks, forty nodes whose broker and coordinator are killed, what
+#                repairs gain, adapters in llama.cpp, a million damaged messages, a thousand jobs through one node, services under a
+#                systemd of their own, the wheel alone, images and the tutorial on a clean Debian, wheels for all Pythons and
+#                processors, all tests on the oldest Python. It takes root, what .ci/run installs, Debian's openssh-client,
+#                debootstrap, systemd-container, buildah, podman, crun and catatonit, and Python 3.11 or 3.13: where `make test`
+#                leaves out what cannot be tried, this fails
+# make test-oldest  all tests on Python 3.10, in an environment of its own; OLDEST=python3.10 is that Python
 # TORCH=cuda takes PyTorch with CUDA from the package index instead of the CPU build.
 
 PYTHON ?= python3
@@ -45,9 +46,12 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Slow tests are for `make test-all`.
+SELECT = -m 'not slow'
+
 # A file of tests stays on one core: its tests share what is slow to make. Each trainer computes on one thread.
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(SELECT)
 
 # NF4 in plain PyTorch, as where bitsandbytes' kernels do not run.
 test-torch-kernel: venv
@@ -55,6 +59,7 @@ test-torch-kernel: venv
 
 # What a machine lacks fails these tests (tests/lacking.py), and is left out by others.
 test-all: export EDGE_AGENT_TEST_ALL = 1
+test-all: SELECT =
 test-all: test test-torch-kernel
 	$(BIN)/python -m pytest --timeout 3600 $(LONG_TESTS)
 	$(BIN)/python -m pytest --timeout 7200 tests/long_tutorial.py tests/long_images.py
@@ -69,7 +74,7 @@ test-all: test test-torch-kernel
 
 # Jetson's Python. The environment is made as the other one is.
 test-oldest:
-	$(MAKE) test VENV=build/python3.10 PYTHON=$(OLDEST)
+	$(MAKE) test SELECT= VENV=build/python3.10 PYTHON=$(OLDEST)
 
 demo: venv
 	$(BIN)/edge-agent demo --out build/demo

@@ -115,6 +115,7 @@ def _products(adapter: Path) -> dict[str, torch.Tensor]:
 # Handing on
 
 
+@pytest.mark.slow
 def test_merged_model_answers_as_base_and_adapter(job: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Plain transformers loads it with its tokenizer and template; logits are those of base and adapter but for the rounding, and told."""
     report = _json("export", job, "--out", tmp_path / "out")

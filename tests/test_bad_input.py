@@ -64,6 +64,7 @@ def test_a_broken_line_is_named(line: bytes, says: str, data: Path, cli: Cli) ->
     assert text.startswith(f"data.jsonl, {says}")
 
 
+@pytest.mark.slow
 def test_broken_data_mended_trains_in_the_same_directory(data: Path, tmp_path: Path, cli: Cli, tiny_model: Path) -> None:
     """A broken line, then a dataset without records, then a record without a number, then a record longer than the model's
     context, then a budget below the floor, an unknown model and an unknown field: each is refused, and the mended command
@@ -107,6 +108,7 @@ def test_a_job_has_its_own_copy_of_its_files(data: Path, tmp_path: Path, tiny_mo
     assert directory.read_dataset(job)[0]
 
 
+@pytest.mark.slow
 def test_the_smallest_budget_that_is_named_works(data: Path, tmp_path: Path, cli: Cli, cold_cli: Cli, tiny_model: Path) -> None:
     """A refusal names the budget that is enough; with it the job runs and stays below it. So it is with what a job has taught."""
     enough, state = list[str](), tmp_path / "state"

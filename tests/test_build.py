@@ -276,6 +276,7 @@ def _kill_in_sampling(command: list[str], file: Path, batches: int) -> None:
     process.wait(DEADLINE_S)
 
 
+@pytest.mark.slow
 def test_killed_build_goes_on_to_the_same_dataset(questions: Path, server: Server, key_file: Path, tmp_path: Path, cli: Cli) -> None:
     """Killed in the middle of sampling, the same command writes the file that an uninterrupted build writes, and says what it did;
     with another option, or where another file stands, it is refused; the dataset is one that `train` reads."""
@@ -359,6 +360,7 @@ def test_build_compares_by_a_regex(tmp_path: Path, cli: Cli) -> None:
 # the job
 
 
+@pytest.mark.slow
 def test_job_is_judged_by_an_endpoint_of_its_node(questions: Path, server: Server, key_file: Path, tmp_path: Path) -> None:
     """Started as the agent starts it, the trainer judges through the endpoint within its plan, and reports how many and for how much;
     the key is on no command line, in no environment and in no file of the job."""
@@ -392,6 +394,7 @@ def test_job_is_judged_by_an_endpoint_of_its_node(questions: Path, server: Serve
     assert not [f for f in directory.path.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()]
 
 
+@pytest.mark.slow
 def test_judging_model_is_part_of_the_plan(questions: Path, tmp_path: Path) -> None:
     """A job whose model judges plans for the longest request with its judgment; where the critic judges, that stage takes nothing more."""
     peaks = {}

@@ -157,6 +157,7 @@ def _load_in_a_process(tiny_model: Path, cache: ModelCache, place: Path) -> None
     place.write_text(str(sum(float(w.double().sum()) for w in weights.values())))
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_leave_one_whole_entry(tiny_model: Path, tmp_path: Path, cache: ModelCache) -> None:
     """Both get the model, and a third one finds the entry."""
     spawn = multiprocessing.get_context("spawn")

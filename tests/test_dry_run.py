@@ -105,6 +105,7 @@ def test_holes_of_the_heap_stay_until_they_are_filled(tiny_model: Path) -> None:
         assert live.now_bytes - before == pytest.approx(taken / 2)
 
 
+@pytest.mark.slow
 def test_offloaded_checkpoints_take_nothing_on_the_device(tiny_model: Path) -> None:
     """Rung 7 takes less by the inputs of all layers but the first, whose the decoder holds, and the one at work.
 
@@ -123,6 +124,7 @@ def test_offloaded_checkpoints_take_nothing_on_the_device(tiny_model: Path) -> N
     assert {name for name in kept if kept[name] != offloaded[name]} == {"train: forward", "train: backward"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("profile", "rung"),
     [
@@ -144,6 +146,7 @@ def test_few_layers_stand_for_all(profile: str, rung: Rung, tmp_path: Path, monk
         assert 0.995 <= found / counted_bytes <= 1.01, a.name
 
 
+@pytest.mark.slow
 def test_every_rung_saves_bytes(tiny_model: Path) -> None:
     """Smaller micro-batches and checkpointing take less than what was asked, and padded rows take more than shared ones.
 
@@ -159,8 +162,12 @@ def test_every_rung_saves_bytes(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("profile", "asked", "options"), [("cpu", 0, SFT), ("cpu", 150, ReftOptions()), ("cuda", 150, SFT), ("cuda", 0, ReftOptions())]
-)
+    ("profile", "asked", "options"),
+    [
+        ("cpu", 0, SFT), pytest.param("cpu", 150, ReftOptions(), marks=pytest.mark.slow),
+        pytest.param("cuda", 150, SFT, marks=pytest.mark.slow), ("cuda", 0, ReftOptions()),
+    ],
+)  # fmt: skip
 def test_dry_run_and_closed_form_agree(profile: str, asked: int, options: Any, tiny_model: Path) -> None:
     """Without the device's overhead no stage differs by more than the choice of a rung tolerates: none that fits is passed over."""
     device = device_profile(profile)
@@ -174,6 +181,7 @@ def test_dry_run_and_closed_form_agree(profile: str, asked: int, options: Any, t
             assert 0.75 < guessed[stage] / counted_bytes[stage] < 1.1, (rung, stage)
 
 
+@pytest.mark.slow
 def test_reft_is_planned_with_the_loss_of_its_updates(tiny_model: Path) -> None:
     """PPO forms the gradient of log-probabilities in 32 bits, which takes more of the output head than a weighted loss."""
     device, rung = device_profile("cuda"), Rung(3, 8, checkpointing=True)
@@ -185,6 +193,7 @@ def test_reft_is_planned_with_the_loss_of_its_updates(tiny_model: Path) -> None:
     assert reft["evaluate"].resident_bytes > plain["evaluate"].resident_bytes
 
 
+@pytest.mark.slow
 def test_batch_beyond_a_window_is_planned_whole(tmp_path: Path) -> None:
     """Where the window is shorter than prompt and answer the beginning is not read alone, in the plan as in the generation."""
     models = {window: _written(tmp_path / str(window), MistralConfig(**SIZES, sliding_window=window)) for window in (64, 240)}
@@ -233,6 +242,7 @@ def test_head_in_slices_takes_what_all_of_its_slices_take(tiny_model: Path) -> N
         assert peaks[0] == peaks[1]
 
 
+@pytest.mark.slow
 def test_plan_of_a_device_that_is_too_small_names_the_budget_to_give(tiny_model: Path) -> None:
     """A budget over the device's memory is refused where the plan needs it; with the one that is named other settings are chosen."""
     device = device_profile("rtx-4060-8gb")
@@ -274,6 +284,7 @@ def test_plan_needs_no_weights(tiny_model: Path, tmp_path: Path) -> None:
         plan(bare, weights=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget_bytes", [2**30, 2**32])
 def test_plan_shows_what_a_run_would_do(tiny_model: Path, budget_bytes: int) -> None:
     """The plan of `edge-agent plan` is the one that a run begins with, whether or not there is room to keep what is freed."""
@@ -284,6 +295,7 @@ def test_plan_shows_what_a_run_would_do(tiny_model: Path, budget_bytes: int) -> 
     assert plan.keeps_freed == (plan.roomy_bytes <= budget_bytes)
 
 
+@pytest.mark.slow
 def test_a_plan_after_another_rehearses_what_is_new(tiny_model: Path) -> None:
     """The same one nothing, one on a lower rung only that; each run is told to who may stop it."""
     job = Job(model=str(tiny_model), dataset=Dataset("0" * 64), budget_bytes=2**30, method=SFT, evaluation=Evaluation(questions=2))
@@ -309,6 +321,7 @@ def test_plan_for_plain_torch_has_no_moments_in_8_bits(tiny_model: Path, monkeyp
         assert any(rung.adam_8bit for rung in work.rehearsal().rungs) == has_8bit
 
 
+@pytest.mark.slow
 def test_plan_names_the_fastest_rung_that_fits(tiny_model: Path) -> None:
     """A budget below what is asked takes another rung; the survey names a budget that works, and what every rung saves."""
     rehearsal = _rehearsal(tiny_model)

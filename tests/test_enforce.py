@@ -79,6 +79,7 @@ def _train(run: Cli, data: Path, model: Path, out: Path, budget_bytes: int, stat
     return ran.json
 
 
+@pytest.mark.slow
 def test_a_run_that_lacks_memory_goes_on_one_rung_lower(data: Path, whole: Any, tiny_model: Path, cold_cli: Cli, tmp_path: Path) -> None:
     """Under a plan that is far too low the cap ends a stage; the run itself goes on with smaller settings, to the same adapter."""
     peaks = {row["stage"]: row["peak_bytes"] for row in whole["stages"]}
@@ -209,6 +210,7 @@ def test_a_run_pauses_while_others_need_the_memory(data: Path, whole: Any, tiny_
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_memory_can_be_stopped(data: Path, tiny_model: Path, tmp_path: Path) -> None:
     """On request it ends while it waits, and what is done is kept."""
     directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine")
@@ -225,6 +227,7 @@ def test_a_run_that_waits_for_memory_can_be_stopped(data: Path, tiny_model: Path
     assert msgspec.json.decode(directory.events.read_bytes().splitlines()[-1], type=Event).event == "stopped"
 
 
+@pytest.mark.slow
 def test_a_run_on_a_device_that_gets_hot_in_every_stage_comes_to_its_end(data: Path, whole: Any, tiny_model: Path, tmp_path: Path) -> None:
     """It waits in place, so that no stage is begun again, and its adapter is the same; the time is neither the run's nor the stage's."""
     directory, hot, waits = _job(data, tiny_model, tmp_path / "job"), [0], [0.0]
@@ -255,6 +258,7 @@ def test_a_run_on_a_device_that_gets_hot_in_every_stage_comes_to_its_end(data: P
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_a_run_that_cools_can_be_stopped_and_gives_way(data: Path, tiny_model: Path, tmp_path: Path) -> None:
     """On request it ends while it waits; what it holds it gives back where others need the memory meanwhile."""
     directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine")
@@ -280,6 +284,7 @@ def test_time_of_earlier_starts_counts_towards_the_limit(data: Path, tiny_model:
         run_job(directory, lambda _: None, ran_s=directory.read_job().max_run_s)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_begun_waits_for_room(data: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Where there is no room at its start a new job is refused; one that has work to lose waits, and goes on."""
     directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine")

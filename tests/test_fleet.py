@@ -66,7 +66,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, cli: Cli, tiny_model: Path) 
     return base
 
 
-@pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
+@pytest.mark.parametrize("broker", ["mosquitto", pytest.param("amqtt", marks=pytest.mark.slow)])
 def test_a_job_travels_and_comes_back(broker: str, request: pytest.FixtureRequest, tmp_path: Path, cli: Cli, local: Path) -> None:
     """By its commands alone: submitted to the best node of a label, with a dataset inline and questions in blocks, watched, fetched; the
     adapter is that of a local run bit for bit. Over Mosquitto in MQTT 5 with TLS and passwords, and over amqtt, which speaks 3.1.1 only,
@@ -148,6 +148,7 @@ def test_home_assistant_finds_the_sensors_of_a_node(fleet: Fleet) -> None:
     assert all(c["platform"] == "sensor" for c in components.values())
 
 
+@pytest.mark.slow
 def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:
     """The same offer, sent five times at once and again after the end, gives one run and the same answer; another document under the
     same id is a conflict and changes nothing."""
@@ -173,6 +174,7 @@ def test_one_offer_many_times_is_one_job(fleet: Fleet) -> None:
     assert replayed["data"]["outcome"] == "rejected"
 
 
+@pytest.mark.slow
 def test_options_change_while_a_job_runs(fleet: Fleet, cli: Cli) -> None:
     """By the command, signed: the trainer takes them between two updates, tells it, and the report has them; an older order changes
     nothing, nor one that nobody trusted has signed."""
@@ -300,6 +302,7 @@ def test_bad_messages_are_answered_and_others_go_on(fleet: Fleet, tmp_path: Path
     assert "event_failed" not in fleet.log("agent")
 
 
+@pytest.mark.slow
 def test_garbage_does_not_end_a_job_that_runs(fleet: Fleet) -> None:
     """An unreadable offer under the id of a running job, an absurd request for blocks, a block of an absurd number: it goes on."""
     data = fleet.data("disturbed", 20, 11)
@@ -315,6 +318,7 @@ def test_garbage_does_not_end_a_job_that_runs(fleet: Fleet) -> None:
         assert "storage_error" not in fleet.log(name)
 
 
+@pytest.mark.slow
 def test_garbage_does_not_end_a_job_that_waits(fleet: Fleet) -> None:
     """An offer that nobody has signed, under the id of a job that its node has not been offered: the node rejects it, and the job runs."""
     fleet.stop("agent")
@@ -333,6 +337,7 @@ def test_garbage_does_not_end_a_job_that_waits(fleet: Fleet) -> None:
     assert f"rejection_ignored node={NODE} job={job}" in fleet.log("coordinator")
 
 
+@pytest.mark.slow
 def test_large_datasets_are_taken(fleet: Fleet, tmp_path: Path) -> None:
     """A dataset of 12 MB is uploaded and offered; it is below the limit of 256 MiB."""
     large = tmp_path / "large.jsonl"
@@ -365,6 +370,7 @@ def test_a_job_is_canceled_wherever_it_is(fleet: Fleet, cli: Cli) -> None:
     wait_for("the trainer to end", lambda: not fleet.trainers())
 
 
+@pytest.mark.slow
 def test_a_forgotten_job_leaves_nothing(fleet: Fleet, cli: Cli) -> None:
     """Of two jobs over the same dataset the first keeps it as long as it is there; with the last one the file goes, at both ends. One that
     has not ended is refused, and one that its node never took is deleted as well."""

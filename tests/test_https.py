@@ -457,7 +457,7 @@ def test_address_that_is_none_is_refused(url: str, tmp_path: Path) -> None:
 # the daemons
 
 
-@pytest.mark.parametrize("way", ["https", "broken"])
+@pytest.mark.parametrize("way", ["https", pytest.param("broken", marks=pytest.mark.slow)])
 def test_files_of_a_job_travel_by_https(way: str) -> None:
     """A real node and coordinator: no file in blocks over the broker; with a server that nobody can reach, all of them, and no job lost."""
     port = free_port()

@@ -81,6 +81,7 @@ def test_trainer_killed(fleet: Fleet, undisturbed: bytes) -> None:
     assert fleet.client.job(job).attempt == 2
 
 
+@pytest.mark.slow
 def test_a_trainer_that_the_kernel_ends_goes_on_one_rung_lower(fleet: Fleet, tmp_path: Path) -> None:
     """The miss stands in the report, and the plan of the next start takes less in the stage that lacked memory."""
     fleet.stop("agent")
@@ -100,6 +101,7 @@ def test_a_trainer_that_the_kernel_ends_goes_on_one_rung_lower(fleet: Fleet, tmp
     assert result["plan"]["number"] > first["number"]
 
 
+@pytest.mark.slow
 def test_a_trainer_that_always_dies_ends_as_crash_loop() -> None:
     """After `max_attempts` starts without a result the job has failed, and the next job runs."""
     with Fleet(agent="max_attempts = 2\n") as fleet:
@@ -151,6 +153,7 @@ def test_an_offer_that_expires_while_its_node_is_away_is_not_given(fleet: Fleet)
     assert lost if PROTOCOL == "3.1.1" else not lost or time.monotonic() - killed > 9  # the keepalive, and so the delay, is 10 s
 
 
+@pytest.mark.slow
 def test_a_trainer_that_stands_still_costs_no_connection() -> None:
     """It is stopped in mid-job, as by native code that lets nothing else run, for longer than it takes until a last will is told where the
     agent itself is stopped: that one stays connected, and no will is told. The job goes on."""
@@ -205,6 +208,7 @@ def test_a_link_whose_thread_has_died_is_started_again(fleet: Fleet) -> None:
     link.close()
 
 
+@pytest.mark.slow
 def test_a_node_whose_id_is_taken_comes_back(fleet: Fleet, undisturbed: bytes) -> None:
     """Another client comes under its name in mid-job, and is gone again; the job ends as if nothing had been."""
     job = fleet.submit(fleet.data()).id

@@ -64,7 +64,9 @@ def restart(fleet: Fleet, daemon: str, how: str, phase: str) -> Path:
     return mark
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [pytest.param(phase, marks=[] if phase in ("running", "ended") else pytest.mark.slow) for phase in PHASES]
+)
 def test_agent_killed_in(phase: Phase, fleet: Fleet) -> None:
     """Its next start goes on with the job; the coordinator sees one end."""
     mark = restart(fleet, "agent", "killed", phase)
@@ -75,6 +77,7 @@ def test_agent_killed_in(phase: Phase, fleet: Fleet) -> None:
     check(fleet, job, ATTEMPTS[phase])
 
 
+@pytest.mark.slow
 def test_agent_killed_with_options_that_its_trainer_has_not(fleet: Fleet) -> None:
     """They are in its database, and its next start hands them over; the coordinator hears when they are taken."""
     mark = restart(fleet, "agent", "killed", "options")

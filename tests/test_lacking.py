@@ -38,6 +38,7 @@ def test_make_tells_all_its_tests_that_nothing_may_be_left_out(target: str, told
     ran = [line for line in (tmp_path / "ran").read_text().splitlines() if "pytest" in line]
     assert ran
     assert {line.rpartition("|")[2] for line in ran} == {told}
+    assert any("not slow" in line for line in ran) == (not told)
 
 
 def test_no_test_skips_for_what_could_be_installed() -> None:

@@ -51,6 +51,7 @@ def _steps(opened: Opened) -> int:
     return int(opened.page.evaluate("saliencyMap.table.steps.length"))
 
 
+@pytest.mark.slow
 def test_a_person_changes_options_while_it_trains(browser: Any, fleet: Fleet, port: int) -> None:
     """From the job's page to its map, a slider, and the trainer that takes the options; newer scores come, and what was chosen stays;
     with the end of the job the map is that of its result."""
@@ -95,6 +96,7 @@ def _epochs(result: Result, answers: int) -> int:
     return -(-result.updates * 4 // answers) - 1
 
 
+@pytest.mark.slow
 def test_a_map_comes_when_it_is_asked_for_and_goes_with_its_job(fleet: Fleet, cli: Cli, tmp_path: Path) -> None:
     """By the command and on the node itself; nobody but who has asked makes the coordinator fetch one, and of a canceled job nothing
     stays."""

@@ -221,6 +221,7 @@ print(memory.peak_bytes() - before, sum(w.numel() * w.element_size() for w in ow
 """
 
 
+@pytest.mark.slow
 def test_loading_takes_little_more_than_the_model_it_leaves(tiny_model: Path, tmp_path: Path) -> None:
     """In a fresh process the peak is the quantised model and a few of its largest tensors, less than the file; from the cache as well."""
     torch.manual_seed(0)

@@ -108,6 +108,7 @@ def test_trainer_cannot_get_out(tmp_path: Path, outside: Outside, broker: Server
     assert stat.S_IMODE((tmp_path / "job" / "pried").stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_judged_job_has_the_network_of_its_judge_only_and_no_longer(
     tmp_path: Path, outside: Outside, server: Server, broker: Server, key_file: Path
 ) -> None:

@@ -534,6 +534,7 @@ def test_offline_weights_are_held_against_the_name_of_their_blob(
 # the commands
 
 
+@pytest.mark.slow
 def test_commands_from_the_hub_to_nothing(
     hub: HubServer, tmp_path: Path, cli: Cli, cold_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

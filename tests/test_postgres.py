@@ -447,6 +447,7 @@ class Stage:
             process.wait(20)
 
 
+@pytest.mark.slow
 def test_server_that_restarts_while_nodes_speak(struck: Postgres) -> None:
     """Nothing is acknowledged while it is away; then every message is in the history once, in order, and acknowledged: also where the
     coordinator was killed meanwhile. Requests are answered with what is wrong, and the coordinator can be stopped."""

@@ -305,6 +305,7 @@ def traced_job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, cli: 
     return base / "job"
 
 
+@pytest.mark.slow
 def test_trace_opens_and_names_the_stage(traced_job: Path) -> None:
     """It is JSON in Chrome's format, with a span for each of the first three updates and operations in them; no CUDA, no snapshot."""
     events = json.loads((traced_job / "trace.json").read_text())["traceEvents"]

@@ -67,6 +67,7 @@ def test_repairs_keep_the_output_up_to_its_turning_point(completion: Completion,
     assert late > 5, "hardly a mistake came after something that was right: the test shows little"
 
 
+@pytest.mark.slow
 def test_an_interrupted_repair_goes_on(completion: Completion, mistakes: list[Record], tmp_path: Path) -> None:
     """What an earlier run has written is taken from its journal; what was written for other outputs is not."""
     here = replace(completion, directory=tmp_path, batch=8)

@@ -91,6 +91,7 @@ def test_killed_in_training_the_adapter_is_bit_identical(whole: Path, tiny_model
     assert (directory / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_not_used(whole: Path, tiny_model: Path, cli: Cli) -> None:
     """A checkpoint that was cut off is ignored: training starts anew and gives the same adapter."""
     base, out = whole.parent, "torn"
@@ -104,6 +105,7 @@ def test_a_torn_checkpoint_is_not_used(whole: Path, tiny_model: Path, cli: Cli) 
     assert (directory / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_result(whole: Path, tiny_model: Path, cli: Cli) -> None:
     """A budget that forces smaller micro-batches gives the same losses up to rounding."""
     base, more = whole.parent, ("--set", "lora.dropout=0.0", "--json")

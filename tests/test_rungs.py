@@ -106,6 +106,7 @@ def _restored(model: Any, directory: Path, eight_bit: bool) -> tuple[Progress, t
     return progress, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [{"until": 3}, {"within": 3 * 3 + 2}])
 def test_a_killed_run_with_moments_in_8_bits_ends_in_the_same_adapter(end: dict[str, int], tiny: Tiny, tmp_path: Path) -> None:
     """Bit for bit, killed after the third update, or in the second of the three micro-batches of the fourth one."""
@@ -119,6 +120,7 @@ def test_a_killed_run_with_moments_in_8_bits_ends_in_the_same_adapter(end: dict[
     assert found_losses == losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eight_bit_first", [True, False])
 def test_a_run_goes_on_with_moments_in_other_bits(eight_bit_first: bool, tiny: Tiny, tmp_path: Path) -> None:
     """A checkpoint of a higher rung is taken up by a lower one, and the other way round; the moments are those of before, rounded."""

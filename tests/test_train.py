@@ -154,6 +154,7 @@ def test_events_tell_the_whole_run(job: Path) -> None:
     assert events[-1]["event"] == "finished"
 
 
+@pytest.mark.slow
 def test_gsm8k_file_goes_through_unchanged(tmp_path: Path, cli: Cli, tiny_model: Path, shared_data: Path) -> None:
     """GSM8K's own file, some questions of it and held-out rows of it; the accuracy is whatever it is."""
     ran = cli(
