@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import get_args
@@ -92,19 +93,22 @@ def test_coordinator_struck_when_it_is_to_cancel(how: str, fleet: Fleet) -> None
     check(fleet, job, 1, "canceled")
 
 
+# httpcore leaves to the garbage collector a socket of the file system that nobody listens to.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("phase", COORDINATOR_PHASES)
 def test_coordinator_killed_in(phase: str, fleet: Fleet) -> None:
-    """A phase that only the node goes through included. Its next start hears what it has missed; who submits while it dies is told so."""
+    """A phase that only the node goes through included. Its next start hears what it has missed; who submits while it dies gets one job."""
     fleet.stop("agent")
     fleet.start_agent()
     mark = restart(fleet, "coordinator", "killed", phase)
     known = {view.id for view in fleet.client.jobs(1000)}
-    with pytest.raises(CoordinatorUnreachable) if phase == "created" else suppress(CoordinatorUnreachable):
-        submitted(fleet, f"coordinator-{phase}")
-    wait_for("the end of the coordinator", lambda: not fleet.alive("coordinator"))
-    assert mark.exists()
-    fleet.start_coordinator()
-    [job] = {view.id for view in fleet.client.jobs(1000)} - known
+    with ThreadPoolExecutor(1) as submitter:
+        asked = submitter.submit(submitted, fleet, f"coordinator-{phase}")
+        wait_for("the end of the coordinator", lambda: not fleet.alive("coordinator"))
+        assert mark.exists()
+        fleet.start_coordinator()
+        job = asked.result().id
+    assert {view.id for view in fleet.client.jobs(1000)} - known == {job}
     check(fleet, job, 1)
 
 
