@@ -8,7 +8,9 @@ import pytest
 from test_chaos import chaos
 
 SABOTAGED = Path(__file__).parent / "sabotaged.py"
-PLUGS = ("--kills", 24, "--jobs", 6, "--seed", 3, "--strike", "broker", "coordinator", "--settle-s", 180)
+PLUGS = {"agent": ("broker", "coordinator"), "coordinator": ("coordinator",)}
+"""What is pulled to find out who is sabotaged."""
+TIMES = ("--kills", 24, "--jobs", 6, "--seed", 3, "--settle-s", 180)
 
 
 def test_hundred_strikes_lose_nothing(tmp_path: Path) -> None:
@@ -18,13 +20,14 @@ def test_hundred_strikes_lose_nothing(tmp_path: Path) -> None:
     assert sum(found["strikes"].values()) == 100
 
 
-def test_honest_fleet_stands_what_the_sabotaged_do_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", PLUGS)
+def test_honest_fleet_stands_what_the_sabotaged_do_not(who: str, tmp_path: Path) -> None:
     """The same plugs, pulled from a fleet that delivers as it should."""
-    assert chaos(tmp_path / "chaos.json", *PLUGS)["wrong"] == []
+    assert chaos(tmp_path / "chaos.json", *TIMES, "--strike", *PLUGS[who])["wrong"] == []
 
 
-@pytest.mark.parametrize("who", ["agent", "coordinator"])
+@pytest.mark.parametrize("who", PLUGS)
 def test_sabotage_is_found(who: str, tmp_path: Path) -> None:
     """A node that deletes what it has sent, and a coordinator that acknowledges what it has not stored, lose messages for good."""
-    wrong = chaos(tmp_path / "chaos.json", *PLUGS, f"--{who}", SABOTAGED, who)["wrong"]
+    wrong = chaos(tmp_path / "chaos.json", *TIMES, "--strike", *PLUGS[who], f"--{who}", SABOTAGED, who)["wrong"]
     assert any(text.endswith(" never came") for text in wrong), wrong
