@@ -20,7 +20,6 @@ import signal
 import sqlite3
 import sys
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
@@ -83,6 +82,7 @@ class Repeater:
         self.count, self._rng = 0, rng
         self._heard: deque[tuple[float, str, bytes]] = deque(maxlen=2000)
         self._own: Counter[bytes] = Counter()
+        self._jobs: dict[str, int] = {}
         self._client = paho.Client(CallbackAPIVersion.VERSION2, "repeater")
         self._client.on_connect = lambda client, *_: client.subscribe("edge1/+/+/+/job/#", 1)
         self._client.on_message = self._message
@@ -94,7 +94,7 @@ class Repeater:
         payload = bytes(message.payload)
         if self._own[payload]:
             self._own[payload] -= 1
-        elif zlib.crc32(message.topic.split("/")[5].encode()) % 2:
+        elif self._jobs.setdefault(message.topic.split("/")[5], len(self._jobs)) % 2 == 0:
             self._heard.append((time.monotonic(), message.topic, payload))
 
     def tick(self) -> None:
