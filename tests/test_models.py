@@ -496,15 +496,20 @@ def test_hub_that_has_something_else_is_refused(config: AgentConfig, hub: HubSer
     assert (_left(config), offered(config)) == ([], {})
 
 
-def test_offline_a_model_comes_from_the_cache_of_the_hub(
-    config: AgentConfig, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    """With its commit; one that is not there is missed by name, and nobody is asked."""
+@pytest.fixture
+def offline(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with a model, and the hub out of reach."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     for file in TINY.iterdir():
         hf_hub_download(HUB_ID, file.name, endpoint=hub.url, cache_dir=cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_a_model_comes_from_the_cache_of_the_hub(config: AgentConfig, hub: HubServer) -> None:
+    """With its commit; one that is not there is missed by name, and nobody is asked."""
     asked = len(hub.requests)
     added = _add(config, HUB_ID)
     assert added.source == Source("hub", HUB_ID, COMMIT)
@@ -514,16 +519,9 @@ def test_offline_a_model_comes_from_the_cache_of_the_hub(
     assert len(hub.requests) == asked
 
 
-def test_offline_weights_are_held_against_the_name_of_their_blob(
-    config: AgentConfig, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_offline_weights_are_held_against_the_name_of_their_blob(config: AgentConfig, offline: Path) -> None:
     """It is the sha256 that the hub had of them when they came: weights that have changed in the cache since are refused."""
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    for file in TINY.iterdir():
-        hf_hub_download(HUB_ID, file.name, endpoint=hub.url, cache_dir=cache)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    [weights] = cache.glob(f"*/snapshots/*/{WEIGHTS}")
+    [weights] = offline.glob(f"*/snapshots/*/{WEIGHTS}")
     assert weights.resolve().name == hashlib.sha256((TINY / WEIGHTS).read_bytes()).hexdigest()
     _flip(weights.resolve())
     with pytest.raises(ModelCorrupt, match=f"{WEIGHTS} is listed with"):
