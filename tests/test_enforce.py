@@ -185,6 +185,7 @@ def _job(data: Path, model: Path, out: Path) -> JobDirectory:
     return directory
 
 
+@pytest.mark.slow
 def test_a_run_pauses_while_others_need_the_memory(data: Path, whole: Any, tiny_model: Path, tmp_path: Path) -> None:
     """It gives its model back in the middle of training, goes on from its checkpoint when there is room, and its adapter is the same."""
     directory, machine = _job(data, tiny_model, tmp_path / "job"), server(tmp_path / "machine")

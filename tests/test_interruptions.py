@@ -72,6 +72,7 @@ def outbox(fleet: Fleet) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_trainer_killed(fleet: Fleet, undisturbed: bytes) -> None:
     """kill -9 of the child alone: the agent starts it again from the checkpoint."""
     job = fleet.submit(fleet.data()).id
