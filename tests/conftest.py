@@ -28,7 +28,7 @@ from postgres import Postgres, running
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
-# What one run learns of the device must not decide another one, and nothing of the user is touched.
+# Nothing of the user is touched.
 STATE = tempfile.TemporaryDirectory()
 os.environ["XDG_STATE_HOME"] = STATE.name
 # Tiny models are slower on more threads, and results must not depend on the machine's number of cores.
@@ -58,6 +58,14 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files of `LONG` first."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_learned() -> Iterator[None]:
+    """What the runs of one file of tests learn of the device must not decide those of another: they run in any order."""
+    with tempfile.TemporaryDirectory(dir=STATE.name) as nowhere, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", nowhere)
+        yield
 
 
 @pytest.fixture(scope="session")
