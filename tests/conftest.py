@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -60,11 +61,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@contextmanager
 def _nothing_learned() -> Iterator[None]:
-    """What the runs of one file of tests learn of the device must not decide those of another: they run in any order."""
+    """What a run in this process learns of the device must not decide another test: a process that has many libraries takes more."""
     with tempfile.TemporaryDirectory(dir=STATE.name) as nowhere, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", nowhere)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _file_of_tests_knows_nothing() -> Iterator[None]:
+    with _nothing_learned():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _test_knows_nothing() -> Iterator[None]:
+    with _nothing_learned():
         yield
 
 

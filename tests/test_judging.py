@@ -248,10 +248,10 @@ def test_judge_that_does_not_exist_is_refused(judge: str) -> None:
 def test_node_takes_only_jobs_whose_endpoint_it_has(server: Server, tmp_path: Path) -> None:
     """An offer that names an endpoint of the node is taken, another one is rejected as `judge_missing`."""
     judges = {"a": endpoint(server, None)}
-    config = AgentConfig(node="n", state_directory=tmp_path, budget=Size(2**30), models={"tiny": TINY}, judges=judges)
+    config = AgentConfig(node="n", state_directory=tmp_path, budget=Size(2**31), models={"tiny": TINY}, judges=judges)
 
     def offer(alias: str) -> None:
-        job = Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**30, judging=Judging("endpoint", alias))
+        job = Job(model="tiny", dataset=Dataset("0" * 64), budget_bytes=2**31, judging=Judging("endpoint", alias))
         check_order(make_order(job, 9), config, device_profile("cpu"), 0, False, datetime.now(timezone.utc))
 
     offer("a")
