@@ -5,8 +5,8 @@ for a few seconds; all the while a client repeats messages of every other job, e
 every job has one end and one result, every message of it is in its history, the node has nothing left to say, no trainer runs, and no part
 of a file is left. Exits with 1 where anything of that does not hold.
 
-Every two jobs are the same but for their ids, so their adapters must be. 1,000 kills take an hour on two cores, more beside other work. Does not cover a full
-disk, power cuts (what the kernel has not written), and other brokers. Needs Mosquitto.
+Every two jobs are the same but for their ids, so their adapters must be. 1,000 kills take an hour on two cores, more beside other work.
+Does not cover a full disk, power cuts (what the kernel has not written), and other brokers. Needs Mosquitto.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -32,6 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Nothing of the user is touched.
 STATE = tempfile.TemporaryDirectory()
 os.environ["XDG_STATE_HOME"] = STATE.name
+NUMBERS = itertools.count()
 # Tiny models are slower on more threads, and results must not depend on the machine's number of cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -63,9 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextmanager
 def _nothing_learned() -> Iterator[None]:
-    """What a run in this process learns of the device must not decide another test: a process that has many libraries takes more."""
-    with tempfile.TemporaryDirectory(dir=STATE.name) as nowhere, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", nowhere)
+    """What a run in this process learns of the device must not decide another test: a process that has many libraries takes more.
+
+    Makes no directory, as tests of side effects watch all files of this process; who learns does.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", f"{STATE.name}/learned-{next(NUMBERS)}")
         yield
 
 
@@ -119,7 +124,7 @@ Cli = Callable[..., Ran]
 
 
 def _environment(state: Path | None, own: Mapping[str, str] = os.environ) -> dict[str, str]:
-    nowhere = tempfile.mkdtemp(dir=os.environ["XDG_STATE_HOME"])
+    nowhere = tempfile.mkdtemp(dir=STATE.name)
     return {**own, "COLUMNS": "120", "XDG_STATE_HOME": str(state or nowhere)}
 
 
