@@ -1,4 +1,4 @@
-# make test      install what is missing into .venv and run all but the slowest tests (15 minutes on two cores)
+# make test      install what is missing into .venv and run all but the slowest tests (15 minutes on two cores, 4 more the first time)
 # make demo      broker, coordinator and node on loopback train the shipped tiny model; writes build/demo/report.json
 # make docs      the documentation as a site that needs no network: build/site/index.html
 # make check     lint and types
