@@ -72,7 +72,7 @@ def job(base: Path, tiny_model: Path, questions: Path) -> Path:
     """A job of a few updates that are large enough to change answers."""
     data = write_domain(base / "chain.jsonl", "chain", 8, 1)
     ran = _run(
-        "train", "--model", tiny_model, "--data", data, "--eval-data", questions, "--budget", "1GiB", "--out", base / "job",
+        "train", "--model", tiny_model, "--data", data, "--eval-data", questions, "--budget", "2GiB", "--out", base / "job",
         "--method", "sft", "--learning-rate", 0.005, "--set", "schedule.updates=4", "--set", "evaluation.max_new_tokens=40",
         "--set", f"lora.rank={RANK}", "--set", "evaluation.accept_if=always",
     )  # fmt: skip

@@ -365,7 +365,7 @@ def test_job_is_judged_by_an_endpoint_of_its_node(questions: Path, server: Serve
     """Started as the agent starts it, the trainer judges through the endpoint within its plan, and reports how many and for how much;
     the key is on no command line, in no environment and in no file of the job."""
     job = Job(
-        model=str(TINY), dataset=Dataset(file_sha256(questions)), budget_bytes=2**30, device="cpu", method=NlftOptions(references="once"),
+        model=str(TINY), dataset=Dataset(file_sha256(questions)), budget_bytes=2**31, device="cpu", method=NlftOptions(references="once"),
         sampling=Sampling(outputs=2), judging=Judging("endpoint", "stub"), evaluation=Evaluation(questions=0, max_new_tokens=40),
         schedule=Schedule(updates=1, batch=2),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from edge_agent.report import Event
 from edge_agent.runner import _environment
 
 SETTINGS: dict[str, Any] = {
-    "budget_bytes": 2**30, "device": "cpu", "method.name": "nlft", "evaluation.questions": 2, "evaluation.max_new_tokens": 60,
+    "budget_bytes": 2**31, "device": "cpu", "method.name": "nlft", "evaluation.questions": 2, "evaluation.max_new_tokens": 60,
     "sampling.outputs": 2, "schedule.batch": 4, "schedule.updates": 2,
 }  # fmt: skip
 FREE = {"AF_UNIX", "inside", "temporary", "device", "own memory"}
