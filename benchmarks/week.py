@@ -6,8 +6,8 @@ run to the last, medians of each, the node must stay as it is, and the coordinat
 told by the job. A node remembers the id of a deleted job until its order has expired, so its database may grow by a row a job. Exits with 1
 where anything grows beyond its bound.
 
-1,000 jobs take about 80 minutes on two cores: 5 seconds a job, most of it the interpreter's start. Does not cover graphics cards and other
-brokers. Needs Mosquitto.
+1,000 jobs take 80 to 145 minutes on two cores: 5 to 9 seconds a job, most of it the interpreter's start and what a trainer imports.
+Does not cover graphics cards and other brokers. Needs Mosquitto.
 """
 
 from __future__ import annotations
